@@ -1,0 +1,1003 @@
+"""tinylm: a whole language-model library in one file.
+
+    from tinylm import Config, TinyLM, train_step
+    lm = TinyLM.from_pretrained("SmolLM2-135M-Instruct")          # GPT-2, Llama, Mistral, Qwen, Gemma, ...: see FAMILIES
+    for piece in lm.stream("The capital of France is", max_new_tokens=20): print(piece, end="")
+    lm.save_pretrained("copy")                                     # transformers, vLLM and llama.cpp load it unchanged
+    lm = TinyLM(Config(hidden_size=256, num_hidden_layers=4))      # or start from nothing: python tinylm.py train FILE
+
+It needs torch, einops and safetensors; `tokenizers` only for checkpoints that bring a tokenizer.json of their own.
+Read it from top to bottom: config, families, blocks, cache, model, checkpoints, tokens, sampling, training, commands.
+Every leaf (`rms_norm`, `rotate`, `attend`, `MLP`, ...) is looked up when it is called: replace one in place and train.
+
+Sources: Vaswani et al. 2017 (the transformer); Su et al. 2021 (rotary positions); Zhang & Sennrich 2019 (RMS norm);
+Shazeer 2020 (gated MLP); Ainslie et al. 2023 (grouped queries); Jordan 2024 (Muon). Reference implementation of
+every family: Hugging Face transformers.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+# Axes: b batch, s query positions, t key positions, h query heads, g key-value heads, d head width.
+
+
+class Error(ValueError):
+    """What the caller gave cannot be used: one line that names it, its value and what was expected."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+# ---------------------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+CHOICES = {
+    "norm": ("rms", "layer"),
+    "norm_position": ("pre", "output", "sandwich"),
+    "position": ("rope", "learned"),
+    "qk_norm": (None, "head", "full"),
+    "hidden_act": tuple(ACTIVATIONS),
+}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+ROPE_KEYS = {  # rope_type -> (keys it needs, keys it may have)
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (("factor",), ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a model is made of, in the names of Hugging Face `config.json`. The defaults are Qwen3's architecture.
+
+    Raises Error where a value is out of its range.
+    """
+    vocab_size: int = 320                         # rows of the embedding; bytes and two specials, padded to 64
+    hidden_size: int = 256                        # width of the residual stream
+    intermediate_size: int | None = None          # width inside the MLP; None: 8/3 of hidden (gated), 4 times (plain)
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4                  # query heads
+    num_key_value_heads: int | None = None        # None: as many as query heads; fewer: grouped queries
+    head_dim: int | None = None                   # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 1024           # the longest sequence it is made for
+    norm: str = "rms"                             # rms | layer
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0                      # added to the RMS norm's weight (Gemma: 1)
+    norm_position: str = "pre"                    # x + f(norm(x)) | output: x + norm(f(x)) | sandwich: both
+    position: str = "rope"                        # rope | learned
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None              # {"rope_type": a key of ROPE_KEYS, "factor": ...}
+    rope_local_base_freq: float | None = None     # theta of the sliding layers, unscaled; None: as the full ones
+    partial_rotary_factor: float = 1.0            # the part of each head that rotates
+    sliding_window: int | None = None             # keys seen by a sliding layer, itself included
+    layer_types: tuple | None = None              # full_attention | sliding_attention per layer; None: all alike
+    qk_norm: str | None = "head"                  # norm of q and k: over each head | full: over all heads | None
+    attention_bias: bool = False                  # bias of q, k, v
+    attention_output_bias: bool | None = None     # bias of o; None: as attention_bias
+    query_pre_attn_scalar: float | None = None    # scores are q.k / sqrt(this); None: head_dim
+    attn_logit_softcapping: float | None = None   # c tanh(scores / c)
+    final_logit_softcapping: float | None = None  # c tanh(logits / c)
+    hidden_act: str = "silu"
+    gated: bool = True                            # act(gate(x)) * up(x), else act(up(x))
+    mlp_bias: bool = False
+    scale_embedding: bool = False                 # embeddings times sqrt(hidden_size)
+    tie_word_embeddings: bool = True              # the head is the embedding
+    attention_dropout: float = 0.0                # of attention weights, in training
+    hidden_dropout: float = 0.0                   # of embeddings and of what each sub-layer adds, in training
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple | None = None
+    pad_token_id: int | None = None
+    model_type: str | None = None                 # row of FAMILIES to save as; None: the first that can express it
+
+    def __post_init__(self):
+        def fill(name, value):
+            object.__setattr__(self, name, value)
+
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31):
+                raise Error(f"config: {name} = {value!r}, expected a positive integer")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise Error(f"config: {name} = {getattr(self, name)!r} is not supported (supported: {choices})")
+        for name in ("norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "initializer_range",
+                     "attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise Error(f"config: {name} = {value!r}, expected a positive number")
+        for name in ("attention_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise Error(f"config: {name} = {getattr(self, name)!r}, expected a number in [0, 1)")
+
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise Error(f"config: hidden_size = {self.hidden_size} is no multiple of num_attention_heads = "
+                            f"{self.num_attention_heads}; give head_dim")
+            fill("head_dim", self.hidden_size // self.num_attention_heads)
+        if self.intermediate_size is None:
+            fill("intermediate_size", -(-self.hidden_size * 8 // 3 // 64) * 64 if self.gated else 4 * self.hidden_size)
+        if self.num_key_value_heads is None:
+            fill("num_key_value_heads", self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise Error(f"config: num_attention_heads = {self.num_attention_heads} is no multiple of "
+                        f"num_key_value_heads = {self.num_key_value_heads}")
+        if self.attention_output_bias is None:
+            fill("attention_output_bias", self.attention_bias)
+        if isinstance(self.eos_token_id, list):
+            fill("eos_token_id", tuple(self.eos_token_id))
+        self._check_layers(fill)
+        if self.position == "rope":
+            self._check_rope()
+
+    def _check_layers(self, fill):
+        types = self.layer_types
+        if types is None:
+            types = (LAYER_TYPES[self.sliding_window is not None],) * self.num_hidden_layers
+        fill("layer_types", tuple(types))
+        if len(types) != self.num_hidden_layers:
+            raise Error(f"config: layer_types has {len(types)} entries, expected {self.num_hidden_layers}")
+        for name in types:
+            if name not in LAYER_TYPES:
+                raise Error(f"config: layer_types has {name!r}, which is not supported (supported: {LAYER_TYPES})")
+        if "sliding_attention" in types and self.sliding_window is None:
+            raise Error("config: layer_types has 'sliding_attention', but sliding_window = None")
+
+    def _check_rope(self):
+        if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise Error(f"config: head_dim = {self.head_dim} with partial_rotary_factor = {self.partial_rotary_factor} "
+                        f"rotates {self.rotary_dim} of its channels, expected an even number of at most head_dim")
+        scaling = self.rope_scaling or {"rope_type": "default"}
+        if not isinstance(scaling, dict):
+            raise Error(f"config: rope_scaling = {scaling!r}, expected an object with rope_type")
+        kind = scaling.get("rope_type", scaling.get("type"))
+        if kind not in ROPE_KEYS:
+            raise Error(f"config: rope_scaling has rope_type = {kind!r}, which is not supported "
+                        f"(supported: {tuple(ROPE_KEYS)})")
+        needs, may = ROPE_KEYS[kind]
+        for key in needs:
+            if not isinstance(scaling.get(key), (int, float)):
+                raise Error(f"config: rope_scaling of type {kind!r} has {key} = {scaling.get(key)!r}, expected a number")
+        for key in set(scaling) - {*needs, *may, "type", "rope_type", "original_max_position_embeddings"}:
+            raise Error(f"config: rope_scaling has {key} = {scaling[key]!r}, which type {kind!r} does not support")
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def qkv_sizes(self) -> tuple:
+        """Rows of q, k and v in the fused projection."""
+        return tuple(n * self.head_dim for n in (self.num_attention_heads,) + 2 * (self.num_key_value_heads,))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families: rows of data. How a config.json reads as a Config, and which tensors are ours under which names.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Transposed(str):
+    """The name of a module whose weight is stored (in, out), as GPT-2's Conv1D does."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`. Tables are read one way to load and the other way to save."""
+    architecture: str                             # for config.json
+    tensors: dict                                 # our module -> theirs, or a tuple of theirs fused along the rows
+    fields: dict                                  # our config field -> their key
+    fixed: dict = field(default_factory=dict)     # our config fields which the family always has
+    defaults: dict = field(default_factory=dict)  # their key -> what transformers takes where config.json is silent
+    only: dict = field(default_factory=dict)      # their key -> the one value supported, where None will not do
+    alias: dict = field(default_factory=dict)     # their key -> {old value: what it means}
+    drop: tuple = ()                              # their tensors that carry nothing
+
+
+NEUTRAL = dict(qk_norm=None)  # where Config's default is an architecture of its own, what most families have
+INERT = set("""architectures torch_dtype dtype transformers_version use_cache initializer_range pretraining_tp model_type
+    attention_dropout embd_pdrop resid_pdrop attn_pdrop hidden_dropout residual_dropout embedding_dropout
+    summary_type summary_use_proj summary_activation summary_first_dropout summary_proj_to_labels task_specific_params
+    id2label label2id problem_type return_dict chunk_size_feed_forward gradient_checkpointing output_attentions
+    output_hidden_states cache_implementation num_labels original_max_position_embeddings n_ctx reorder_and_upcast_attn
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
+    tokenizer_class sep_token_id decoder_start_token_id sliding_window_pattern max_window_layers
+    unsloth_version""".split())
+COMMON = {name: name for name in """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim max_position_embeddings hidden_act rope_theta rope_scaling tie_word_embeddings
+    attention_dropout bos_token_id eos_token_id pad_token_id""".split()} | dict(norm_eps="rms_norm_eps")
+BIASES = dict(attention_bias="attention_bias", attention_output_bias="attention_bias")
+SLIDING = dict(sliding_window="sliding_window")
+
+LAYER = "model.layers.{}."
+LLAMA = {
+    "embed": "model.embed_tokens",
+    "layers.{}.attention_norm": LAYER + "input_layernorm",
+    "layers.{}.attention.qkv": tuple(LAYER + f"self_attn.{n}_proj" for n in "qkv"),
+    "layers.{}.attention.q_norm": LAYER + "self_attn.q_norm",
+    "layers.{}.attention.k_norm": LAYER + "self_attn.k_norm",
+    "layers.{}.attention.o": LAYER + "self_attn.o_proj",
+    "layers.{}.mlp_norm": LAYER + "post_attention_layernorm",
+    "layers.{}.mlp.gate_up": (LAYER + "mlp.gate_proj", LAYER + "mlp.up_proj"),
+    "layers.{}.mlp.down": LAYER + "mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+GEMMA2 = LLAMA | {
+    "layers.{}.attention_output_norm": LAYER + "post_attention_layernorm",
+    "layers.{}.mlp_norm": LAYER + "pre_feedforward_layernorm",
+    "layers.{}.mlp_output_norm": LAYER + "post_feedforward_layernorm",
+}
+GPT2 = {
+    "embed": "transformer.wte",
+    "position_embed": "transformer.wpe",
+    "layers.{}.attention_norm": "transformer.h.{}.ln_1",
+    "layers.{}.attention.qkv": Transposed("transformer.h.{}.attn.c_attn"),
+    "layers.{}.attention.o": Transposed("transformer.h.{}.attn.c_proj"),
+    "layers.{}.mlp_norm": "transformer.h.{}.ln_2",
+    "layers.{}.mlp.up": Transposed("transformer.h.{}.mlp.c_fc"),
+    "layers.{}.mlp.down": Transposed("transformer.h.{}.mlp.c_proj"),
+    "norm": "transformer.ln_f",
+    "head": "lm_head",
+}
+ROTARY_BUFFER = (LAYER + "self_attn.rotary_emb.inv_freq",)
+GEMMA_FIXED = dict(norm_offset=1.0, scale_embedding=True)
+GEMMA2_FIELDS = COMMON | BIASES | SLIDING | dict(
+    hidden_act="hidden_activation", layer_types="layer_types", query_pre_attn_scalar="query_pre_attn_scalar",
+    attn_logit_softcapping="attn_logit_softcapping", final_logit_softcapping="final_logit_softcapping")
+GEMMA2_DEFAULTS = dict(head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, pad_token_id=0,
+                       eos_token_id=1, bos_token_id=2, sliding_window=4096, sliding_window_pattern=2)
+QWEN_DEFAULTS = dict(tie_word_embeddings=False, max_position_embeddings=32768, sliding_window=4096,
+                     use_sliding_window=False, max_window_layers=28)
+
+FAMILIES = {
+    "qwen3": Family("Qwen3ForCausalLM", LLAMA, COMMON | BIASES | SLIDING | dict(layer_types="layer_types"),
+                    fixed=dict(qk_norm="head"), defaults=QWEN_DEFAULTS | dict(head_dim=128)),
+    "llama": Family("LlamaForCausalLM", LLAMA, COMMON | BIASES | dict(mlp_bias="mlp_bias"),
+                    defaults=dict(tie_word_embeddings=False, max_position_embeddings=2048, bos_token_id=1,
+                                  eos_token_id=2), drop=ROTARY_BUFFER),
+    "mistral": Family("MistralForCausalLM", LLAMA, COMMON | SLIDING, drop=ROTARY_BUFFER,
+                      defaults=dict(tie_word_embeddings=False, max_position_embeddings=131072, sliding_window=4096,
+                                    num_key_value_heads=8, bos_token_id=1, eos_token_id=2)),
+    "qwen2": Family("Qwen2ForCausalLM", LLAMA, COMMON | SLIDING | dict(layer_types="layer_types"),
+                    fixed=dict(attention_bias=True, attention_output_bias=False), defaults=QWEN_DEFAULTS),
+    "gemma": Family("GemmaForCausalLM", LLAMA, COMMON | BIASES, fixed=GEMMA_FIXED,
+                    defaults=dict(head_dim=256, hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192,
+                                  pad_token_id=0, eos_token_id=1, bos_token_id=2),
+                    only=dict(hidden_activation="gelu_pytorch_tanh"),
+                    alias=dict(hidden_act={"gelu": "gelu_pytorch_tanh"})),
+    "gemma2": Family("Gemma2ForCausalLM", GEMMA2, GEMMA2_FIELDS, fixed=GEMMA_FIXED | dict(norm_position="sandwich"),
+                     defaults=GEMMA2_DEFAULTS | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+                                                     max_position_embeddings=8192),
+                     only=dict(hidden_act="gelu_pytorch_tanh")),
+    "gemma3_text": Family("Gemma3ForCausalLM", GEMMA2,
+                          GEMMA2_FIELDS | dict(rope_local_base_freq="rope_local_base_freq"),
+                          fixed=GEMMA_FIXED | dict(norm_position="sandwich", qk_norm="head"),
+                          defaults=GEMMA2_DEFAULTS | dict(sliding_window_pattern=6, max_position_embeddings=131072,
+                                                          rope_theta=1000000.0, rope_local_base_freq=10000.0),
+                          only=dict(hidden_act="gelu_pytorch_tanh")),
+    "gpt2": Family("GPT2LMHeadModel", GPT2,
+                   dict(vocab_size="vocab_size", hidden_size="n_embd", num_hidden_layers="n_layer",
+                        num_attention_heads="n_head", intermediate_size="n_inner", norm_eps="layer_norm_epsilon",
+                        max_position_embeddings="n_positions", hidden_act="activation_function",
+                        tie_word_embeddings="tie_word_embeddings", attention_dropout="attn_pdrop",
+                        hidden_dropout="resid_pdrop", bos_token_id="bos_token_id", eos_token_id="eos_token_id",
+                        pad_token_id="pad_token_id"),
+                   fixed=dict(norm="layer", position="learned", gated=False, attention_bias=True, mlp_bias=True),
+                   defaults=dict(n_positions=1024, layer_norm_epsilon=1e-5, activation_function="gelu_new",
+                                 attn_pdrop=0.1, resid_pdrop=0.1, bos_token_id=50256, eos_token_id=50256),
+                   only=dict(scale_attn_weights=True),
+                   drop=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias")),
+    # Three more that need nothing new.
+    "phi3": Family("Phi3ForCausalLM",
+                   LLAMA | {"layers.{}.attention.qkv": LAYER + "self_attn.qkv_proj",
+                            "layers.{}.mlp.gate_up": LAYER + "mlp.gate_up_proj"},
+                   COMMON | SLIDING | dict(hidden_dropout="resid_pdrop", partial_rotary_factor="partial_rotary_factor"),
+                   defaults=dict(rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=4096,
+                                 bos_token_id=1, eos_token_id=32000, pad_token_id=32000),
+                   only=dict(rope_scaling=None)),
+    "olmo2": Family("Olmo2ForCausalLM",
+                    GEMMA2 | {"layers.{}.mlp_norm": "", "layers.{}.attention_norm": ""}, COMMON | BIASES,
+                    fixed=dict(norm_position="output", qk_norm="full"),
+                    defaults=dict(rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=2048,
+                                  eos_token_id=50279, pad_token_id=1)),
+    "starcoder2": Family("Starcoder2ForCausalLM",
+                         LLAMA | {"layers.{}.mlp.up": LAYER + "mlp.c_fc", "layers.{}.mlp.down": LAYER + "mlp.c_proj"},
+                         COMMON | SLIDING | dict(
+                             norm_eps="norm_epsilon", attention_bias="use_bias", attention_output_bias="use_bias",
+                             mlp_bias="use_bias", hidden_dropout="residual_dropout"),
+                         fixed=dict(norm="layer", gated=False),
+                         defaults=dict(use_bias=True, norm_epsilon=1e-5, hidden_act="gelu_pytorch_tanh",
+                                       num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=50256,
+                                       eos_token_id=50256)),
+}
+# What no other family can express (an architecture changed on the fly) keeps our own names; only tinylm loads it.
+FAMILIES["tinylm"] = Family("TinyLM", {}, {f.name: f.name for f in fields(Config) if f.name != "model_type"})
+
+
+def config_from_hf(raw: dict, source: str = "config.json") -> Config:
+    """The Config that a `config.json` describes, in the dialect of transformers 4 or 5.
+
+    Raises Error for an unknown model_type, and for any field that would change what the model computes and that this
+    file does not support.
+    """
+    name = raw.get("model_type")
+    if name not in FAMILIES:
+        raise Error(f"{source}: model_type = {name!r} is not supported (supported: {', '.join(FAMILIES)})")
+    row = FAMILIES[name]
+    raw = row.defaults | _flat_rope(raw, source)
+    if raw.get("use_sliding_window") is False:
+        raw["sliding_window"] = None
+        raw.pop("layer_types", None)
+    window, period = raw.get("sliding_window"), raw.get("_sliding_window_pattern", raw.get("sliding_window_pattern"))
+    if raw.get("layer_types") is None and window is not None and "layer_types" in row.fields:
+        first = raw.get("max_window_layers") or 0
+        raw["layer_types"] = [LAYER_TYPES[i >= first and not (period and (i + 1) % period == 0)]
+                              for i in range(raw.get("num_hidden_layers", 0))]
+    for key, value in raw.items():
+        value = row.alias.get(key, {}).get(value, value) if isinstance(value, str) else value
+        raw[key] = value
+        if key in row.only and value not in (None, row.only[key]):
+            raise Error(f"{source}: {key} = {value!r} is not supported for {name} (supported: {row.only[key]!r})")
+        known = key in row.fields.values() or key in row.only or key in INERT or key == "use_sliding_window"
+        if not known and not key.startswith("_") and value not in (None, False, [], {}, ""):
+            raise Error(f"{source}: {key} = {value!r} is not supported for {name}; remove the field if it does not "
+                        "change what the model computes")
+    values = NEUTRAL | {ours: raw[theirs] for ours, theirs in row.fields.items() if theirs in raw} | row.fixed
+    for key in ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size"):
+        if not isinstance(values.get(key), int):
+            raise Error(f"{source}: {row.fields[key]} = {values.get(key)!r}, expected a positive integer")
+    defaulted = {f.name for f in fields(Config) if f.default is not None and f.default is not MISSING}
+    try:  # null means the default, but for the fields where it says something of its own
+        return Config(**{k: v for k, v in values.items() if v is not None or k not in defaulted - {"qk_norm"}},
+                      model_type=name)
+    except Error as error:
+        raise Error(f"{source}: {error}") from None
+    except TypeError as error:
+        raise Error(f"{source}: a field has a value of the wrong kind ({error})") from None
+
+
+def _flat_rope(raw: dict, source: str) -> dict:
+    """transformers 5 nests `rope_parameters`, per layer type where these differ; take it back to the flat names."""
+    raw = dict(raw)
+    rope = raw.pop("rope_parameters", None)
+    if not rope:
+        return raw
+    if not isinstance(rope, dict):
+        raise Error(f"{source}: rope_parameters = {rope!r}, expected an object with rope_type")
+    full, local = (rope.get(kind) for kind in LAYER_TYPES) if set(rope) & set(LAYER_TYPES) else (rope, None)
+    full = dict(full or {})
+    if local:
+        local = dict(local)
+        raw["rope_local_base_freq"] = local.pop("rope_theta", None)
+        if set(local) - {"rope_type", "type"} or local.get("rope_type", "default") != "default":
+            raise Error(f"{source}: rope_parameters of sliding_attention = {local} is not supported (supported: "
+                        "rope_type 'default')")
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in full:
+            raw[key] = full.pop(key)
+    raw["rope_scaling"] = full if full.get("rope_type", full.get("type", "default")) != "default" else None
+    return raw
+
+
+def config_to_hf(config: Config) -> dict:
+    """The `config.json` of a config, in the flat dialect that transformers 4 and 5 both read.
+
+    Without a `model_type` it is the first family that can express it. Raises Error where the named family cannot.
+    """
+    for name in [config.model_type] if config.model_type else FAMILIES:
+        row = FAMILIES[name]
+        raw = {"architectures": [row.architecture], "model_type": name, "initializer_range": config.initializer_range}
+        raw |= {theirs: getattr(config, ours) for ours, theirs in row.fields.items()}
+        if "use_sliding_window" in row.defaults:
+            raw["use_sliding_window"] = config.sliding_window is not None
+        back = config_from_hf(raw, "config")
+        lost = [f.name for f in fields(Config) if f.name not in ("model_type", "hidden_dropout", "initializer_range")
+                and getattr(back, f.name) != getattr(config, f.name)]
+        if not lost:
+            return raw
+    raise Error(f"config: {lost[0]} = {getattr(config, lost[0])!r} cannot be written as model_type {name!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021): turn the pairs (i, i + r/2) of the first r channels, pass the others.
+
+    x (batch, heads, seq, head_dim); cos, sin (batch, seq, r / 2).
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None,
+           dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T scale) v with grouped queries; scores are soft-capped where `softcap` is given (Gemma 2).
+
+    q (batch, heads, seq, head_dim); k, v (batch, kv_heads, keys, head_dim); mask (batch, 1, seq, keys), True where
+    attention is allowed, or None for the causal square, which lets the flash kernels in.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if softcap is None:
+        if mask is None or groups == 1:
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale,
+                                                  enable_gqa=groups > 1)
+        # Queries that share a key head stand below each other, so that keys are read once and not expanded.
+        s = q.shape[2]
+        q = rearrange(q, "b (g r) s d -> b g (r s) d", r=groups)
+        x = F.scaled_dot_product_attention(q, k, v, mask.repeat(1, 1, groups, 1) if s > 1 else mask, dropout,
+                                           scale=scale)
+        return rearrange(x, "b g (r s) d -> b (g r) s d", s=s)
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+class Norm(nn.Module):
+    """Root-mean-square norm, or layer norm where the config says so, over the last axis."""
+
+    def __init__(self, config: Config, size: int):
+        super().__init__()
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - self.offset))
+        self.bias = nn.Parameter(torch.zeros(size)) if config.norm == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return rms_norm(x, self.weight.float() + self.offset if self.offset else self.weight, self.eps)
+
+
+class Rotary(nn.Module):
+    """Angles of the rotary positions: (batch, seq) positions to cos and sin, each (batch, seq, rotary_dim / 2).
+
+    Scalings: linear (kaiokendev 2023), dynamic (NTK-aware, per row: its own length stretches its base), llama3
+    (Llama 3.1) and yarn (Peng et al. 2023).
+    """
+
+    def __init__(self, config: Config, theta: float, scaling: dict | None):
+        super().__init__()
+        scaling = scaling or {"rope_type": "default"}
+        self.kind, self.theta, self.dim = scaling.get("rope_type", scaling.get("type")), theta, config.rotary_dim
+        self.factor, self.limit = scaling.get("factor", 1.0), config.max_position_embeddings
+        original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+        self.magnitude = 1.0
+        # Explicitly on the CPU: a model is made on the meta device before its weights are read.
+        inv_freq = 1.0 / theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim)
+        if self.kind == "linear":
+            inv_freq = inv_freq / self.factor
+        elif self.kind == "llama3":  # long waves are stretched, short ones kept, those between blended
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            keep = ((original * inv_freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+            inv_freq = keep * inv_freq + (1 - keep) * inv_freq / self.factor
+        elif self.kind == "yarn":
+            inv_freq = self._yarn(inv_freq, scaling, original)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def _yarn(self, inv_freq: Tensor, scaling: dict, original: int) -> Tensor:
+        def channel(rotations):  # the channel that turns so often within the original length
+            return self.dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        def magnitude(weight):
+            return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+        low, high = channel(scaling.get("beta_fast") or 32), channel(scaling.get("beta_slow") or 1)
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.dim - 1)
+        stretch = ((torch.arange(self.dim // 2, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
+        self.magnitude = scaling.get("attention_factor")
+        if self.magnitude is None:
+            m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+            self.magnitude = magnitude(m) / magnitude(m_all) if m and m_all else magnitude(1)
+        return stretch * inv_freq / self.factor + (1 - stretch) * inv_freq
+
+    def _apply(self, fn, recurse=True):
+        """Moves with the model, but is never rounded to its dtype."""
+        self.inv_freq = self.inv_freq.to(fn(self.inv_freq).device)
+        return self
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        inv_freq = self.inv_freq
+        if self.kind == "dynamic":
+            length = (positions.amax(-1, keepdim=True) + 1).clamp(min=self.limit)
+            stretch = (self.factor * length / self.limit - (self.factor - 1)) ** (self.dim / (self.dim - 2))
+            exponent = torch.arange(0, self.dim, 2, dtype=torch.float32, device=positions.device) / self.dim
+            inv_freq = 1.0 / (self.theta * stretch) ** exponent
+        angles = positions[..., None].float() * inv_freq[..., None, :]
+        return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with one fused query-key-value projection."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.sizes, self.head_dim = config.qkv_sizes, config.head_dim
+        self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        self.softcap, self.dropout = config.attn_logit_softcapping, config.attention_dropout
+        self.qkv = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias)
+        self.o = nn.Linear(self.sizes[0], config.hidden_size, bias=config.attention_output_bias)
+        q_width, k_width = {None: (0, 0), "head": (self.head_dim,) * 2, "full": self.sizes[:2]}[config.qk_norm]
+        self.q_norm = Norm(config, q_width) if q_width else None
+        self.k_norm = Norm(config, k_width) if k_width else None
+
+    def heads(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """(batch, seq, heads * head_dim) to (batch, heads, seq, head_dim), normed over the width of the norm."""
+        if norm is not None:
+            x = norm(x.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
+        return rearrange(x, "b s (h d) -> b h s d", d=self.head_dim)
+
+    def forward(self, x: Tensor, rope: tuple | None, mask: Tensor | None, cache=None, layer: int = 0) -> Tensor:
+        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+        q, k, v = self.heads(q, self.q_norm), self.heads(k, self.k_norm), self.heads(v)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        x = attend(q, k, v, mask, self.scale, self.softcap, self.dropout if self.training else 0.0)
+        return self.o(rearrange(x, "b h s d -> b s (h d)"))
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)) with gate and up fused (Shazeer 2020), or the plain down(act(up(x)))."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.act, bias = ACTIVATIONS[config.hidden_act], config.mlp_bias
+        self.gated = config.gated
+        if self.gated:
+            self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
+        else:
+            self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+            return self.down(self.act(gate) * up)
+        return self.down(self.act(self.up(x)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream, normed before (pre), after (output) or both (sandwich)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        before, after = config.norm_position != "output", config.norm_position != "pre"
+        self.attention_norm = Norm(config, config.hidden_size) if before else nn.Identity()
+        self.attention = Attention(config)
+        self.attention_output_norm = Norm(config, config.hidden_size) if after else nn.Identity()
+        self.mlp_norm = Norm(config, config.hidden_size) if before else nn.Identity()
+        self.mlp = MLP(config)
+        self.mlp_output_norm = Norm(config, config.hidden_size) if after else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        x = x + self.dropout(self.attention_output_norm(self.attention(self.attention_norm(x), *context)))
+        return x + self.dropout(self.mlp_output_norm(self.mlp(self.mlp_norm(x))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Positions and the key-value cache. One rule masks everything: a query sees the keys whose position is not after its
+# own (and, in a sliding layer, less than a window before). Padding has a position after all others.
+# ---------------------------------------------------------------------------------------------------------------------
+
+NEVER = 2**30  # the position of padding and of cache columns not written yet
+
+
+def count_positions(mask: Tensor, start: Tensor | int = 0) -> tuple[Tensor, Tensor]:
+    """Positions of queries and of keys, each (batch, seq), from a mask of real tokens with padding anywhere."""
+    positions = start + mask.long().cumsum(-1) - 1
+    return positions.clamp(min=0), torch.where(mask.bool(), positions, NEVER)
+
+
+def visible(positions: Tensor, key_positions: Tensor, window: int | None = None) -> Tensor:
+    """The attention mask (batch, 1, seq, keys) of query and key positions, True where a query may look."""
+    distance = positions[:, None, :, None] - key_positions[:, None, None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+class KVCache:
+    """Keys and values of every layer, (batch, kv_heads, length, head_dim), allocated once and written in place.
+
+    All rows write the same columns, each at positions of its own, so that prompts padded on either side batch as they
+    are. The write position is a tensor: a compiled decode step keeps one shape, and nothing waits for the device.
+    """
+
+    def __init__(self, config: Config, batch: int, length: int, dtype=torch.float32, device=None):
+        shape = (batch, config.num_key_value_heads, length, config.head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.key_positions = torch.full((batch, length), NEVER, device=device)
+        self.lengths = torch.zeros((batch, 1), dtype=torch.long, device=device)  # real tokens of each row
+        self.columns = torch.zeros(0, dtype=torch.long, device=device)           # written by the current call
+        self.written = torch.zeros(1, dtype=torch.long, device=device)           # columns used so far
+
+    def reset(self):
+        self.key_positions.fill_(NEVER), self.lengths.zero_(), self.written.zero_()
+        return self
+
+    def extend(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Make room for a call's tokens: their positions (batch, seq) and those of all keys (batch, length)."""
+        positions, new = count_positions(mask, self.lengths)
+        self.columns = self.written + torch.arange(mask.shape[1], device=mask.device)
+        self.key_positions.index_copy_(1, self.columns, new)
+        self.lengths += mask.long().sum(-1, keepdim=True)
+        self.written += mask.shape[1]
+        return positions, self.key_positions
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k[layer].index_copy_(2, self.columns, k), self.v[layer].index_copy_(2, self.columns, v)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+class TinyLM(nn.Module):
+    """A decoder language model: token ids (batch, seq) to logits (batch, seq, vocab)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.tokenizer, self.generation_config = config, None, {}
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position == "learned":
+            self.position_embed = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            self.rotary = nn.ModuleDict({"full_attention": Rotary(config, config.rope_theta, config.rope_scaling)})
+            if config.rope_local_base_freq is not None:
+                self.rotary["sliding_attention"] = Rotary(config, config.rope_local_base_freq, None)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = Norm(config, config.hidden_size)
+        self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("embedding_scale", torch.tensor(config.hidden_size ** 0.5, device="cpu"), persistent=False)
+        if not self.embed.weight.is_meta:
+            self.apply(self._init)
+            self.tokenizer = ByteTokenizer() if config.vocab_size >= ByteTokenizer.size else None
+
+    def _init(self, module: nn.Module):
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block):  # what is added to the residual stream shrinks with its depth (GPT-2)
+            for out in (module.attention.o, module.mlp.down):
+                nn.init.normal_(out.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+
+    @property
+    def device(self):
+        return self.embed.weight.device
+
+    @property
+    def dtype(self):
+        return self.embed.weight.dtype
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache=None,
+                columns: Tensor | None = None) -> Tensor:
+        """Logits (batch, seq, vocab) for token ids (batch, seq).
+
+        attention_mask (batch, seq), 1 for a token and 0 for padding on either side; a cache (its own columns only) if
+        the ids continue what it holds; columns (batch, n) to get logits (batch, n, vocab) of those columns alone.
+        """
+        config, (batch, seq) = self.config, input_ids.shape
+        if config.position == "learned" and cache is None and seq > config.max_position_embeddings:
+            raise Error(f"input_ids: {seq} tokens, but the model has only {config.max_position_embeddings} positions")
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        positions, key_positions = count_positions(real) if cache is None else cache.extend(real)
+        masks, ropes = {}, {}
+        for kind in dict.fromkeys(config.layer_types):
+            window = config.sliding_window if kind == "sliding_attention" else None
+            causal = cache is None and attention_mask is None and (window is None or seq <= window)
+            masks[kind] = None if causal else visible(positions, key_positions, window)
+            if config.position == "rope":
+                ropes[kind] = (self.rotary[kind] if kind in self.rotary else self.rotary["full_attention"])(positions)
+        x = self.embed(input_ids)
+        if config.scale_embedding:
+            x = x * self.embedding_scale.to(x.dtype)  # rounded as the reference rounds it
+        if config.position == "learned":
+            x = x + self.position_embed(positions)
+        x = self.dropout(x)
+        for layer, (block, kind) in enumerate(zip(self.layers, config.layer_types)):
+            x = block(x, ropes.get(kind), masks[kind], cache, layer)
+        if columns is not None:
+            x = x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
+        logits = F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
+        if config.final_logit_softcapping is not None:
+            logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
+        return logits
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype: torch.dtype | None = None, device=None) -> TinyLM:
+        """The model in a checkpoint folder, in eval mode: config.json, model.safetensors (or its sharded index) and
+        tokenizer.json where there is one. dtype None keeps the stored one.
+
+        Raises Error where the folder lacks a file or a tensor, has one too many or of a wrong shape, or where
+        config.json asks for something unsupported.
+        """
+        folder = Path(folder)
+        config = config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+        with torch.device("meta"):
+            lm = cls(config)
+        shapes = {name: tensor.shape for name, tensor in lm.state_dict().items()}
+        state = read_tensors(folder, config, shapes, dtype, device or "cpu")
+        lm.load_state_dict(state, assign=True)
+        for parameter in lm.parameters():
+            parameter.requires_grad_(True)
+        lm.tokenizer = load_tokenizer(folder)
+        generation = folder / "generation_config.json"
+        lm.generation_config = read_json(generation) if generation.exists() else {}
+        return lm.to(device or "cpu").eval()
+
+    def save_pretrained(self, folder):
+        """Write config.json, model.safetensors, generation_config.json and the tokenizer's files, each one at once.
+
+        Raises Error where the architecture cannot be written as the config's `model_type`.
+        """
+        raw = config_to_hf(self.config) | {"torch_dtype": str(self.dtype).removeprefix("torch.")}
+        tensors = to_checkpoint(self.state_dict(), self.config, raw["model_type"])
+        ids = {f"{name}_token_id": getattr(self.config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in (self.tokenizer.files if self.tokenizer else {}).items():
+            write_file(folder / name, lambda path: path.write_bytes(content))
+        write_json(folder / "generation_config.json", self.generation_config or ids)
+        write_file(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_json(folder / "config.json", raw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: the tensor tables at work, in both directions
+# ---------------------------------------------------------------------------------------------------------------------
+
+def write_file(path: Path, write):
+    """Whole or not at all: `write` fills a temporary file that then takes the name."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content):
+    write_file(path, lambda p: p.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Error(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Error(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise Error(f"{path}: expected a JSON object")
+    return content
+
+
+def sources(name: str, model_type: str) -> tuple[tuple, type]:
+    """Which tensors of a family's checkpoint make up our tensor `name`, and the kind of its row."""
+    table, (module, kind) = FAMILIES[model_type].tensors, name.rsplit(".", 1)
+    if not table:
+        return (name,), str
+    layer = next((part for part in module.split(".") if part.isdigit()), "")
+    row = table.get(module.replace(f".{layer}.", ".{}.") if layer else module)
+    if not row:
+        raise Error(f"{name}: model_type {model_type!r} has no such tensor; use model_type 'tinylm'")
+    theirs = row if isinstance(row, tuple) else (row,)
+    return tuple(f"{n.format(layer)}.{kind}" for n in theirs), type(theirs[0])
+
+
+def fused_sizes(name: str, config: Config) -> tuple:
+    """Rows that each part has in a fused projection of ours."""
+    return config.qkv_sizes if ".qkv." in name else (config.intermediate_size,) * 2
+
+
+def to_checkpoint(state: dict, config: Config, model_type: str) -> dict:
+    """Our state dict under a family's names: fused tensors split, Conv1D weights transposed."""
+    out = {}
+    for name, tensor in state.items():
+        theirs, kind = sources(name, model_type)
+        parts = tensor.split(fused_sizes(name, config)) if len(theirs) > 1 else [tensor]
+        out |= {n: (p.t() if kind is Transposed and p.ndim == 2 else p).contiguous() for n, p in zip(theirs, parts)}
+    return out
+
+
+def checkpoint_files(folder: Path) -> dict:
+    """Tensor name -> the safetensors file that holds it."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return {name: single for name in open_tensors(single).keys()}
+    if not index.exists():
+        others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
+        raise Error(f"{folder}: no model.safetensors and no model.safetensors.index.json"
+                    + (f" ({', '.join(others)}: only safetensors is read)" if others else ""))
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise Error(f"{index}: weight_map = {files!r}, expected tensor names and their files")
+    for name, file in files.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise Error(f"{index}: {name} lies in {file!r}, expected the name of a .safetensors file in this folder")
+    return {name: folder / file for name, file in files.items()}
+
+
+def open_tensors(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise Error(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Error(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def read_tensors(folder: Path, config: Config, shapes: dict, dtype, device) -> dict:
+    """Our state dict from a checkpoint: every tensor of `shapes` is found and fits, and nothing is left over."""
+    row, files = FAMILIES[config.model_type], checkpoint_files(folder)
+    opened = {file: open_tensors(file) for file in sorted(set(files.values()))}
+    prefix = row.tensors.get("embed", "").split(".")[0] + "."
+    bare = bool(row.tensors) and not any(name.startswith(prefix) for name in files)  # saved without its head's wrapper
+
+    def fetch(name, shape=None):
+        stored = name.removeprefix(prefix) if bare else name
+        if stored not in files:
+            raise Error(f"{folder}: tensor {stored} is missing, expected with shape {tuple(shape)}")
+        try:
+            found = opened[files[stored]].get_slice(stored).get_shape()
+            if shape is not None and tuple(found) != tuple(shape):
+                raise Error(f"{files[stored]}: tensor {stored} has shape {tuple(found)}, expected {tuple(shape)}")
+            return opened[files[stored]].get_tensor(stored).to(device, dtype)
+        except SafetensorError as error:
+            raise Error(f"{files[stored]}: tensor {stored} is not readable ({error})") from None
+
+    state, used = {}, set()
+    for name, shape in shapes.items():
+        theirs, kind = sources(name, config.model_type)
+        rows = fused_sizes(name, config) if len(theirs) > 1 else shape[:1]
+        flip = kind is Transposed and len(shape) == 2
+        parts = [fetch(n, shape[::-1] if flip else (r, *shape[1:])) for n, r in zip(theirs, rows)]
+        state[name] = parts[0].t().contiguous() if flip else parts[0] if len(parts) == 1 else torch.cat(parts)
+        used |= {n.removeprefix(prefix) if bare else n for n in theirs}
+    head = row.tensors.get("head", "head") + ".weight"
+    if config.tie_word_embeddings and head in files:  # some writers store the tied head again
+        if not torch.equal(fetch(head), state["embed.weight"]):
+            raise Error(f"{files[head]}: tensor {head} differs from the embedding, but tie_word_embeddings = true")
+        used.add(head)
+    dropped = {pattern.format(i).removeprefix(prefix if bare else "")
+               for pattern in row.drop for i in range(config.num_hidden_layers)}
+    for name in sorted(set(files) - used - dropped):
+        raise Error(f"{files[name]}: tensor {name} is unexpected for model_type {config.model_type!r}")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+class ByteTokenizer:
+    """UTF-8 bytes are their own ids; 256 ends a text and 257 pads. Its tokenizer.json is a byte-level BPE that has no
+    merges, so every other library reads it too."""
+
+    eos_token_id, pad_token_id, size = 256, 257, 258
+    specials = ("<|endoftext|>", "<|pad|>")
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", errors="replace"))
+
+    def decode(self, ids) -> str:
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    @property
+    def files(self) -> dict:
+        """File name -> content, in the format of `tokenizers`. Bytes are spelled as GPT-2 spells them."""
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        moved = [b for b in range(256) if b not in plain]
+        vocab = {chr(b if b in plain else 256 + moved.index(b)): b for b in range(256)}
+        added = [{"id": 256 + i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+                  "normalized": False, "special": True} for i, name in enumerate(self.specials)]
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                 "vocab": vocab, "merges": []}
+        tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+                     "pre_tokenizer": level, "post_processor": None, "decoder": level, "model": model}
+        return {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False).encode("utf-8"),
+                "tokenizer_config.json": tokenizer_config(*self.specials)}
+
+
+def tokenizer_config(eos: str, pad: str) -> bytes:
+    return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": pad,
+                       "clean_up_tokenization_spaces": False}, indent=2).encode("utf-8")
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.json, run by the `tokenizers` library; its other files travel along in `files`."""
+
+    def __init__(self, files: dict):
+        from tokenizers import Tokenizer as Backend
+        self.files, self.backend = files, Backend.from_str(files["tokenizer.json"].decode("utf-8"))
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a checkpoint folder, or None if it has none. A byte tokenizer of ours needs no library."""
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
+    if "tokenizer.json" not in files:
+        return None
+    if files["tokenizer.json"] == ByteTokenizer().files["tokenizer.json"]:
+        return ByteTokenizer()
+    try:
+        return Tokenizer(files)
+    except ImportError:
+        raise Error(f"{folder / 'tokenizer.json'}: reading it needs `pip install tokenizers`") from None
+    except Exception as error:  # the library raises plain Exception
+        raise Error(f"{folder / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
+
+
+def chat_prompt(tokenizer, messages: list[dict]) -> str:
+    """Messages ({"role", "content"}) as text, through the checkpoint's own chat template in jinja2's sandbox."""
+    files = getattr(tokenizer, "files", {})
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    template = files["chat_template.jinja"].decode("utf-8") if "chat_template.jinja" in files else config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    if not template:
+        raise Error("chat: the checkpoint has no chat_template in tokenizer_config.json and no chat_template.jinja")
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    tokens = {key: value.get("content") if isinstance(value, dict) else value
+              for key, value in config.items() if key.endswith("_token")}
+    try:
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
+    except TemplateError as error:
+        raise Error(f"chat: the checkpoint's chat template failed ({error})") from None

@@ -781,6 +781,118 @@ class TinyLM(nn.Module):
         write_file(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         write_json(folder / "config.json", raw)
 
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128,
+                 temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+                 min_p: float | None = None, repetition_penalty: float = 1.0, eos_token_id=None, stop=None,
+                 seed: int | None = None, compile: bool = False) -> Tensor:
+        """Continue every row of (batch, seq): (batch, seq + new), with the pad id after a row's end.
+
+        Temperature 0 is greedy. eos_token_id None takes the checkpoint's, () never ends; `stop` is a string or a list
+        of them, and ends a row once its new text has one. The same seed gives the same text, whatever stands in the
+        other rows. `compile` compiles the decode step (CUDA graphs on CUDA). Raises Error for arguments out of range.
+        """
+        knobs = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        steps = list(self.decode(input_ids, attention_mask, max_new_tokens, knobs, eos_token_id, stop, seed, compile))
+        new = torch.stack([token for token, _ in steps], dim=1)
+        running = torch.stack([alive for _, alive in steps], dim=1).any(0).sum()  # columns until the last row ended
+        return torch.cat((input_ids, new[:, :int(running)]), dim=1)
+
+    def stream(self, text: str, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
+               top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
+               eos_token_id=None, stop=None, seed: int | None = None, compile: bool = False):
+        """The continuation of a text, piece by piece, never splitting a character; ends before a stop string."""
+        if self.tokenizer is None:
+            raise Error("stream: the checkpoint has no tokenizer.json; use generate with token ids")
+        ends = self.ends(eos_token_id)
+        ids = self.tokenizer.encode(text) or [ends[0] if ends else 0]
+        knobs = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        steps = self.decode(torch.tensor([ids], device=self.device), None, max_new_tokens, knobs, eos_token_id, None,
+                            seed, compile)
+        tokens = (int(token) for token, _ in steps)
+        return text_pieces(self.tokenizer, (t for t in tokens if t not in ends), stop_strings(stop))
+
+    def ends(self, eos_token_id=None) -> tuple:
+        """Ids that end a text: those asked for, else those of the generation config, else those of the config."""
+        for ids in (eos_token_id, self.generation_config.get("eos_token_id"), self.config.eos_token_id):
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+        return ()
+
+    @torch.no_grad()
+    def decode(self, input_ids, attention_mask, max_new_tokens, knobs, eos_token_id, stop, seed, compile):
+        """Yield, per step, the new ids (batch,) and which rows (batch,) had not ended before it."""
+        config, mask = self.config, torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        batch, seq = self._checked(input_ids, mask, max_new_tokens, knobs)
+        ends, stop, device = self.ends(eos_token_id), stop_strings(stop), input_ids.device
+        pad = self.generation_config.get("pad_token_id", config.pad_token_id)
+        pad = pad if pad is not None else ends[0] if ends else 0
+        state, step = self._decoder(batch, -(-(seq + max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET, compile)
+        state.start(input_ids, mask, torch.randint(2**31, ()) if seed is None else seed)
+        ends = torch.tensor(ends, dtype=torch.long, device=device)
+        columns = (mask.long() * torch.arange(1, seq + 1, device=device)).argmax(-1, keepdim=True)
+        look = 1 if stop or device.type == "cpu" else 16  # steps between looks at the device: a look waits for it
+        rows = [[] for _ in range(batch)]
+        self._step(state, input_ids, mask, columns, knobs, ends, pad)
+        for i in range(1, max_new_tokens + 1):
+            token, alive = state.token[:, 0].clone(), state.alive.clone()
+            yield token, alive
+            for row, text in enumerate(rows if stop else ()):
+                text.append(int(token[row]))
+                if any(s in self.tokenizer.decode(text[-2 * len(s.encode()) - 8:]) for s in stop):
+                    state.done[row] = True
+            if i == max_new_tokens or i % look == 0 and bool(state.done.all()):
+                return
+            if compile and device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
+            step(state, state.token, state.one, None, knobs, ends, pad)
+
+    def _step(self, state, ids, mask, columns, knobs, ends, pad):
+        """One step, prefill or decode: nothing here waits for the device or changes shape between steps."""
+        logits = self(ids, mask, cache=state.cache, columns=columns)[:, -1].float()
+        if knobs.repetition_penalty != 1:
+            penalized = torch.where(logits > 0, logits / knobs.repetition_penalty, logits * knobs.repetition_penalty)
+            logits = torch.where(state.seen, penalized, logits)
+        token = torch.where(state.done, pad, sample(logits, knobs, state.seed, state.count))
+        state.alive.copy_(~state.done)
+        state.done |= (token[:, None] == ends).any(-1)
+        state.seen.scatter_(1, token[:, None], True)
+        state.token.copy_(token[:, None])
+        state.count += 1
+
+    def _decoder(self, batch, length, compile):
+        """The state of a generation and its step. A compiled step keeps both: its tensors keep their addresses."""
+        if not compile:
+            return Decoding(self.config, batch, length, self.dtype, self.device), self._step
+        if not hasattr(self, "_compiled"):
+            mode = "reduce-overhead" if self.device.type == "cuda" else None
+            self._compiled = (torch.compile(self._step, fullgraph=True, dynamic=False, mode=mode), {})
+        step, states = self._compiled
+        key = (batch, length, self.dtype, self.device)
+        if key not in states:
+            states.clear()
+            states[key] = Decoding(self.config, batch, length, self.dtype, self.device)
+            for tensor in states[key].tensors():
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        return states[key], step
+
+    def _checked(self, input_ids, mask, max_new_tokens, knobs) -> tuple:
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():
+            raise Error(f"input_ids: {input_ids.dtype} of shape {tuple(input_ids.shape)}, expected ids (batch, seq)")
+        if mask.shape != input_ids.shape or not bool(mask.any(-1).all()):
+            raise Error(f"attention_mask: shape {tuple(mask.shape)}, expected {tuple(input_ids.shape)} and a token in "
+                        "every row")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise Error(f"max_new_tokens = {max_new_tokens!r}, expected a positive integer")
+        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
+            raise Error(f"input_ids: ids {int(input_ids.min())} to {int(input_ids.max())}, expected ids below "
+                        f"vocab_size = {self.config.vocab_size}")
+        total, limit = input_ids.shape[1] + max_new_tokens, self.config.max_position_embeddings
+        if self.config.position == "learned" and total > limit:
+            raise Error(f"max_new_tokens = {max_new_tokens} after {input_ids.shape[1]} tokens is more than the model's "
+                        f"{limit} positions")
+        return input_ids.shape
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: the tensor tables at work, in both directions
@@ -1001,3 +1113,120 @@ def chat_prompt(tokenizer, messages: list[dict]) -> str:
         return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
     except TemplateError as error:
         raise Error(f"chat: the checkpoint's chat template failed ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+CACHE_BUCKET = 128  # cache lengths are multiples of it, so that a compiled step serves many prompt lengths
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn, in the order of Hugging Face's processors: penalty, temperature, top-k, top-p, min-p."""
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        for name, low, high in (("temperature", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, math.inf),
+                                ("repetition_penalty", 1e-9, math.inf)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and low <= value <= high):
+                raise Error(f"{name} = {value!r}, expected a number from {low:g} to {high:g}")
+
+
+def hash32(x: Tensor) -> Tensor:
+    """A 32-bit integer hash of full avalanche (Wellons' two-round prospector) of int64 values below 2^32."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def uniform(seed: Tensor, step: Tensor, batch: int, vocab: int) -> Tensor:
+    """Numbers in (0, 1), (batch, vocab), a function of seed, row, step and column alone: the same on every device and
+    in every batch size (Salmon et al. 2011, counter-based random numbers)."""
+    rows, columns = (torch.arange(n, device=seed.device) for n in (batch, vocab))
+    state = hash32((hash32((hash32(seed & 0xFFFFFFFF) + rows) & 0xFFFFFFFF) + step) & 0xFFFFFFFF)
+    bits = hash32((state[:, None] + columns * 0x9E3779B9) & 0xFFFFFFFF)
+    return ((bits >> 9).float() + 0.5) / 2**23
+
+
+def sample(logits: Tensor, knobs: Sampling, seed: Tensor, step: Tensor) -> Tensor:
+    """One id per row of logits (batch, vocab), drawn by the Gumbel trick; the most likely at temperature 0."""
+    if knobs.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / knobs.temperature
+    if knobs.top_k:
+        least = logits.topk(min(int(knobs.top_k), logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if knobs.top_p is not None and knobs.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        outside = p.cumsum(-1) - p >= knobs.top_p  # what stands before it is enough already
+        outside[:, 0] = False
+        logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
+    if knobs.min_p:
+        p = logits.softmax(-1)
+        logits = logits.masked_fill(p < knobs.min_p * p.amax(-1, keepdim=True), -math.inf)
+    noise = uniform(seed, step, *logits.shape)
+    return (logits - (-noise.log()).log()).argmax(-1)
+
+
+class Decoding:
+    """All that changes while a batch is generated: tensors of fixed shape and address."""
+
+    def __init__(self, config: Config, batch: int, length: int, dtype, device):
+        self.cache = KVCache(config, batch, length, dtype, device)
+        self.token = torch.zeros((batch, 1), dtype=torch.long, device=device)      # the newest
+        self.one = torch.ones((batch, 1), dtype=torch.long, device=device)         # its mask
+        self.done = torch.zeros(batch, dtype=torch.bool, device=device)            # the row has ended
+        self.alive = torch.ones(batch, dtype=torch.bool, device=device)            # it had not when token was drawn
+        self.seen = torch.zeros((batch, config.vocab_size), dtype=torch.bool, device=device)
+        self.seed = torch.zeros((), dtype=torch.long, device=device)
+        self.count = torch.zeros((), dtype=torch.long, device=device)
+
+    def start(self, input_ids: Tensor, mask: Tensor, seed):
+        self.cache.reset()
+        self.done.zero_(), self.count.zero_(), self.seed.copy_(torch.as_tensor(seed))
+        real = mask.bool()
+        rows = torch.arange(len(real), device=real.device)[:, None].expand_as(real)
+        self.seen.zero_()[rows[real], input_ids[real]] = True
+
+    def tensors(self) -> list:
+        cache = self.cache
+        return [*cache.k, *cache.v, cache.key_positions, cache.lengths, cache.written,
+                self.token, self.one, self.done, self.alive, self.seen, self.seed, self.count]
+
+
+def stop_strings(stop) -> tuple:
+    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if not all(isinstance(s, str) and s for s in stop):
+        raise Error(f"stop = {stop!r}, expected strings that are not empty")
+    return stop
+
+
+def text_pieces(tokenizer, tokens, stop: tuple = ()):
+    """The text of a stream of ids: whole characters only, and nothing from a stop string on."""
+    ids, done, shown, held = [], 0, 0, ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids[done:])
+        if text.endswith("\ufffd"):  # a character whose bytes are not all there
+            continue
+        held += text[len(tokenizer.decode(ids[done:shown])):]
+        done, shown = shown, len(ids)
+        cut = min((held.find(s) for s in stop if s in held), default=-1)
+        if cut >= 0:
+            yield held[:cut]
+            return
+        keep = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        if len(held) > keep:
+            yield held[:len(held) - keep]
+            held = held[len(held) - keep:]
+    rest = held + tokenizer.decode(ids[done:])[len(tokenizer.decode(ids[done:shown])):]
+    if rest:
+        yield rest

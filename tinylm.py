@@ -223,7 +223,7 @@ INERT = set("""architectures torch_dtype dtype transformers_version use_cache in
     output_hidden_states cache_implementation num_labels original_max_position_embeddings n_ctx reorder_and_upcast_attn
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
-    tokenizer_class sep_token_id decoder_start_token_id sliding_window_pattern max_window_layers
+    tokenizer_class sep_token_id decoder_start_token_id unk_token_id sliding_window_pattern max_window_layers
     unsloth_version""".split())
 COMMON = {name: name for name in """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim max_position_embeddings hidden_act rope_theta rope_scaling tie_word_embeddings
@@ -798,14 +798,19 @@ class TinyLM(nn.Module):
         running = torch.stack([alive for _, alive in steps], dim=1).any(0).sum()  # columns until the last row ended
         return torch.cat((input_ids, new[:, :int(running)]), dim=1)
 
-    def stream(self, text: str, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
+    def chat(self, messages: list[dict], **options):
+        """The answer to a conversation of {"role", "content"}, as `stream` gives it, with stream's options."""
+        return self.stream(self.tokenizer.encode(chat_prompt(self.tokenizer, messages), special=False), **options)
+
+    def stream(self, text: str | list[int], max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
                top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
                eos_token_id=None, stop=None, seed: int | None = None, compile: bool = False):
-        """The continuation of a text, piece by piece, never splitting a character; ends before a stop string."""
+        """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string."""
         if self.tokenizer is None:
             raise Error("stream: the checkpoint has no tokenizer.json; use generate with token ids")
         ends = self.ends(eos_token_id)
-        ids = self.tokenizer.encode(text) or [ends[0] if ends else 0]
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        ids = ids or [ends[0] if ends else 0]
         knobs = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         steps = self.decode(torch.tensor([ids], device=self.device), None, max_new_tokens, knobs, eos_token_id, None,
                             seed, compile)
@@ -901,7 +906,10 @@ class TinyLM(nn.Module):
 def write_file(path: Path, write):
     """Whole or not at all: `write` fills a temporary file that then takes the name."""
     temporary = path.with_name(path.name + ".tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # safetensors writes files that only their owner may read
     write(temporary)
+    temporary.chmod(mode)
     os.replace(temporary, path)
 
 
@@ -1026,7 +1034,7 @@ class ByteTokenizer:
     eos_token_id, pad_token_id, size = 256, 257, 258
     specials = ("<|endoftext|>", "<|pad|>")
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = True) -> list[int]:
         return list(text.encode("utf-8", errors="replace"))
 
     def decode(self, ids) -> str:
@@ -1061,12 +1069,23 @@ class Tokenizer:
     def __init__(self, files: dict):
         from tokenizers import Tokenizer as Backend
         self.files, self.backend = files, Backend.from_str(files["tokenizer.json"].decode("utf-8"))
+        self.size = self.backend.get_vocab_size()
+        tokens = special_tokens(files)
+        self.eos_token_id, self.pad_token_id = (self.backend.token_to_id(tokens.get(name) or "")
+                                                for name in ("eos_token", "pad_token"))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return self.backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def special_tokens(files: dict) -> dict:
+    """Name -> text of the special tokens that tokenizer_config.json names (bos_token, eos_token, ...)."""
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    return {key: value.get("content") if isinstance(value, dict) else value
+            for key, value in config.items() if key.endswith("_token")}
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -1107,10 +1126,9 @@ def chat_prompt(tokenizer, messages: list[dict]) -> str:
                                                 extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-    tokens = {key: value.get("content") if isinstance(value, dict) else value
-              for key, value in config.items() if key.endswith("_token")}
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True,
+                                                        **special_tokens(files))
     except TemplateError as error:
         raise Error(f"chat: the checkpoint's chat template failed ({error})") from None
 
@@ -1230,3 +1248,470 @@ def text_pieces(tokenizer, tokens, stop: tuple = ()):
     rest = held + tokenizer.decode(ids[done:])[len(tokenizer.decode(ids[done:shown])):]
     if rest:
         yield rest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `tinylm.py train`; the command line is made of these fields."""
+    out: str = field(default="out", metadata=dict(help="folder for the checkpoints `best` and `last`"))
+    size: str = field(default="small", metadata=dict(help="nano, small, medium or large", choices=None))
+    steps: int = field(default=1000, metadata=dict(help="optimizer steps"))
+    batch: int = field(default=16, metadata=dict(help="sequences per step"))
+    block: int = field(default=256, metadata=dict(help="tokens per sequence"))
+    vocab: int = field(default=0, metadata=dict(help="train a byte-level BPE of this many tokens; 0: bytes"))
+    lr: float = field(default=0.02, metadata=dict(help="peak learning rate of Muon (matrices)"))
+    adam_lr: float = field(default=2e-3, metadata=dict(help="peak learning rate of AdamW (all else)"))
+    weight_decay: float = field(default=0.05, metadata=dict(help="of the matrices"))
+    dropout: float = field(default=0.0, metadata=dict(help="of embeddings and sub-layers"))
+    warmup: float = field(default=0.02, metadata=dict(help="share of the steps in which the rates rise"))
+    decay: float = field(default=0.6, metadata=dict(help="share of the steps in which they fall to zero, at the end"))
+    clip: float = field(default=1.0, metadata=dict(help="largest norm of the gradient"))
+    accumulate: int = field(default=1, metadata=dict(help="parts in which a step's batch is run, to save memory"))
+    held_back: float = field(default=0.1, metadata=dict(help="share of the text, at its end, kept for validation"))
+    eval_every: int = field(default=250, metadata=dict(help="steps between validations, checkpoints and samples"))
+    seed: int = field(default=0, metadata=dict(help="of weights, data order and dropout"))
+    device: str = field(default="", metadata=dict(help="cpu, cuda, ...; cuda where there is one"))
+    compile: bool = field(default=False, metadata=dict(help="torch.compile the model"))
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "block", "accumulate", "eval_every"):
+            if getattr(self, name) < 1:
+                raise Error(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a positive integer")
+        for name in ("dropout", "warmup", "decay", "held_back"):
+            if not 0 <= getattr(self, name) < 1:
+                raise Error(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a number in [0, 1)")
+        for name in ("lr", "adam_lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise Error(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a positive number")
+        if self.size not in SIZES:
+            raise Error(f"--size {self.size}: expected one of {', '.join(SIZES)}")
+        if self.vocab and self.vocab < 258:
+            raise Error(f"--vocab {self.vocab}: expected at least 258, the bytes and two specials, or 0 for bytes")
+        if self.batch % self.accumulate:
+            raise Error(f"--accumulate {self.accumulate}: expected a divisor of --batch {self.batch}")
+
+
+SIZES = {
+    "nano": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256),
+    "small": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, intermediate_size=512),
+    "medium": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4),
+    "large": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4),
+}
+
+
+class MuonAdamW:
+    """Muon (Jordan 2024) for the matrices of the layers, AdamW for embeddings, head, norms and biases, as one."""
+
+    def __init__(self, model: nn.Module, lr: float = 0.02, adam_lr: float = 2e-3, weight_decay: float = 0.05):
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name and "head" not in name]
+        others = [p for p in named.values() if not any(p is m for m in matrices)]
+        fused = others[0].device.type in ("cuda", "cpu")
+        self.names = {p: name for name, p in named.items()}
+        self.parts = [torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)]
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay))
+        for group in self.param_groups:
+            group["peak_lr"] = group["lr"]
+
+    @property
+    def param_groups(self) -> list:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True):
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+    def tensors(self) -> dict:
+        """The whole state, as tensors by `parameter/key`."""
+        return {f"{self.names[p]}/{key}": value for part in self.parts for p, state in part.state.items()
+                for key, value in state.items()}
+
+    def load_tensors(self, tensors: dict):
+        for part in self.parts:
+            for p in (p for group in part.param_groups for p in group["params"]):
+                prefix = self.names[p] + "/"
+                part.state[p] = {key.removeprefix(prefix): value for key, value in tensors.items()
+                                 if key.startswith(prefix)}
+
+
+def next_token_loss(model: nn.Module, batch, reduction: str = "mean") -> Tensor:
+    """Cross-entropy, in nats per token, of every next token of a batch: ids (batch, seq), or a dict of input_ids,
+    optionally attention_mask and labels (batch, seq; not shifted, -100 is ignored, as in Hugging Face)."""
+    batch = batch if isinstance(batch, dict) else {"input_ids": batch}
+    ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
+    if labels is None:
+        labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+        logits = model(ids[:, :-1], None if mask is None else mask[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction=reduction)
+
+
+def train_step(model: nn.Module, optimizer, batch, max_grad_norm: float = 1.0, accumulate: int = 1) -> Tensor:
+    """One update on a batch as `next_token_loss` takes it, run in `accumulate` parts; the mean loss, a detached scalar
+    on the model's device. The optimizer is `MuonAdamW` or any of torch.optim."""
+    model.train()
+    batch = batch if isinstance(batch, dict) else {"input_ids": batch}
+    parts = [dict(zip(batch, rows)) for rows in zip(*(t.chunk(accumulate) for t in batch.values()))]
+    loss = torch.zeros((), device=batch["input_ids"].device)
+    for part in parts:
+        if "labels" in batch or "attention_mask" in batch:  # parts weigh by their tokens
+            share = next_token_count(part) / next_token_count(batch)
+        else:
+            share = len(part["input_ids"]) / len(batch["input_ids"])
+        part_loss = next_token_loss(model, part) * share
+        part_loss.backward()
+        loss += part_loss.detach()
+    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+def next_token_count(batch: dict) -> Tensor:
+    labels = batch["labels"] != -100 if "labels" in batch else batch["attention_mask"]
+    return labels[:, 1:].sum().clamp(min=1)
+
+
+class Corpus:
+    """Token ids of a text file, a jsonl file with a `text` field, or a folder of these: `train`, and `val` the tail."""
+
+    def __init__(self, path, options: TrainOptions, tokenizer=None):
+        texts = read_texts(Path(path))
+        kept, tail = split_tail(texts, options.held_back)
+        self.tokenizer = tokenizer or (train_bpe(kept, options.vocab) if options.vocab else ByteTokenizer())
+        self.seed, self.block, self.batch = options.seed, options.block, options.batch
+        self.train, self.val = self.ids(kept), self.ids(tail)
+        self.val_bytes = sum(len(text.encode("utf-8", errors="replace")) for text in tail)
+        if len(self.train) <= self.block:
+            raise Error(f"{path}: {len(self.train)} tokens to train on, expected more than --block {self.block}")
+
+    def ids(self, texts: list) -> Tensor:
+        """One row of ids; texts end with the end-of-text token, but for the last."""
+        end, out = [self.tokenizer.eos_token_id], []
+        for i, text in enumerate(texts):
+            out += end * (i > 0) + self.tokenizer.encode(text)
+        return torch.tensor(out, dtype=torch.int32)
+
+    def draw(self, step: int) -> Tensor:
+        """Random windows (batch, block + 1); which ones depends on seed and step alone, so a resumed run goes on."""
+        order = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        start = torch.randint(len(self.train) - self.block, (self.batch, 1), generator=order)
+        return self.train[start + torch.arange(self.block + 1)].long()
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, device, most: int = 2**18) -> tuple[float, float]:
+        """Loss on the tail's first `most` tokens in consecutive blocks: (nats per token, bits per byte)."""
+        model.eval()
+        ids = torch.cat((self.train[-1:], self.val))[:most + 1].long()
+        total = 0.0
+        for rows in range(0, len(ids) - 1, self.block * self.batch):
+            chunk = ids[rows:rows + self.block * self.batch + 1]
+            whole = (len(chunk) - 1) // self.block
+            windows = [chunk[:whole * self.block + 1].unfold(0, self.block + 1, self.block)] if whole else []
+            windows += [chunk[None, whole * self.block:]] if (len(chunk) - 1) % self.block else []
+            total += sum(next_token_loss(model, w.to(device), "sum").item() for w in windows)
+        count = len(ids) - 1
+        return total / count, total / (self.val_bytes * count / len(self.val)) / math.log(2)
+
+
+def read_texts(path: Path) -> list:
+    """The texts of a file or, sorted by name, of a folder's .txt, .md and .jsonl files."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl"))
+        if not files:
+            raise Error(f"{path}: no .txt, .md or .jsonl file in this folder")
+        return [text for file in files for text in read_texts(file)]
+    try:
+        content = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise Error(f"{path}: {error.strerror or error}") from None
+    if path.suffix != ".jsonl":
+        return [content]
+    texts = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else {"text": ""}
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise Error(f"{path}, line {number}: {line[:60]!r}, expected an object with a string `text`")
+        texts += [row["text"]] if row["text"] else []
+    return texts
+
+
+def split_tail(texts: list, share: float) -> tuple[list, list]:
+    """Texts before and after the point that leaves `share` of all characters behind it."""
+    left, kept = int(sum(map(len, texts)) * (1 - share)), []
+    for i, text in enumerate(texts):
+        if len(text) > left:
+            return kept + [text[:left]] * (left > 0), [text[left:], *texts[i + 1:]]
+        kept.append(text)
+        left -= len(text)
+    return kept, []
+
+
+def train_bpe(texts: list, vocab: int) -> Tokenizer:
+    """A byte-level BPE of `vocab` tokens, trained by the `tokenizers` library."""
+    try:
+        from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        raise Error("--vocab needs `pip install tokenizers`; without it, tokens are bytes") from None
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(ByteTokenizer.specials), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer({"tokenizer.json": backend.to_str().encode("utf-8"),
+                      "tokenizer_config.json": tokenizer_config(*ByteTokenizer.specials)})
+
+
+def rate(step: int, options: TrainOptions) -> float:
+    """Share of the peak learning rate: linear warm-up, then stable, then linear decay to zero."""
+    warmup, decay = options.warmup * options.steps, options.decay * options.steps
+    return min(1.0, (step + 1) / max(warmup, 1), (options.steps - step) / max(decay, 1))
+
+
+class Progress:
+    """A live line on a terminal; elsewhere a plain one now and then. The loss is fetched only when a line is due."""
+
+    def __init__(self, steps: int, first: int, tokens: int):
+        self.steps, self.first, self.tokens, self.live = steps, first, tokens, sys.stderr.isatty()
+        self.begin, self.shown, self.width = time.monotonic(), -math.inf, 0
+
+    def line(self, step: int, loss: Tensor, lr: float):
+        now = time.monotonic()
+        if now - self.shown < (0.2 if self.live else 10) and step + 1 < self.steps:
+            return
+        self.shown, done, spent = now, step + 1 - self.first, now - self.begin
+        eta = int(spent / done * (self.steps - step - 1))
+        text = (f"step {step + 1}/{self.steps}  loss {loss.item():.3f}  lr {lr:.2e}  {done * self.tokens / spent:,.0f} "
+                f"tok/s  ETA {eta // 60}:{eta % 60:02d}")
+        if self.live:
+            print("\r" + text.ljust(self.width), end="", file=sys.stderr, flush=True)
+            self.width = len(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def note(self, text: str):
+        """A line that stays."""
+        print("\r".ljust(self.width + 1) + "\r" + text if self.live else text, file=sys.stderr, flush=True)
+
+
+def new_model(corpus: Corpus, options: TrainOptions) -> TinyLM:
+    """A Qwen3 for the corpus; what adds to the residual stream starts at zero, so that training starts smoothly."""
+    tokenizer = corpus.tokenizer
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(options.seed)
+    lm = TinyLM(Config(vocab_size=-(-tokenizer.size // 64) * 64, max_position_embeddings=max(options.block, 1024),
+                       hidden_dropout=options.dropout, model_type="qwen3", **SIZES[options.size], **ids))
+    for block in lm.layers:
+        nn.init.zeros_(block.attention.o.weight), nn.init.zeros_(block.mlp.down.weight)
+    lm.tokenizer = tokenizer
+    return lm
+
+
+def save_training(folder: Path, lm: TinyLM, optimizer: MuonAdamW, progress: dict, options: TrainOptions, data: str):
+    """A checkpoint for everyone, and beside it all that `--resume` needs, in one file that is replaced at once."""
+    lm.save_pretrained(folder)
+    tensors = {f"model/{name}": t for name, t in lm.state_dict().items()}
+    tensors |= {f"optimizer/{name}": t for name, t in optimizer.tensors().items()}
+    meta = json.dumps({"progress": progress, "options": asdict(options), "data": str(data)})
+    write_file(folder / "training.safetensors", lambda path: save_file(tensors, path, metadata={"training": meta}))
+
+
+def load_training(folder: Path) -> tuple[dict, dict]:
+    """Tensors and notes of `save_training`."""
+    file = open_tensors(folder / "training.safetensors")
+    notes = json.loads((file.metadata() or {}).get("training", "null"))
+    if notes is None:
+        raise Error(f"{folder / 'training.safetensors'}: not written by tinylm's training")
+    return {name: file.get_tensor(name) for name in file.keys()}, notes
+
+
+def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
+    """Train from scratch on `data` (see `Corpus`), or go on where `options.out`/last stopped: bit for bit the run
+    that was not interrupted, since data order and dropout depend on seed and step alone."""
+    out, device = Path(options.out), options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tensors, notes = load_training(out / "last") if resume else ({}, None)
+    if notes and notes["options"] != (mine := asdict(options)) | {"out": notes["options"]["out"]}:
+        name = next(k for k, v in notes["options"].items() if mine.get(k) != v and k != "out")
+        raise Error(f"--resume: --{name.replace('_', '-')} was {notes['options'][name]}, not {mine.get(name)}, in the "
+                    "run to go on with")
+    corpus = Corpus(data, options, load_tokenizer(out / "last") if resume else None)
+    lm = new_model(corpus, options).to(device)
+    optimizer = MuonAdamW(lm, options.lr, options.adam_lr, options.weight_decay)
+    at = {"step": 0, "best": None}
+    if resume:
+        at = notes["progress"]
+        lm.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
+        optimizer.load_tensors({k.removeprefix("optimizer/"): v.to(device) for k, v in tensors.items()
+                                if k.startswith("optimizer/")})
+    if options.compile:
+        lm.compile(fullgraph=True)
+    torch.set_float32_matmul_precision("high")
+    progress = Progress(options.steps, at["step"], options.batch * options.block)
+    progress.note(f"{sum(p.numel() for p in lm.parameters()):,} parameters; {len(corpus.train):,} tokens to train on, "
+                  f"{len(corpus.val):,} held back; {device}")
+    with interruptible() as interrupted:
+        for step in range(at["step"], options.steps):
+            torch.manual_seed(options.seed * 1_000_003 + step)
+            scale = rate(step, options)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * scale
+            loss = train_step(lm, optimizer, corpus.draw(step).to(device), options.clip, options.accumulate)
+            at["step"] = step + 1
+            progress.line(step, loss, options.lr * scale)
+            if at["step"] % options.eval_every == 0 or at["step"] == options.steps:
+                validate(lm, corpus, at, out, progress, device)
+                save_training(out / "last", lm, optimizer, at, options, data)
+            elif interrupted:
+                save_training(out / "last", lm, optimizer, at, options, data)
+            if interrupted and at["step"] < options.steps:
+                progress.note(f"stopped at step {at['step']}; {out / 'last'} is saved; --resume goes on")
+                break
+    return lm.eval()
+
+
+def validate(lm: TinyLM, corpus: Corpus, at: dict, out: Path, progress: Progress, device):
+    """Score the held-back tail, keep the best, show a sample."""
+    if len(corpus.val):
+        nats, bits = corpus.evaluate(lm, device)
+        best = at["best"] is None or nats < at["best"]
+        progress.note(f"step {at['step']}  validation {nats:.4f} nats/token  {bits:.4f} bits/byte" + "  best" * best)
+        if best:
+            at["best"] = nats
+            lm.save_pretrained(out / "best")
+    else:
+        lm.save_pretrained(out / "best")
+    text = corpus.tokenizer.decode(corpus.train[:1].tolist())
+    text += "".join(lm.eval().stream(text, 120, temperature=0.8, top_p=0.95, seed=at["step"]))
+    progress.note("  | " + text.replace("\n", "\n  | "))
+
+
+class interruptible:
+    """Within it, the first Ctrl-C (or SIGTERM) only makes it true; the second one ends the program."""
+
+    def __enter__(self):
+        self.hit = False
+        self.before = {}
+        for name in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.before[name] = signal.signal(name, self._note)
+            except ValueError:  # not the main thread: nothing to catch there
+                pass
+        return self
+
+    def _note(self, number, frame):
+        if self.hit:
+            raise KeyboardInterrupt
+        self.hit = True
+
+    def __bool__(self):
+        return self.hit
+
+    def __exit__(self, *_):
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped beside this file
+
+
+def main(argv: list | None = None) -> int:
+    """`tinylm.py train | sample | chat`; an Error is one line on stderr and exit code 1."""
+    parser = argparse.ArgumentParser(prog="tinylm", description="A whole language-model library in one file.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    sub = commands.add_parser("train", help="train a model from scratch on text")
+    sub.add_argument("data", help="a text file, a .jsonl with a `text` field, or a folder of these")
+    for f in fields(TrainOptions):
+        kind = dict(action="store_true") if f.default is False else dict(type=type(f.default), metavar=f.name.upper())
+        sub.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                         help=f.metadata["help"] + ("" if f.default in ("", False) else f" (default: {f.default})"))
+    sub.add_argument("--resume", action="store_true", help="go on where --out/last stopped, with its options")
+
+    for name, text in (("sample", "continue a prompt"), ("chat", "talk with an instruction-tuned model")):
+        sub = commands.add_parser(name, help=text)
+        if name == "sample":
+            sub.add_argument("folder", nargs="?", default=str(WEIGHTS), help="a checkpoint (default: the shipped one)")
+            sub.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
+        else:
+            sub.add_argument("folder", help="a checkpoint with a chat template")
+            sub.add_argument("--system", help="the system message")
+        sub.add_argument("--max-new-tokens", type=int, default=300 if name == "sample" else 512)
+        sub.add_argument("--temperature", type=float, default=0.8 if name == "sample" else 0.0, help="0: greedy")
+        sub.add_argument("--top-k", type=int)
+        sub.add_argument("--top-p", type=float, default=0.95 if name == "sample" else None)
+        sub.add_argument("--min-p", type=float)
+        sub.add_argument("--repetition-penalty", type=float, default=1.0)
+        sub.add_argument("--stop", action="append", help="end before this text; may be given again")
+        sub.add_argument("--seed", type=int)
+        sub.add_argument("--compile", action="store_true", help="torch.compile the decode step")
+        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    options = vars(parser.parse_args(argv))
+    try:
+        {"train": run_train, "sample": run_sample, "chat": run_chat}[options.pop("command")](options)
+    except (Error, OSError) as error:
+        print(f"tinylm: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run_train(options: dict):
+    data, resume = options.pop("data"), options.pop("resume")
+    if resume:  # what is not said again is as it was
+        saved = load_training(Path(options.get("out", TrainOptions.out)) / "last")[1]["options"]
+        options = saved | options
+    train(data, TrainOptions(**options), resume)
+
+
+def run_sample(options: dict):
+    lm, prompt = TinyLM.from_pretrained(options.pop("folder"), device=options.pop("device")), options.pop("prompt")
+    print(prompt, end="", flush=True)
+    show(lm.stream(prompt, **options))
+
+
+def run_chat(options: dict):
+    """Questions from standard input, one a line; answers to standard output."""
+    lm, system = TinyLM.from_pretrained(options.pop("folder"), device=options.pop("device")), options.pop("system")
+    messages, terminal = [{"role": "system", "content": system}] * bool(system), sys.stdin.isatty()
+    while True:
+        if terminal:
+            print("> ", end="", flush=True)
+        question = sys.stdin.readline()
+        if not question:
+            return
+        if question.strip():
+            messages.append({"role": "user", "content": question.strip()})
+            messages.append({"role": "assistant", "content": show(lm.chat(messages, **options))})
+
+
+def show(pieces) -> str:
+    """Print text as it comes; all of it."""
+    text = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -40,6 +40,16 @@ class Error(ValueError):
     """What the caller gave cannot be used: one line that names it, its value and what was expected."""
 
 
+def require(ok, message: str):
+    if not ok:
+        raise Error(message)
+
+
+def number(value, low, high, kind=(int, float)) -> bool:
+    """Is it a number from low to high (not a bool, which Python counts among the ints)?"""
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,6 +69,14 @@ CHOICES = {
     "hidden_act": tuple(ACTIVATIONS),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+RANGES = {name: (1, 2**31 - 1, int) for name in (  # field -> least, most, kind; None passes where it is the default
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "sliding_window")}
+RANGES |= {name: (1e-30, 1e30, (int, float)) for name in (
+    "norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "final_logit_softcapping", "initializer_range")}
+RANGES |= {"num_hidden_layers": (1, 9999, int), "partial_rotary_factor": (0, 1, (int, float)),
+           "attention_dropout": (0, 0.99, (int, float)), "hidden_dropout": (0, 0.99, (int, float))}
 ROPE_KEYS = {  # rope_type -> (keys it needs, keys it may have)
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -113,74 +131,54 @@ class Config:
     model_type: str | None = None                 # row of FAMILIES to save as; None: the first that can express it
 
     def __post_init__(self):
-        def fill(name, value):
-            object.__setattr__(self, name, value)
-
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31):
-                raise Error(f"config: {name} = {value!r}, expected a positive integer")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise Error(f"config: {name} = {getattr(self, name)!r} is not supported (supported: {choices})")
-        for name in ("norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "initializer_range",
-                     "attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-                raise Error(f"config: {name} = {value!r}, expected a positive number")
-        for name in ("attention_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise Error(f"config: {name} = {getattr(self, name)!r}, expected a number in [0, 1)")
-
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise Error(f"config: hidden_size = {self.hidden_size} is no multiple of num_attention_heads = "
-                            f"{self.num_attention_heads}; give head_dim")
-            fill("head_dim", self.hidden_size // self.num_attention_heads)
-        if self.intermediate_size is None:
-            fill("intermediate_size", -(-self.hidden_size * 8 // 3 // 64) * 64 if self.gated else 4 * self.hidden_size)
-        if self.num_key_value_heads is None:
-            fill("num_key_value_heads", self.num_attention_heads)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise Error(f"config: num_attention_heads = {self.num_attention_heads} is no multiple of "
-                        f"num_key_value_heads = {self.num_key_value_heads}")
-        if self.attention_output_bias is None:
-            fill("attention_output_bias", self.attention_bias)
-        if isinstance(self.eos_token_id, list):
-            fill("eos_token_id", tuple(self.eos_token_id))
-        self._check_layers(fill)
+        for f in fields(self):
+            value, (low, high, kind) = getattr(self, f.name), RANGES.get(f.name, (None, None, None))
+            if kind and value is not None:
+                require(number(value, low, high, kind), f"config: {f.name} = {value!r}, expected "
+                        f"{'an integer' if kind is int else 'a number'} from {low:g} to {high:g}")
+            if f.name in CHOICES:
+                require(value in CHOICES[f.name], f"config: {f.name} = {value!r} is not supported (supported: "
+                        f"{', '.join(map(str, CHOICES[f.name]))})")
+        heads, window = self.num_attention_heads, self.sliding_window
+        require(self.head_dim or self.hidden_size % heads == 0, f"config: hidden_size = {self.hidden_size} is no "
+                f"multiple of num_attention_heads = {heads}; give head_dim")
+        self._fill("head_dim", self.hidden_size // heads)
+        self._fill("num_key_value_heads", heads)
+        self._fill("attention_output_bias", self.attention_bias)
+        self._fill("intermediate_size", -(-self.hidden_size * 8 // 3 // 64) * 64 if self.gated else 4 * self.hidden_size)
+        self._fill("layer_types", (LAYER_TYPES[window is not None],) * self.num_hidden_layers)
+        for name in ("layer_types", "eos_token_id"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        require(heads % self.num_key_value_heads == 0, f"config: num_attention_heads = {heads} is no multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}")
+        require(len(self.layer_types) == self.num_hidden_layers, f"config: layer_types has {len(self.layer_types)} "
+                f"entries, expected num_hidden_layers = {self.num_hidden_layers}")
+        for name in set(self.layer_types):
+            require(name in LAYER_TYPES, f"config: layer_types has {name!r}, which is not supported (supported: "
+                    f"{', '.join(LAYER_TYPES)})")
+            require(name != LAYER_TYPES[1] or window, f"config: layer_types has {name!r}, but sliding_window = None")
         if self.position == "rope":
             self._check_rope()
 
-    def _check_layers(self, fill):
-        types = self.layer_types
-        if types is None:
-            types = (LAYER_TYPES[self.sliding_window is not None],) * self.num_hidden_layers
-        fill("layer_types", tuple(types))
-        if len(types) != self.num_hidden_layers:
-            raise Error(f"config: layer_types has {len(types)} entries, expected {self.num_hidden_layers}")
-        for name in types:
-            if name not in LAYER_TYPES:
-                raise Error(f"config: layer_types has {name!r}, which is not supported (supported: {LAYER_TYPES})")
-        if "sliding_attention" in types and self.sliding_window is None:
-            raise Error("config: layer_types has 'sliding_attention', but sliding_window = None")
+    def _fill(self, name: str, value):
+        """What None stands for."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
 
     def _check_rope(self):
-        if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
-            raise Error(f"config: head_dim = {self.head_dim} with partial_rotary_factor = {self.partial_rotary_factor} "
-                        f"rotates {self.rotary_dim} of its channels, expected an even number of at most head_dim")
+        require(self.rotary_dim in range(2, self.head_dim + 1, 2), f"config: head_dim = {self.head_dim} with "
+                f"partial_rotary_factor = {self.partial_rotary_factor} rotates {self.rotary_dim} channels, expected an "
+                "even number of them")
         scaling = self.rope_scaling or {"rope_type": "default"}
-        if not isinstance(scaling, dict):
-            raise Error(f"config: rope_scaling = {scaling!r}, expected an object with rope_type")
+        require(isinstance(scaling, dict), f"config: rope_scaling = {scaling!r}, expected an object with rope_type")
         kind = scaling.get("rope_type", scaling.get("type"))
-        if kind not in ROPE_KEYS:
-            raise Error(f"config: rope_scaling has rope_type = {kind!r}, which is not supported "
-                        f"(supported: {tuple(ROPE_KEYS)})")
+        require(kind in ROPE_KEYS, f"config: rope_scaling has rope_type = {kind!r}, which is not supported (supported: "
+                f"{', '.join(ROPE_KEYS)})")
         needs, may = ROPE_KEYS[kind]
         for key in needs:
-            if not isinstance(scaling.get(key), (int, float)):
-                raise Error(f"config: rope_scaling of type {kind!r} has {key} = {scaling.get(key)!r}, expected a number")
+            require(number(scaling.get(key), 1e-6, 1e6), f"config: rope_scaling of type {kind!r} has {key} = "
+                    f"{scaling.get(key)!r}, expected a positive number")
         for key in set(scaling) - {*needs, *may, "type", "rope_type", "original_max_position_embeddings"}:
             raise Error(f"config: rope_scaling has {key} = {scaling[key]!r}, which type {kind!r} does not support")
 
@@ -1151,10 +1149,10 @@ class Sampling:
 
     def __post_init__(self):
         for name, low, high in (("temperature", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, math.inf),
-                                ("repetition_penalty", 1e-9, math.inf)):
+                                ("repetition_penalty", 1e-9, 1e9)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and low <= value <= high):
-                raise Error(f"{name} = {value!r}, expected a number from {low:g} to {high:g}")
+            require(value is None or number(value, low, high), f"{name} = {value!r}, expected a number from {low:g} to "
+                    f"{high:g}")
 
 
 def hash32(x: Tensor) -> Tensor:
@@ -1278,21 +1276,17 @@ class TrainOptions:
     compile: bool = field(default=False, metadata=dict(help="torch.compile the model"))
 
     def __post_init__(self):
-        for name in ("steps", "batch", "block", "accumulate", "eval_every"):
-            if getattr(self, name) < 1:
-                raise Error(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a positive integer")
-        for name in ("dropout", "warmup", "decay", "held_back"):
-            if not 0 <= getattr(self, name) < 1:
-                raise Error(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a number in [0, 1)")
-        for name in ("lr", "adam_lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise Error(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a positive number")
-        if self.size not in SIZES:
-            raise Error(f"--size {self.size}: expected one of {', '.join(SIZES)}")
-        if self.vocab and self.vocab < 258:
-            raise Error(f"--vocab {self.vocab}: expected at least 258, the bytes and two specials, or 0 for bytes")
-        if self.batch % self.accumulate:
-            raise Error(f"--accumulate {self.accumulate}: expected a divisor of --batch {self.batch}")
+        for names, low, high in ((("steps", "batch", "block", "accumulate", "eval_every"), 1, 2**31),
+                                 (("dropout", "warmup", "decay", "held_back"), 0, 0.99),
+                                 (("lr", "adam_lr", "clip"), 1e-12, 1e12), (("weight_decay",), 0, 1e3)):
+            for name in names:
+                require(number(getattr(self, name), low, high), f"--{name.replace('_', '-')} {getattr(self, name)}: "
+                        f"expected a number from {low:g} to {high:g}")
+        require(self.size in SIZES, f"--size {self.size}: expected one of {', '.join(SIZES)}")
+        require(self.vocab == 0 or self.vocab >= ByteTokenizer.size, f"--vocab {self.vocab}: expected at least "
+                f"{ByteTokenizer.size} (all bytes and two specials), or 0 for bytes")
+        require(self.batch % self.accumulate == 0, f"--accumulate {self.accumulate}: expected a divisor of --batch "
+                f"{self.batch}")
 
 
 SIZES = {
@@ -1562,7 +1556,7 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     progress = Progress(options.steps, at["step"], options.batch * options.block)
     progress.note(f"{sum(p.numel() for p in lm.parameters()):,} parameters; {len(corpus.train):,} tokens to train on, "
                   f"{len(corpus.val):,} held back; {device}")
-    with interruptible() as interrupted:
+    with Interrupt() as interrupted:
         for step in range(at["step"], options.steps):
             torch.manual_seed(options.seed * 1_000_003 + step)
             scale = rate(step, options)
@@ -1598,20 +1592,14 @@ def validate(lm: TinyLM, corpus: Corpus, at: dict, out: Path, progress: Progress
     progress.note("  | " + text.replace("\n", "\n  | "))
 
 
-class interruptible:
-    """Within it, the first Ctrl-C (or SIGTERM) only makes it true; the second one ends the program."""
+class Interrupt:
+    """Within it, the first Ctrl-C or SIGTERM only makes it true; a second one ends the program."""
 
     def __enter__(self):
-        self.hit = False
-        self.before = {}
-        for name in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.before[name] = signal.signal(name, self._note)
-            except ValueError:  # not the main thread: nothing to catch there
-                pass
+        self.hit, self.before = False, {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def _note(self, number, frame):
+    def _note(self, *_):
         if self.hit:
             raise KeyboardInterrupt
         self.hit = True
@@ -1620,8 +1608,8 @@ class interruptible:
         return self.hit
 
     def __exit__(self, *_):
-        for name, handler in self.before.items():
-            signal.signal(name, handler)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,569 @@
+"""From a checkpoint to deployment: safetensors and a verified ONNX graph in one folder that every loader takes.
+
+    python export.py --onnx                           # the shipped model
+    python export.py SmolLM2-135M-Instruct --onnx --out smollm2 --prompt "The capital of France is"
+
+    from export import OnnxLM                         # numpy, onnxruntime and tokenizers; torch is not imported
+    for piece in OnnxLM("smollm2").stream("The capital of France is"): print(piece, end="")
+
+The graph is traced from the model of tinylm.py itself: only its three leaves (`rms_norm`, `rotate`, `attend`) are
+swapped for single ONNX operators, which ONNX Runtime has fast kernels for on CPU and CUDA and would not find by
+itself in their written-out form. Names and axes are those of optimum and transformers.js.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped beside this file
+FILES = {"fp32": "model.onnx"}                         # precision -> file in the folder's onnx/
+OPSET = 23                                             # the first with Attention, RotaryEmbedding, RMSNormalization
+TOLERANCE = 2e-4                                       # largest difference of logits, relative to the largest logit
+EXTERNAL_ABOVE = 2**31 - 2**26                         # bytes; a protobuf file ends at 2 GiB
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
+class Error(ValueError):
+    """What the caller gave cannot be used, or what was written failed its check: one line that says which."""
+
+
+def require(ok, message: str):
+    if not ok:
+        raise Error(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running an exported folder: no torch from here on
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Bytes:
+    """The byte tokenizer of tinylm, for a folder whose `tokenizers` library is missing."""
+
+    def encode(self, text):
+        return list(text.encode("utf-8", errors="replace"))
+
+    def decode(self, ids):
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class OnnxLM:
+    """An exported decoder under ONNX Runtime: numpy in, numpy out.
+
+    folder: what `export_onnx` wrote; precision: a key of FILES; providers: ONNX Runtime's names, tried in order (None:
+    CUDA where there is a driver, else CPU); threads: of the CPU (None: ONNX Runtime's choice, one per core).
+    Raises Error where a file is missing or where a provider that was asked for does not load.
+    """
+
+    def __init__(self, folder, precision: str = "fp32", providers=None, threads: int | None = None):
+        import onnxruntime as ort
+        require(precision in FILES, f"precision = {precision!r}, expected one of {', '.join(FILES)}")
+        self.folder = Path(folder)
+        path = self.folder / "onnx" / FILES[precision]
+        require(path.exists(), f"{path}: no such file; write it with `python export.py FOLDER --onnx`")
+        self.config = read_json(self.folder / "config.json")
+        generation = self.folder / "generation_config.json"
+        self.generation_config = read_json(generation) if generation.exists() else {}
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        asked, providers = providers, providers or ([CUDA, CPU] if has_cuda(ort) else [CPU])
+        for name in providers:
+            require(name in ort.get_available_providers(), f"providers: {name} is not in this onnxruntime (it has "
+                    f"{', '.join(ort.get_available_providers())})")
+        try:
+            self.session = ort.InferenceSession(path, options, providers=providers)
+        except Exception as error:  # onnxruntime's own exceptions have no common base
+            raise Error(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from None
+        self.provider = self.session.get_providers()[0]
+        require(not asked or self.provider == asked[0], f"providers: {providers[0]} did not load; onnxruntime fell back "
+                f"to {self.provider}")
+        self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        self.names = [o.name for o in self.session.get_outputs()]
+        self.vocab_size = self.session.get_outputs()[0].shape[-1]
+        self._tokenizer = None
+
+    @property
+    def tokenizer(self):
+        """`encode(text)` and `decode(ids)` of the folder's tokenizer.json."""
+        if self._tokenizer is None:
+            path = self.folder / "tokenizer.json"
+            require(path.exists(), f"{path}: no such file; use generate with token ids")
+            content = read_json(path)["model"]
+            try:
+                from tokenizers import Tokenizer
+                backend = Tokenizer.from_file(str(path))
+                self._tokenizer = SimpleTokenizer(backend)
+            except ImportError:
+                require(not content.get("merges") and len(content.get("vocab", ())) == 256,
+                        f"{path}: reading it needs `pip install tokenizers`")
+                self._tokenizer = Bytes()
+        return self._tokenizer
+
+    def step(self, input_ids, mask, past=None):
+        """One call of the graph: (logits, present). Ids (batch, seq), mask (batch, past + seq), past as returned."""
+        import onnxruntime as ort
+        batch, seq = input_ids.shape
+        if past is None:
+            past = [ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32))
+                    for i in self.past]
+        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -seq:]
+        feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+        feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x, dtype=np.int64))
+                 for name, x in feeds.items()}
+        feeds |= {i.name: value for i, value in zip(self.past, past)}
+        logits, *present = self.session.run_with_ort_values(self.names, feeds)
+        return logits.numpy(), present
+
+    def __call__(self, input_ids, attention_mask=None) -> np.ndarray:
+        """Logits (batch, seq, vocab) for ids (batch, seq); the mask marks padding on either side."""
+        input_ids, mask = self._checked(input_ids, attention_mask)
+        return self.step(input_ids, mask)[0]
+
+    def generate(self, input_ids, attention_mask=None, max_new_tokens: int = 128, stop=None, **options) -> np.ndarray:
+        """Continue every row: (batch, seq + new), with the pad id after a row's end. Options as in `decode`."""
+        input_ids, mask = self._checked(input_ids, attention_mask)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        ended, columns = np.zeros(len(input_ids), bool), []
+        for token in self.decode(input_ids, mask, max_new_tokens, ended=ended, **options):
+            columns.append(token)
+            for row in range(len(token) if stop else 0):
+                text = self.tokenizer.decode(np.stack(columns, 1)[row])
+                ended[row] |= any(s in text for s in stop)
+        return np.concatenate([input_ids, np.stack(columns, 1)], axis=1)
+
+    def stream(self, text: str, max_new_tokens: int = 128, stop=None, **options):
+        """The continuation of a text, piece by piece, whole characters only, up to a stop string."""
+        ids = self.tokenizer.encode(text) or [*self.ends(), 0][:1]
+        ends = self.ends(options.get("eos_token_id"))
+        tokens = (int(t[0]) for t in self.decode(np.array([ids], np.int64), np.ones((1, len(ids)), np.int64),
+                                                 max_new_tokens, **options))
+        return text_pieces(self.tokenizer, (t for t in tokens if t not in ends),
+                           (stop,) if isinstance(stop, str) else tuple(stop or ()))
+
+    def ends(self, eos_token_id=None) -> tuple:
+        """Ids that end a text."""
+        for ids in (eos_token_id, self.generation_config.get("eos_token_id"), self.config.get("eos_token_id")):
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+        return ()
+
+    def decode(self, input_ids, mask, max_new_tokens, temperature=0.0, top_k=None, top_p=None, min_p=None,
+               repetition_penalty=1.0, eos_token_id=None, seed=None, ended=None):
+        """Yield the new ids (batch,) of every step, until all rows have ended. The same seed draws the same text here
+        and in tinylm: the noise is a function of seed, row, step and token."""
+        require(max_new_tokens >= 1, f"max_new_tokens = {max_new_tokens!r}, expected a positive integer")
+        require(temperature >= 0, f"temperature = {temperature!r}, expected a number from 0")
+        batch, seq = input_ids.shape
+        ends = self.ends(eos_token_id)
+        pad = self.generation_config.get("pad_token_id", self.config.get("pad_token_id"))
+        pad = pad if pad is not None else ends[0] if ends else 0
+        seed = int(np.random.randint(2**31)) if seed is None else seed
+        ended = np.zeros(batch, bool) if ended is None else ended
+        seen = np.zeros((batch, self.vocab_size), bool)
+        rows, columns = np.nonzero(mask)
+        seen[rows, input_ids[rows, columns]] = True
+        logits, past = self.step(input_ids, mask)
+        logits = logits[np.arange(batch), (mask * np.arange(1, seq + 1)).argmax(1)]
+        for count in range(max_new_tokens):
+            if repetition_penalty != 1:
+                punished = np.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+                logits = np.where(seen, punished, logits)
+            token = np.where(ended, pad, sample(logits, temperature, top_k, top_p, min_p, seed, count))
+            ended |= np.isin(token, ends)
+            yield token
+            if ended.all() or count + 1 == max_new_tokens:
+                return
+            seen[np.arange(batch), token] = True
+            mask = np.concatenate([mask, np.ones((batch, 1), np.int64)], axis=1)
+            logits, past = self.step(token[:, None], mask, past)
+            logits = logits[:, -1]
+
+    def _checked(self, input_ids, mask):
+        input_ids = np.asarray(input_ids)
+        require(input_ids.ndim == 2 and input_ids.size and np.issubdtype(input_ids.dtype, np.integer),
+                f"input_ids: {input_ids.dtype} of shape {input_ids.shape}, expected ids (batch, seq)")
+        mask = np.ones_like(input_ids) if mask is None else np.asarray(mask)
+        require(mask.shape == input_ids.shape and mask.any(1).all(), f"attention_mask: shape {mask.shape}, expected "
+                f"{input_ids.shape} and a token in every row")
+        require(0 <= input_ids.min() and input_ids.max() < self.vocab_size, f"input_ids: ids {input_ids.min()} to "
+                f"{input_ids.max()}, expected ids below vocab_size = {self.vocab_size}")
+        return input_ids.astype(np.int64), mask.astype(np.int64)
+
+
+class SimpleTokenizer:
+    """A `tokenizers` tokenizer with plain lists."""
+
+    def __init__(self, backend):
+        self.backend = backend
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text).ids
+
+    def decode(self, ids) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def has_cuda(ort) -> bool:
+    """Is there a CUDA build of ONNX Runtime and a driver for it?"""
+    if CUDA not in ort.get_available_providers():
+        return False
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        ort.preload_dlls()
+        return True
+    return False
+
+
+def sample(logits, temperature, top_k, top_p, min_p, seed: int, step: int) -> np.ndarray:
+    """One id per row of logits (batch, vocab): tinylm's `sample` in numpy."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / np.float32(temperature)
+    if top_k:
+        least = np.sort(logits, axis=-1)[:, -min(int(top_k), logits.shape[-1])]
+        logits = np.where(logits < least[:, None], -np.inf, logits)
+    if top_p is not None and top_p < 1:
+        order = np.argsort(-logits, axis=-1, kind="stable")
+        p = softmax(np.take_along_axis(logits, order, -1))
+        outside = p.cumsum(-1) - p >= top_p
+        outside[:, 0] = False
+        rows = np.arange(len(logits))[:, None]
+        logits[rows, order] = np.where(outside, -np.inf, logits[rows, order])
+    if min_p:
+        p = softmax(logits)
+        logits = np.where(p < min_p * p.max(-1, keepdims=True), -np.inf, logits)
+    return (logits - np.log(-np.log(uniform(seed, step, *logits.shape)))).argmax(-1)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def uniform(seed: int, step: int, batch: int, vocab: int) -> np.ndarray:
+    """tinylm's `uniform`: numbers in (0, 1), (batch, vocab), by a counter-based hash."""
+    def hash32(x):
+        for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+        return x ^ (x >> 15)
+
+    state = hash32(np.array([seed], np.int64) & 0xFFFFFFFF) + np.arange(batch)
+    state = hash32((hash32(state & 0xFFFFFFFF) + step) & 0xFFFFFFFF)
+    bits = hash32((state[:, None] + np.arange(vocab) * 0x9E3779B9) & 0xFFFFFFFF)
+    return ((bits >> 9).astype(np.float32) + np.float32(0.5)) / np.float32(2**23)
+
+
+def text_pieces(tokenizer, tokens, stop: tuple = ()):
+    """tinylm's `text_pieces`: whole characters only, and nothing from a stop string on."""
+    ids, done, shown, held = [], 0, 0, ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids[done:])
+        if text.endswith("\ufffd"):
+            continue
+        held += text[len(tokenizer.decode(ids[done:shown])):]
+        done, shown = shown, len(ids)
+        cut = min((held.find(s) for s in stop if s in held), default=-1)
+        if cut >= 0:
+            yield held[:cut]
+            return
+        keep = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        if len(held) > keep:
+            yield held[:len(held) - keep]
+            held = held[len(held) - keep:]
+    rest = held + tokenizer.decode(ids[done:])[len(tokenizer.decode(ids[done:shown])):]
+    if rest:
+        yield rest
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Error(f"{path}: not readable as JSON ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tracing: the model's leaves as single operators. From here on torch is needed.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def operator(name: str, inputs: tuple, like, shape=None, **attributes):
+    """One node of the ONNX graph in the place of a traced function; its output's dtype and shape are declared."""
+    import torch
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=like.dtype, shape=shape or like.shape, version=OPSET)
+
+
+def onnx_rms_norm(x, weight, eps):
+    return operator("RMSNormalization", (x, weight), x, axis=-1, epsilon=eps)
+
+
+def onnx_rotate(x, cos, sin):
+    width = 2 * cos.shape[-1]
+    return operator("RotaryEmbedding", (x, cos, sin), x,
+                    **({} if width == x.shape[-1] else {"rotary_embedding_dim": width}))
+
+
+def onnx_attend(q, k, v, mask, scale, softcap=None, dropout=0.0):
+    return operator("Attention", (q, k, v, mask), q, scale=scale, **({"softcap": softcap} if softcap else {}))
+
+
+@contextlib.contextmanager
+def swapped(module, **functions):
+    """Replace functions of a module for the length of a `with`."""
+    before = {name: getattr(module, name) for name in functions}
+    vars(module).update(functions)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+class Past:
+    """The cache of an exported graph, in the place of tinylm's KVCache: past comes in, present goes out, longer."""
+
+    def __init__(self, past: list, positions):
+        self.past, self.positions, self.present = past, positions, []
+
+    def extend(self, mask):
+        """The mask spans past and new tokens; so do the key positions."""
+        import tinylm
+        return self.positions, tinylm.count_positions(mask)[1]
+
+    def update(self, layer: int, k, v):
+        import torch
+        k, v = (torch.cat((old, new), dim=2) for old, new in zip(self.past[2 * layer:], (k, v)))
+        self.present += [k, v]
+        return k, v
+
+
+def cache_names(prefix: str, layers: int) -> list:
+    return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+
+
+def trace(lm):
+    """The decoder graph of a TinyLM, an onnx_ir.Model."""
+    import logging
+    import torch
+    import tinylm
+
+    class Graph(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm = lm
+
+        def forward(self, input_ids, attention_mask, position_ids, past):
+            cache = Past(past, position_ids)
+            return self.lm(input_ids, attention_mask, cache=cache), cache.present
+
+    config, layers = lm.config, lm.config.num_hidden_layers
+    batch, seq, old = 2, 3, 5  # different, and neither 0 nor 1, so that no size is taken for a constant
+    past = [torch.zeros(batch, config.num_key_value_heads, old, config.head_dim) for _ in range(2 * layers)]
+    arguments = (torch.zeros(batch, seq, dtype=torch.long), torch.ones(batch, old + seq, dtype=torch.long),
+                 torch.arange(old, old + seq).repeat(batch, 1), past)
+    b, s, p, t = map(torch.export.Dim, ("batch_size", "sequence_length", "past_sequence_length",
+                                        "total_sequence_length"))
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # "no torchvision"
+    with torch.no_grad(), swapped(tinylm, rms_norm=onnx_rms_norm, rotate=onnx_rotate, attend=onnx_attend):
+        program = torch.onnx.export(
+            Graph().eval(), arguments, dynamo=True, opset_version=OPSET, verbose=False,
+            dynamic_shapes=({0: b, 1: s}, {0: b, 1: t}, {0: b, 1: s}, [{0: b, 2: p}] * len(past)),
+            input_names=["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", layers)],
+            output_names=["logits", *cache_names("present", layers)])
+    return tidy(program.model)
+
+
+def tidy(model):
+    """Drop what the exporter leaves behind: dead nodes, stack traces with the paths of this machine."""
+    import onnx_ir.passes.common as passes
+    passes.RemoveUnusedNodesPass()(model)
+    passes.ClearMetadataAndDocStringPass()(model)
+    graph = model.graph
+    for thing in (model, graph, *graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)):
+        thing.metadata_props.clear()
+    graph.name, model.producer_name, model.producer_version = "decoder", "tinylm", None
+    for node in graph:
+        node.name = node.outputs[0].name
+    return model
+
+
+def write_graph(model, path: Path):
+    import onnx_ir as ir
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    ir.save(model, path, **({"external_data": path.name + "_data"} if size > EXTERNAL_ABOVE else {}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verifying: the file that was written, against torch
+# ---------------------------------------------------------------------------------------------------------------------
+
+def verify(lm, folder: Path, precision: str, new_tokens: int = 32) -> dict:
+    """Largest difference of logits relative to the largest logit, per check. Raises Error where one is too large or
+    where greedy tokens differ."""
+    import torch
+    onnx_lm = OnnxLM(folder, precision, providers=[CPU])
+    vocab, rng = lm.config.vocab_size, np.random.default_rng(0)
+    limit = min(lm.config.max_position_embeddings, 64)
+    long, short = max(2, limit // 4), max(1, limit // 8)
+    ids, other = rng.integers(0, vocab, (1, long)), rng.integers(0, vocab, (1, short))
+
+    def reference(x):
+        with torch.no_grad():
+            return lm(torch.from_numpy(x)).float().numpy()
+
+    def difference(a, b):
+        return float(np.abs(a - b).max() / np.abs(b).max())
+
+    found, expected = {"prefill": difference(onnx_lm(ids), reference(ids))}, reference(ids)
+    mask = np.ones_like(ids)
+    _, past = onnx_lm.step(ids[:, :-1], mask[:, :-1])
+    found["decode"] = difference(onnx_lm.step(ids[:, -1:], mask, past)[0], expected[:, -1:])
+    gap = np.zeros((1, long - short), np.int64)
+    for side, order in (("left", (gap, other)), ("right", (other, gap))):
+        padded = np.concatenate([ids, np.concatenate(order, 1)])
+        real = np.concatenate([mask, np.concatenate([np.ones_like(x) if x is other else x for x in order], 1)])
+        logits = onnx_lm(padded, real)
+        found[f"{side} padding"] = max(difference(logits[:1], expected),
+                                       difference(logits[1:, real[1] == 1], reference(other)))
+    for name, value in found.items():
+        require(value <= TOLERANCE, f"verify: {precision} {name} differs from torch by {value:.1e} of the largest logit, "
+                f"expected at most {TOLERANCE:.0e}")
+    new = min(new_tokens, lm.config.max_position_embeddings - long)
+    ours = onnx_lm.generate(ids, max_new_tokens=new, eos_token_id=())
+    theirs = lm.generate(torch.from_numpy(ids), max_new_tokens=new, eos_token_id=()).numpy()
+    agree = int((ours == theirs)[0, long:].cumprod().sum())
+    require(agree == new, f"verify: {precision} greedy tokens differ from torch after {agree} of {new}")
+    return found | {"greedy tokens": new}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exporting
+# ---------------------------------------------------------------------------------------------------------------------
+
+def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, log=None) -> dict:
+    """Write the folder `out` from a TinyLM or a checkpoint folder: config and tokenizer, model.safetensors, and
+    onnx/model.onnx with genai_config.json. Returns what `verify` found. The folder appears whole, after its check, or
+    not at all; an earlier export in its place is replaced.
+
+    Raises Error (or tinylm's) where the checkpoint cannot be read or a check fails.
+    """
+    import torch
+    import tinylm
+    out, log, found = Path(out), log or (lambda text: None), {}
+    require(not out.exists() or out.is_dir() and (not any(out.iterdir()) or (out / "config.json").exists()),
+            f"{out}: exists and is not an export; name another folder with --out")
+    if isinstance(lm_or_folder, tinylm.TinyLM):
+        lm = lm_or_folder
+    else:
+        log(f"loading {lm_or_folder}")
+        lm = tinylm.TinyLM.from_pretrained(lm_or_folder, dtype=torch.float32)
+        require(out.resolve() != Path(lm_or_folder).resolve(), f"{out}: is the checkpoint itself; name another folder")
+    training = lm.training
+    lm.eval()
+    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        work.mkdir(parents=True)
+        lm.save_pretrained(work)
+        log(f"model.safetensors {megabytes(work / 'model.safetensors')}")
+        if onnx:
+            path = work / "onnx" / FILES["fp32"]
+            path.parent.mkdir()
+            log(f"tracing {sum(p.numel() for p in lm.parameters()):,} parameters")
+            write_graph(trace(lm), path)
+            log(f"onnx/{path.name} {megabytes(path)}")
+            tinylm.write_json(work / "genai_config.json", genai_config(lm))
+            found = verify(lm, work, "fp32")
+            log("verified against torch: " + ", ".join(f"{name} {value:.1e}" if isinstance(value, float) else
+                                                       f"{value} {name} equal" for name, value in found.items()))
+        if not safetensors:
+            (work / "model.safetensors").unlink()
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        lm.train(training)
+    return found
+
+
+def megabytes(path: Path) -> str:
+    size = sum(p.stat().st_size for p in path.parent.glob(path.name + "*"))
+    return f"{size / 1e6:.1f} MB"
+
+
+def genai_config(lm) -> dict:
+    """The settings of onnxruntime-genai for the graph."""
+    config, layers = lm.config, lm.config.num_hidden_layers
+    ends = lm.ends()
+    pad = lm.generation_config.get("pad_token_id", config.pad_token_id)
+    if pad is None or pad in ends:  # it wants one that ends nothing
+        pad = next(i for i in range(config.vocab_size) if i not in ends)
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": f"onnx/{FILES['fp32']}", "head_size": config.head_dim, "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads, "num_hidden_layers": layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+        | {f"past_{part}_names": f"past_key_values.%d.{part}" for part in ("key", "value")},
+        "outputs": {"logits": "logits"} | {f"present_{part}_names": f"present.%d.{part}" for part in ("key", "value")},
+    }
+    begin = config.bos_token_id if config.bos_token_id is not None else ends[0] if ends else 0
+    search = {"do_sample": False, "early_stopping": True, "max_length": config.max_position_embeddings,
+              "min_length": 0, "num_beams": 1, "num_return_sequences": 1, "past_present_share_buffer": False,
+              "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 1, "top_p": 1.0, "length_penalty": 1.0,
+              "no_repeat_ngram_size": 0, "diversity_penalty": 0.0}
+    return {"model": {"type": "decoder", "vocab_size": config.vocab_size, "bos_token_id": begin,
+                      "context_length": config.max_position_embeddings, "eos_token_id": list(ends) or [pad],
+                      "pad_token_id": pad, "decoder": decoder}, "search": search}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(argv: list | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tinylm-export", description="Turn a checkpoint into safetensors and an ONNX "
+                                     "graph in one folder, verified against torch, and let it write a text.")
+    parser.add_argument("folder", nargs="?", default=str(WEIGHTS), help="a checkpoint (default: the shipped one)")
+    parser.add_argument("--onnx", action="store_true", help="write onnx/model.onnx, beside model.safetensors")
+    parser.add_argument("--safetensors", action="store_true", help="write model.safetensors alone, without --onnx")
+    parser.add_argument("--out", default="exported", help="folder to write (default: exported)")
+    parser.add_argument("--prompt", default="\n", help="text that the exported model continues (default: a line break)")
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    options = parser.parse_args(argv)
+    if not (options.onnx or options.safetensors):
+        parser.error("nothing to do: give --onnx, --safetensors or both")
+    begin = time.monotonic()
+    try:
+        export_onnx(options.folder, options.out, onnx=options.onnx,
+                    log=lambda text: print(f"[{time.monotonic() - begin:5.1f} s] {text}", flush=True))
+        print(f"[{time.monotonic() - begin:5.1f} s] wrote {options.out}", flush=True)
+        if options.onnx:
+            show(OnnxLM(options.out), options.prompt, options.max_new_tokens)
+    except (ValueError, OSError) as error:
+        print(f"tinylm-export: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def show(lm: OnnxLM, prompt: str, max_new_tokens: int):
+    """Print a greedy continuation as it comes, then its speed."""
+    count, begin = 0, time.monotonic()
+    print(f"\n{prompt}", end="", flush=True)
+    for piece in lm.stream(prompt, max_new_tokens, temperature=0.0):
+        print(piece, end="", flush=True)
+        count += 1
+    spent = time.monotonic() - begin
+    print(f"\n\n{lm.provider}, {count / spent:.1f} tokens/s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

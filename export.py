@@ -352,6 +352,7 @@ def cache_names(prefix: str, layers: int) -> list:
 def trace(lm):
     """The decoder graph of a TinyLM, an onnx_ir.Model."""
     import logging
+    import warnings
     import torch
     import tinylm
 
@@ -372,7 +373,9 @@ def trace(lm):
     b, s, p, t = map(torch.export.Dim, ("batch_size", "sequence_length", "past_sequence_length",
                                         "total_sequence_length"))
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # "no torchvision"
-    with torch.no_grad(), swapped(tinylm, rms_norm=onnx_rms_norm, rotate=onnx_rotate, attend=onnx_attend):
+    leaves = swapped(tinylm, rms_norm=onnx_rms_norm, rotate=onnx_rotate, attend=onnx_attend)
+    with torch.no_grad(), leaves, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that axes share names, as they should, and torch's own deprecations
         program = torch.onnx.export(
             Graph().eval(), arguments, dynamo=True, opset_version=OPSET, verbose=False,
             dynamic_shapes=({0: b, 1: s}, {0: b, 1: t}, {0: b, 1: s}, [{0: b, 2: p}] * len(past)),
@@ -422,8 +425,8 @@ def verify(lm, folder: Path, precision: str, new_tokens: int = 32) -> dict:
     def difference(a, b):
         return float(np.abs(a - b).max() / np.abs(b).max())
 
-    found, expected = {"prefill": difference(onnx_lm(ids), reference(ids))}, reference(ids)
-    mask = np.ones_like(ids)
+    expected, mask = reference(ids), np.ones_like(ids)
+    found = {"prefill": difference(onnx_lm(ids), expected)}
     _, past = onnx_lm.step(ids[:, :-1], mask[:, :-1])
     found["decode"] = difference(onnx_lm.step(ids[:, -1:], mask, past)[0], expected[:, -1:])
     gap = np.zeros((1, long - short), np.int64)
@@ -458,17 +461,17 @@ def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, 
     import torch
     import tinylm
     out, log, found = Path(out), log or (lambda text: None), {}
-    require(not out.exists() or out.is_dir() and (not any(out.iterdir()) or (out / "config.json").exists()),
-            f"{out}: exists and is not an export; name another folder with --out")
+    require(not out.exists() or out.is_dir() and (not any(out.iterdir()) or (out / "genai_config.json").exists()),
+            f"{out}: exists and is no ONNX export; name another folder with --out")
     if isinstance(lm_or_folder, tinylm.TinyLM):
         lm = lm_or_folder
     else:
+        require(out.resolve() != Path(lm_or_folder).resolve(), f"{out}: is the checkpoint itself; name another folder")
         log(f"loading {lm_or_folder}")
         lm = tinylm.TinyLM.from_pretrained(lm_or_folder, dtype=torch.float32)
-        require(out.resolve() != Path(lm_or_folder).resolve(), f"{out}: is the checkpoint itself; name another folder")
     training = lm.training
     lm.eval()
-    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    work, old = (out.with_name(f".{out.name}.{os.getpid()}.{part}") for part in ("new", "old"))
     try:
         work.mkdir(parents=True)
         lm.save_pretrained(work)
@@ -486,10 +489,11 @@ def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, 
         if not safetensors:
             (work / "model.safetensors").unlink()
         if out.exists():
-            shutil.rmtree(out)
+            os.replace(out, old)
         os.replace(work, out)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        for folder in (work, old):
+            shutil.rmtree(folder, ignore_errors=True)
         lm.train(training)
     return found
 

@@ -22,6 +22,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -123,7 +124,7 @@ class Config:
     scale_embedding: bool = False                 # embeddings times sqrt(hidden_size)
     tie_word_embeddings: bool = True              # the head is the embedding
     attention_dropout: float = 0.0                # of attention weights, in training
-    hidden_dropout: float = 0.0                   # of embeddings and of what each sub-layer adds, in training
+    hidden_dropout: float = 0.0                   # of what each sub-layer adds, in training
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple | None = None
@@ -342,8 +343,7 @@ def config_from_hf(raw: dict, source: str = "config.json") -> Config:
     file does not support.
     """
     name = raw.get("model_type")
-    if name not in FAMILIES:
-        raise Error(f"{source}: model_type = {name!r} is not supported (supported: {', '.join(FAMILIES)})")
+    require(name in FAMILIES, f"{source}: model_type = {name!r} is not supported (supported: {', '.join(FAMILIES)})")
     row = FAMILIES[name]
     raw = row.defaults | _flat_rope(raw, source)
     if raw.get("use_sliding_window") is False:
@@ -365,8 +365,8 @@ def config_from_hf(raw: dict, source: str = "config.json") -> Config:
                         "change what the model computes")
     values = NEUTRAL | {ours: raw[theirs] for ours, theirs in row.fields.items() if theirs in raw} | row.fixed
     for key in ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size"):
-        if not isinstance(values.get(key), int):
-            raise Error(f"{source}: {row.fields[key]} = {values.get(key)!r}, expected a positive integer")
+        require(number(values.get(key), 1, 2**31, int), f"{source}: {row.fields[key]} = {values.get(key)!r}, expected a "
+                "positive integer")
     defaulted = {f.name for f in fields(Config) if f.default is not None and f.default is not MISSING}
     try:  # null means the default, but for the fields where it says something of its own
         return Config(**{k: v for k, v in values.items() if v is not None or k not in defaulted - {"qk_norm"}},
@@ -383,16 +383,14 @@ def _flat_rope(raw: dict, source: str) -> dict:
     rope = raw.pop("rope_parameters", None)
     if not rope:
         return raw
-    if not isinstance(rope, dict):
-        raise Error(f"{source}: rope_parameters = {rope!r}, expected an object with rope_type")
+    require(isinstance(rope, dict), f"{source}: rope_parameters = {rope!r}, expected an object with rope_type")
     full, local = (rope.get(kind) for kind in LAYER_TYPES) if set(rope) & set(LAYER_TYPES) else (rope, None)
     full = dict(full or {})
     if local:
         local = dict(local)
         raw["rope_local_base_freq"] = local.pop("rope_theta", None)
-        if set(local) - {"rope_type", "type"} or local.get("rope_type", "default") != "default":
-            raise Error(f"{source}: rope_parameters of sliding_attention = {local} is not supported (supported: "
-                        "rope_type 'default')")
+        require(local in ({}, {"rope_type": "default"}), f"{source}: rope_parameters of sliding_attention = {local} is "
+                "not supported (supported: rope_type 'default')")
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in full:
             raw[key] = full.pop(key)
@@ -411,12 +409,18 @@ def config_to_hf(config: Config) -> dict:
         raw |= {theirs: getattr(config, ours) for ours, theirs in row.fields.items()}
         if "use_sliding_window" in row.defaults:
             raw["use_sliding_window"] = config.sliding_window is not None
-        back = config_from_hf(raw, "config")
-        lost = [f.name for f in fields(Config) if f.name not in ("model_type", "hidden_dropout", "initializer_range")
+        try:  # written right is what reads back as the same
+            back = config_from_hf(raw, "config")
+        except Error as error:
+            lost = str(error)
+            continue
+        lost = [f"{f.name} = {getattr(config, f.name)!r}" for f in fields(Config)
+                if f.name not in ("model_type", "hidden_dropout", "initializer_range")
                 and getattr(back, f.name) != getattr(config, f.name)]
         if not lost:
             return raw
-    raise Error(f"config: {lost[0]} = {getattr(config, lost[0])!r} cannot be written as model_type {name!r}")
+        lost = f"config: {', '.join(lost)}"
+    raise Error(f"{lost} cannot be written as model_type {name!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,6 +430,15 @@ def config_to_hf(config: Config) -> dict:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias. A single row on a CPU only waits for memory, and there the compiler's fused sum streams the
+    weights twice as fast as the library's matrix product does."""
+    if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu" and x.shape[:-1].numel() == 1:
+        y = (x.reshape(1, -1) * weight).sum(-1).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -463,6 +476,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, s
     scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32).to(q.dtype)
     return F.dropout(weights, dropout) @ v
+
+
+class Linear(nn.Linear):
+    """nn.Linear through the leaf `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Norm(nn.Module):
@@ -548,8 +568,8 @@ class Attention(nn.Module):
         self.sizes, self.head_dim = config.qkv_sizes, config.head_dim
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         self.softcap, self.dropout = config.attn_logit_softcapping, config.attention_dropout
-        self.qkv = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias)
-        self.o = nn.Linear(self.sizes[0], config.hidden_size, bias=config.attention_output_bias)
+        self.qkv = Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias)
+        self.o = Linear(self.sizes[0], config.hidden_size, bias=config.attention_output_bias)
         q_width, k_width = {None: (0, 0), "head": (self.head_dim,) * 2, "full": self.sizes[:2]}[config.qk_norm]
         self.q_norm = Norm(config, q_width) if q_width else None
         self.k_norm = Norm(config, k_width) if k_width else None
@@ -579,10 +599,10 @@ class MLP(nn.Module):
         self.act, bias = ACTIVATIONS[config.hidden_act], config.mlp_bias
         self.gated = config.gated
         if self.gated:
-            self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
+            self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
         else:
-            self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+            self.up = Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
@@ -680,10 +700,9 @@ class TinyLM(nn.Module):
             self.rotary = nn.ModuleDict({"full_attention": Rotary(config, config.rope_theta, config.rope_scaling)})
             if config.rope_local_base_freq is not None:
                 self.rotary["sliding_attention"] = Rotary(config, config.rope_local_base_freq, None)
-        self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = Norm(config, config.hidden_size)
-        self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("embedding_scale", torch.tensor(config.hidden_size ** 0.5, device="cpu"), persistent=False)
         if not self.embed.weight.is_meta:
             self.apply(self._init)
@@ -715,8 +734,8 @@ class TinyLM(nn.Module):
         the ids continue what it holds; columns (batch, n) to get logits (batch, n, vocab) of those columns alone.
         """
         config, (batch, seq) = self.config, input_ids.shape
-        if config.position == "learned" and cache is None and seq > config.max_position_embeddings:
-            raise Error(f"input_ids: {seq} tokens, but the model has only {config.max_position_embeddings} positions")
+        require(config.position != "learned" or cache is not None or seq <= config.max_position_embeddings,
+                f"input_ids: {seq} tokens, but the model has only {config.max_position_embeddings} positions")
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         positions, key_positions = count_positions(real) if cache is None else cache.extend(real)
         masks, ropes = {}, {}
@@ -731,12 +750,11 @@ class TinyLM(nn.Module):
             x = x * self.embedding_scale.to(x.dtype)  # rounded as the reference rounds it
         if config.position == "learned":
             x = x + self.position_embed(positions)
-        x = self.dropout(x)
         for layer, (block, kind) in enumerate(zip(self.layers, config.layer_types)):
             x = block(x, ropes.get(kind), masks[kind], cache, layer)
         if columns is not None:
             x = x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
-        logits = F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
+        logits = linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
         if config.final_logit_softcapping is not None:
             logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
         return logits
@@ -791,29 +809,27 @@ class TinyLM(nn.Module):
         other rows. `compile` compiles the decode step (CUDA graphs on CUDA). Raises Error for arguments out of range.
         """
         knobs = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        steps = list(self.decode(input_ids, attention_mask, max_new_tokens, knobs, eos_token_id, stop, seed, compile))
+        steps = list(self.decode(input_ids, attention_mask, max_new_tokens, eos_token_id, stop, seed, compile,
+                                 temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                                 repetition_penalty=repetition_penalty))
         new = torch.stack([token for token, _ in steps], dim=1)
         running = torch.stack([alive for _, alive in steps], dim=1).any(0).sum()  # columns until the last row ended
         return torch.cat((input_ids, new[:, :int(running)]), dim=1)
 
-    def chat(self, messages: list[dict], **options):
-        """The answer to a conversation of {"role", "content"}, as `stream` gives it, with stream's options."""
-        return self.stream(self.tokenizer.encode(chat_prompt(self.tokenizer, messages), special=False), **options)
-
-    def stream(self, text: str | list[int], max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
-               top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
-               eos_token_id=None, stop=None, seed: int | None = None, compile: bool = False):
-        """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string."""
-        if self.tokenizer is None:
-            raise Error("stream: the checkpoint has no tokenizer.json; use generate with token ids")
-        ends = self.ends(eos_token_id)
-        ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
-        ids = ids or [ends[0] if ends else 0]
-        knobs = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        steps = self.decode(torch.tensor([ids], device=self.device), None, max_new_tokens, knobs, eos_token_id, None,
-                            seed, compile)
+    def stream(self, text: str | list[int], stop=None, **options):
+        """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string; with
+        the options of `generate`."""
+        require(self.tokenizer, "stream: the checkpoint has no tokenizer.json; use generate with token ids")
+        ends = self.ends(options.get("eos_token_id"))
+        ids = (self.tokenizer.encode(text) if isinstance(text, str) else list(text)) or [*ends, 0][:1]
+        steps = self.decode(torch.tensor([ids], device=self.device), **options)
         tokens = (int(token) for token, _ in steps)
         return text_pieces(self.tokenizer, (t for t in tokens if t not in ends), stop_strings(stop))
+
+    def chat(self, messages: list[dict], **options):
+        """The answer to a conversation of {"role", "content"}, as `stream` gives it."""
+        require(self.tokenizer, "chat: the checkpoint has no tokenizer.json")
+        return self.stream(self.tokenizer.encode(chat_prompt(self.tokenizer, messages), special=False), **options)
 
     def ends(self, eos_token_id=None) -> tuple:
         """Ids that end a text: those asked for, else those of the generation config, else those of the config."""
@@ -823,12 +839,13 @@ class TinyLM(nn.Module):
         return ()
 
     @torch.no_grad()
-    def decode(self, input_ids, attention_mask, max_new_tokens, knobs, eos_token_id, stop, seed, compile):
+    def decode(self, input_ids, attention_mask=None, max_new_tokens=128, eos_token_id=None, stop=None, seed=None,
+               compile=False, **sampling):
         """Yield, per step, the new ids (batch,) and which rows (batch,) had not ended before it."""
-        config, mask = self.config, torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        batch, seq = self._checked(input_ids, mask, max_new_tokens, knobs)
+        knobs, mask = Sampling(**sampling), torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        batch, seq = self._checked(input_ids, mask, max_new_tokens)
         ends, stop, device = self.ends(eos_token_id), stop_strings(stop), input_ids.device
-        pad = self.generation_config.get("pad_token_id", config.pad_token_id)
+        pad = self.generation_config.get("pad_token_id", self.config.pad_token_id)
         pad = pad if pad is not None else ends[0] if ends else 0
         state, step = self._decoder(batch, -(-(seq + max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET, compile)
         state.start(input_ids, mask, torch.randint(2**31, ()) if seed is None else seed)
@@ -879,21 +896,18 @@ class TinyLM(nn.Module):
                 torch._dynamo.mark_static_address(tensor, guard=False)
         return states[key], step
 
-    def _checked(self, input_ids, mask, max_new_tokens, knobs) -> tuple:
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():
-            raise Error(f"input_ids: {input_ids.dtype} of shape {tuple(input_ids.shape)}, expected ids (batch, seq)")
-        if mask.shape != input_ids.shape or not bool(mask.any(-1).all()):
-            raise Error(f"attention_mask: shape {tuple(mask.shape)}, expected {tuple(input_ids.shape)} and a token in "
-                        "every row")
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise Error(f"max_new_tokens = {max_new_tokens!r}, expected a positive integer")
-        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
-            raise Error(f"input_ids: ids {int(input_ids.min())} to {int(input_ids.max())}, expected ids below "
-                        f"vocab_size = {self.config.vocab_size}")
-        total, limit = input_ids.shape[1] + max_new_tokens, self.config.max_position_embeddings
-        if self.config.position == "learned" and total > limit:
-            raise Error(f"max_new_tokens = {max_new_tokens} after {input_ids.shape[1]} tokens is more than the model's "
-                        f"{limit} positions")
+    def _checked(self, input_ids, mask, max_new_tokens) -> tuple:
+        require(input_ids.ndim == 2 and input_ids.shape[1] and not input_ids.is_floating_point(), "input_ids: "
+                f"{input_ids.dtype} of shape {tuple(input_ids.shape)}, expected ids (batch, seq)")
+        require(mask.shape == input_ids.shape and bool(mask.any(-1).all()), f"attention_mask: shape "
+                f"{tuple(mask.shape)}, expected {tuple(input_ids.shape)} and a token in every row")
+        require(number(max_new_tokens, 1, 2**31, int), f"max_new_tokens = {max_new_tokens!r}, expected a positive integer")
+        least, most = int(input_ids.min()), int(input_ids.max())
+        require(0 <= least and most < self.config.vocab_size, f"input_ids: ids {least} to {most}, expected 0 to "
+                f"vocab_size - 1 = {self.config.vocab_size - 1}")
+        seq, limit = input_ids.shape[1], self.config.max_position_embeddings
+        require(self.config.position != "learned" or seq + max_new_tokens <= limit, f"max_new_tokens = "
+                f"{max_new_tokens} after {seq} tokens is more than the model's {limit} positions")
         return input_ids.shape
 
 
@@ -1213,15 +1227,13 @@ class Decoding:
         self.seen.zero_()[rows[real], input_ids[real]] = True
 
     def tensors(self) -> list:
-        cache = self.cache
-        return [*cache.k, *cache.v, cache.key_positions, cache.lengths, cache.written,
-                self.token, self.one, self.done, self.alive, self.seen, self.seed, self.count]
+        parts = [*vars(self).values(), *vars(self.cache).values(), *self.cache.k, *self.cache.v]
+        return [part for part in parts if isinstance(part, Tensor)]
 
 
 def stop_strings(stop) -> tuple:
     stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if not all(isinstance(s, str) and s for s in stop):
-        raise Error(f"stop = {stop!r}, expected strings that are not empty")
+    require(all(isinstance(s, str) and s for s in stop), f"stop = {stop!r}, expected strings that are not empty")
     return stop
 
 
@@ -1256,14 +1268,14 @@ def text_pieces(tokenizer, tokens, stop: tuple = ()):
 class TrainOptions:
     """Options of `tinylm.py train`; the command line is made of these fields."""
     out: str = field(default="out", metadata=dict(help="folder for the checkpoints `best` and `last`"))
-    size: str = field(default="small", metadata=dict(help="nano, small, medium or large", choices=None))
+    size: str = field(default="small", metadata=dict(help="nano, small, medium or large"))
     steps: int = field(default=1000, metadata=dict(help="optimizer steps"))
     batch: int = field(default=16, metadata=dict(help="sequences per step"))
     block: int = field(default=256, metadata=dict(help="tokens per sequence"))
     vocab: int = field(default=0, metadata=dict(help="train a byte-level BPE of this many tokens; 0: bytes"))
     lr: float = field(default=0.02, metadata=dict(help="peak learning rate of Muon (matrices)"))
-    adam_lr: float = field(default=2e-3, metadata=dict(help="peak learning rate of AdamW (all else)"))
-    weight_decay: float = field(default=0.05, metadata=dict(help="of the matrices"))
+    adam_lr: float = field(default=4e-3, metadata=dict(help="peak learning rate of AdamW (all else)"))
+    weight_decay: float = field(default=0.1, metadata=dict(help="of the matrices"))
     dropout: float = field(default=0.0, metadata=dict(help="of embeddings and sub-layers"))
     warmup: float = field(default=0.02, metadata=dict(help="share of the steps in which the rates rise"))
     decay: float = field(default=0.6, metadata=dict(help="share of the steps in which they fall to zero, at the end"))
@@ -1273,6 +1285,7 @@ class TrainOptions:
     eval_every: int = field(default=250, metadata=dict(help="steps between validations, checkpoints and samples"))
     seed: int = field(default=0, metadata=dict(help="of weights, data order and dropout"))
     device: str = field(default="", metadata=dict(help="cpu, cuda, ...; cuda where there is one"))
+    bf16: bool = field(default=False, metadata=dict(help="bfloat16 autocast on the CPU too (on CUDA it is always on)"))
     compile: bool = field(default=False, metadata=dict(help="torch.compile the model"))
 
     def __post_init__(self):
@@ -1291,7 +1304,7 @@ class TrainOptions:
 
 SIZES = {
     "nano": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256),
-    "small": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, intermediate_size=512),
+    "small": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=3, intermediate_size=512),
     "medium": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4),
     "large": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4),
 }
@@ -1300,13 +1313,14 @@ SIZES = {
 class MuonAdamW:
     """Muon (Jordan 2024) for the matrices of the layers, AdamW for embeddings, head, norms and biases, as one."""
 
-    def __init__(self, model: nn.Module, lr: float = 0.02, adam_lr: float = 2e-3, weight_decay: float = 0.05):
+    def __init__(self, model: nn.Module, lr: float = 0.02, adam_lr: float = 4e-3, weight_decay: float = 0.1):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name and "head" not in name]
         others = [p for p in named.values() if not any(p is m for m in matrices)]
         fused = others[0].device.type in ("cuda", "cpu")
         self.names = {p: name for name, p in named.items()}
-        self.parts = [torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)]
+        self.parts = [torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0,
+                                        fused=fused)]
         if matrices:
             self.parts.append(torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay))
         for group in self.param_groups:
@@ -1337,42 +1351,38 @@ class MuonAdamW:
                                  if key.startswith(prefix)}
 
 
-def next_token_loss(model: nn.Module, batch, reduction: str = "mean") -> Tensor:
-    """Cross-entropy, in nats per token, of every next token of a batch: ids (batch, seq), or a dict of input_ids,
-    optionally attention_mask and labels (batch, seq; not shifted, -100 is ignored, as in Hugging Face)."""
-    batch = batch if isinstance(batch, dict) else {"input_ids": batch}
-    ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
-    if labels is None:
-        labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+def next_token_labels(batch: dict) -> Tensor:
+    """What a model should say after each token but the last (batch, seq - 1); -100 where it does not matter."""
+    labels, mask = batch.get("labels", batch["input_ids"]), batch.get("attention_mask")
+    if mask is not None and "labels" not in batch:
+        labels = labels.masked_fill(mask == 0, -100)
+    return labels[:, 1:]
+
+
+def next_token_loss(model: nn.Module, batch: dict, bf16: bool = False) -> Tensor:
+    """Sum of the cross-entropies, in nats, of the next tokens of a batch: `input_ids` and, where needed,
+    `attention_mask` and `labels` (batch, seq; not shifted, -100 is ignored, as in Hugging Face)."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16 or ids.device.type == "cuda"):
         logits = model(ids[:, :-1], None if mask is None else mask[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction=reduction)
+    return F.cross_entropy(logits.flatten(0, 1).float(), next_token_labels(batch).flatten(), reduction="sum")
 
 
-def train_step(model: nn.Module, optimizer, batch, max_grad_norm: float = 1.0, accumulate: int = 1) -> Tensor:
-    """One update on a batch as `next_token_loss` takes it, run in `accumulate` parts; the mean loss, a detached scalar
-    on the model's device. The optimizer is `MuonAdamW` or any of torch.optim."""
+def train_step(model: nn.Module, optimizer, batch, max_grad_norm: float = 1.0, accumulate: int = 1,
+               bf16: bool = False) -> Tensor:
+    """One update on a batch of ids (batch, seq), or on a dict as `next_token_loss` takes it, run in `accumulate` parts.
+    Returns the mean loss per token, a detached scalar. The optimizer is `MuonAdamW` or any of torch.optim."""
     model.train()
     batch = batch if isinstance(batch, dict) else {"input_ids": batch}
-    parts = [dict(zip(batch, rows)) for rows in zip(*(t.chunk(accumulate) for t in batch.values()))]
-    loss = torch.zeros((), device=batch["input_ids"].device)
-    for part in parts:
-        if "labels" in batch or "attention_mask" in batch:  # parts weigh by their tokens
-            share = next_token_count(part) / next_token_count(batch)
-        else:
-            share = len(part["input_ids"]) / len(batch["input_ids"])
-        part_loss = next_token_loss(model, part) * share
-        part_loss.backward()
-        loss += part_loss.detach()
+    count, total = (next_token_labels(batch) != -100).sum().clamp(min=1), 0.0
+    for rows in zip(*(tensor.chunk(accumulate) for tensor in batch.values())):
+        loss = next_token_loss(model, dict(zip(batch, rows)), bf16) / count
+        loss.backward()
+        total += loss.detach()
     nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return loss
-
-
-def next_token_count(batch: dict) -> Tensor:
-    labels = batch["labels"] != -100 if "labels" in batch else batch["attention_mask"]
-    return labels[:, 1:].sum().clamp(min=1)
+    return total
 
 
 class Corpus:
@@ -1382,11 +1392,11 @@ class Corpus:
         texts = read_texts(Path(path))
         kept, tail = split_tail(texts, options.held_back)
         self.tokenizer = tokenizer or (train_bpe(kept, options.vocab) if options.vocab else ByteTokenizer())
-        self.seed, self.block, self.batch = options.seed, options.block, options.batch
+        self.seed, self.block, self.batch, self.epoch = options.seed, options.block, options.batch, None
         self.train, self.val = self.ids(kept), self.ids(tail)
         self.val_bytes = sum(len(text.encode("utf-8", errors="replace")) for text in tail)
-        if len(self.train) <= self.block:
-            raise Error(f"{path}: {len(self.train)} tokens to train on, expected more than --block {self.block}")
+        require(len(self.train) > self.block, f"{path}: {len(self.train)} tokens to train on, expected more than "
+                f"--block {self.block}")
 
     def ids(self, texts: list) -> Tensor:
         """One row of ids; texts end with the end-of-text token, but for the last."""
@@ -1396,10 +1406,17 @@ class Corpus:
         return torch.tensor(out, dtype=torch.int32)
 
     def draw(self, step: int) -> Tensor:
-        """Random windows (batch, block + 1); which ones depends on seed and step alone, so a resumed run goes on."""
-        order = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        start = torch.randint(len(self.train) - self.block, (self.batch, 1), generator=order)
-        return self.train[start + torch.arange(self.block + 1)].long()
+        """Windows (batch, block + 1) of a step. An epoch is a shuffle of consecutive blocks from a random first
+        token; all of it depends on seed and step alone, so that a resumed run goes on."""
+        blocks = max((len(self.train) - 1) // self.block - 1, 1)
+        starts = []
+        for i in range(step * self.batch, (step + 1) * self.batch):
+            if i // blocks != self.epoch:
+                self.epoch, order = i // blocks, torch.Generator().manual_seed(self.seed * 1_000_003 + i // blocks)
+                first = torch.randint(min(self.block, len(self.train) - self.block), (), generator=order)
+                self.order = first + self.block * torch.randperm(blocks, generator=order)
+            starts.append(self.order[i % blocks])
+        return self.train[torch.stack(starts)[:, None] + torch.arange(self.block + 1)].long()
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, device, most: int = 2**18) -> tuple[float, float]:
@@ -1412,7 +1429,7 @@ class Corpus:
             whole = (len(chunk) - 1) // self.block
             windows = [chunk[:whole * self.block + 1].unfold(0, self.block + 1, self.block)] if whole else []
             windows += [chunk[None, whole * self.block:]] if (len(chunk) - 1) % self.block else []
-            total += sum(next_token_loss(model, w.to(device), "sum").item() for w in windows)
+            total += sum(next_token_loss(model, {"input_ids": w.to(device)}).item() for w in windows)
         count = len(ids) - 1
         return total / count, total / (self.val_bytes * count / len(self.val)) / math.log(2)
 
@@ -1421,8 +1438,7 @@ def read_texts(path: Path) -> list:
     """The texts of a file or, sorted by name, of a folder's .txt, .md and .jsonl files."""
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl"))
-        if not files:
-            raise Error(f"{path}: no .txt, .md or .jsonl file in this folder")
+        require(files, f"{path}: no .txt, .md or .jsonl file in this folder")
         return [text for file in files for text in read_texts(file)]
     try:
         content = path.read_text(encoding="utf-8", errors="replace")
@@ -1431,13 +1447,13 @@ def read_texts(path: Path) -> list:
     if path.suffix != ".jsonl":
         return [content]
     texts = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for n, line in enumerate(content.splitlines(), 1):
         try:
             row = json.loads(line) if line.strip() else {"text": ""}
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise Error(f"{path}, line {number}: {line[:60]!r}, expected an object with a string `text`")
+        require(isinstance(row, dict) and isinstance(row.get("text"), str), f"{path}, line {n}: {line[:60]!r}, expected "
+                "an object with a string `text`")
         texts += [row["text"]] if row["text"] else []
     return texts
 
@@ -1552,27 +1568,30 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
                                 if k.startswith("optimizer/")})
     if options.compile:
         lm.compile(fullgraph=True)
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    torch.set_flush_denormal(True)  # a CPU takes a hundred times as long over them
     progress = Progress(options.steps, at["step"], options.batch * options.block)
     progress.note(f"{sum(p.numel() for p in lm.parameters()):,} parameters; {len(corpus.train):,} tokens to train on, "
                   f"{len(corpus.val):,} held back; {device}")
-    with Interrupt() as interrupted:
-        for step in range(at["step"], options.steps):
-            torch.manual_seed(options.seed * 1_000_003 + step)
-            scale = rate(step, options)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * scale
-            loss = train_step(lm, optimizer, corpus.draw(step).to(device), options.clip, options.accumulate)
-            at["step"] = step + 1
-            progress.line(step, loss, options.lr * scale)
-            if at["step"] % options.eval_every == 0 or at["step"] == options.steps:
-                validate(lm, corpus, at, out, progress, device)
-                save_training(out / "last", lm, optimizer, at, options, data)
-            elif interrupted:
-                save_training(out / "last", lm, optimizer, at, options, data)
-            if interrupted and at["step"] < options.steps:
-                progress.note(f"stopped at step {at['step']}; {out / 'last'} is saved; --resume goes on")
-                break
+    interrupted = threading.Event()
+    on_interrupt(interrupted.set)
+    for step in range(at["step"], options.steps):
+        torch.manual_seed(options.seed * 1_000_003 + step)
+        scale = rate(step, options)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+        batch = corpus.draw(step).to(device)
+        loss = train_step(lm, optimizer, batch, options.clip, options.accumulate, options.bf16)
+        at["step"] = step + 1
+        progress.line(step, loss, options.lr * scale)
+        due = at["step"] % options.eval_every == 0 or at["step"] == options.steps
+        if due:
+            validate(lm, corpus, at, out, progress, device)
+        if due or interrupted.is_set():
+            save_training(out / "last", lm, optimizer, at, options, data)
+        if interrupted.is_set() and at["step"] < options.steps:
+            progress.note(f"stopped at step {at['step']}; {out / 'last'} is saved; --resume goes on")
+            break
     return lm.eval()
 
 
@@ -1592,24 +1611,14 @@ def validate(lm: TinyLM, corpus: Corpus, at: dict, out: Path, progress: Progress
     progress.note("  | " + text.replace("\n", "\n  | "))
 
 
-class Interrupt:
-    """Within it, the first Ctrl-C or SIGTERM only makes it true; a second one ends the program."""
+def on_interrupt(note):
+    """Call `note` at the first Ctrl-C or SIGTERM; the second one ends the program as ever."""
+    def handle(number, _):
+        signal.signal(number, signal.default_int_handler)
+        note()
 
-    def __enter__(self):
-        self.hit, self.before = False, {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, *_):
-        if self.hit:
-            raise KeyboardInterrupt
-        self.hit = True
-
-    def __bool__(self):
-        return self.hit
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,208 @@
+"""How fast SmolLM2-135M decodes: fp32, batch 1, greedy, 2 threads, every contender in one run.
+
+    python tests/bench/decode.py [--genai-python PYTHON] [--tokens 64] [--rounds 5] [--only NAME ...]
+
+Each contender lives in a process of its own, all on the same two cores. They take turns, round after round, and the
+median of the rounds counts, so that a busy or throttled machine slows all of them alike. A turn is one call: prompt and
+prefill included, text included where the contender makes text. All must give the same tokens.
+
+Bars: tinylm (the better of eager and compiled) at least 2.2 times transformers; OnnxLM at least 0.95 times
+onnxruntime-genai, whose model is built by its own builder. onnxruntime-genai is looked for in this Python, or in the
+one that --genai-python names (`pip install onnxruntime-genai onnx onnx-ir torch transformers` in an environment of its
+own).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+PROMPT = [504, 3575, 282, 4649, 314]  # "The capital of France is"
+THREADS = 2
+
+
+# ---- contenders: each makes a function of a number of tokens that returns the new ids. They import what they need. --
+
+def transformers_eager(folder):
+    import torch
+    from transformers import AutoModelForCausalLM
+    torch.set_num_threads(THREADS)
+    model, ids = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), torch.tensor([PROMPT])
+    options = dict(do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(ids))
+    return lambda n: model.generate(ids, max_new_tokens=n, **options)[0, len(PROMPT):].tolist()
+
+
+def tinylm_eager(folder, compiled=False):
+    import torch
+    from tinylm import TinyLM
+    torch.set_num_threads(THREADS)
+    lm, ids = TinyLM.from_pretrained(folder, dtype=torch.float32), torch.tensor([PROMPT])
+    return lambda n: lm.generate(ids, max_new_tokens=n, eos_token_id=(), compile=compiled)[0, len(PROMPT):].tolist()
+
+
+def tinylm_compiled(folder):
+    return tinylm_eager(folder, compiled=True)
+
+
+def onnx_fp32(folder):
+    import numpy
+    from export import OnnxLM
+    lm, ids = OnnxLM(folder, precision="fp32", providers=["CPUExecutionProvider"]), numpy.array([PROMPT])
+    return lambda n: lm.generate(ids, max_new_tokens=n, eos_token_id=())[0, len(PROMPT):].tolist()
+
+
+def genai_fp32(folder):
+    import onnxruntime_genai
+    model = onnxruntime_genai.Model(folder)
+
+    def generate(n):
+        options = onnxruntime_genai.GeneratorParams(model)
+        options.set_search_options(do_sample=False, min_length=len(PROMPT) + n, max_length=len(PROMPT) + n)
+        generator = onnxruntime_genai.Generator(model, options)
+        generator.append_tokens([PROMPT])
+        new = []
+        while len(new) < n:
+            generator.generate_next_token()
+            new.append(int(generator.get_next_tokens()[0]))
+        return new
+    return generate
+
+
+CONTENDERS = {"transformers": transformers_eager, "tinylm": tinylm_eager, "tinylm compiled": tinylm_compiled,
+              "OnnxLM": onnx_fp32, "onnxruntime-genai": genai_fp32}
+
+
+def work(name, folder):
+    """A contender's process: a line with a number of tokens comes in, a line with seconds and ids goes out."""
+    sys.path.insert(0, str(TESTS.parent))
+    generate = CONTENDERS[name](folder)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        ids = generate(int(line))
+        print(json.dumps([time.perf_counter() - start, ids]), flush=True)
+
+
+class Contender:
+    def __init__(self, name, folder, python, log):
+        self.name, self.log, self.rates, self.ids = name, log, [], None
+        self.process = subprocess.Popen([python, __file__, "--worker", name, str(folder)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=open(log, "w"), text=True)
+
+    def turn(self, tokens):
+        self.process.stdin.write(f"{tokens}\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("["):  # libraries may print
+                seconds, self.ids = json.loads(line)
+                return tokens / seconds
+        raise Unavailable((Path(self.log).read_text().strip().splitlines() or ["it ended"])[-1])
+
+
+class Unavailable(Exception):
+    """A contender cannot run here, and why."""
+
+
+# ---- what they read -------------------------------------------------------------------------------------------------
+
+def exported(smollm2, out):
+    sys.path.insert(0, str(TESTS.parent))
+    try:
+        from export import export_onnx
+    except ImportError as error:
+        raise Unavailable(error) from None
+    export_onnx(str(smollm2), str(out))
+    return out
+
+
+def built_by_genai(smollm2, out, python):
+    """The model of onnxruntime-genai's own builder, which takes its thread count from genai_config.json."""
+    if not (out / "genai_config.json").exists():
+        found = subprocess.run([python, "-c", "import onnxruntime_genai"], capture_output=True)
+        if found.returncode:
+            raise Unavailable("not importable; name a Python that has it with --genai-python")
+        with tempfile.TemporaryDirectory(dir=out.parent) as work:
+            run = subprocess.run([python, "-m", "onnxruntime_genai.models.builder", "-i", smollm2, "-o", f"{work}/model",
+                                  "-p", "fp32", "-e", "cpu", "-c", f"{work}/cache"], capture_output=True, text=True)
+            if run.returncode:
+                raise Unavailable(f"its builder: {(run.stderr.strip().splitlines() or ['failed'])[-1]}")
+            config = Path(work, "model", "genai_config.json")
+            content = json.loads(config.read_text())
+            content["model"]["decoder"]["session_options"]["intra_op_num_threads"] = THREADS
+            config.write_text(json.dumps(content, indent=2))
+            os.rename(Path(work, "model"), out)
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--genai-python", default=sys.executable, help="a Python that has onnxruntime-genai")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="fewer contenders")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    os.environ |= {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+    if options.worker:
+        return work(*options.worker)
+
+    sys.path.insert(0, str(TESTS))
+    import conftest
+    smollm2 = conftest.fetch_smollm2()
+    with tempfile.TemporaryDirectory() as scratch:
+        contenders, skipped = [], {}
+        for name in options.only:
+            folder, python = smollm2, sys.executable
+            try:
+                if name == "OnnxLM":
+                    folder = exported(smollm2, Path(scratch, "onnx"))
+                if name == "onnxruntime-genai":
+                    python = options.genai_python
+                    folder = built_by_genai(smollm2, conftest.CACHE / "smollm2-135m-instruct-genai-fp32", python)
+                contender = Contender(name, folder, python, f"{scratch}/{name}.log")
+                contender.turn(options.tokens)  # warms up, and compiles
+                contenders.append(contender)
+            except Unavailable as reason:
+                skipped[name] = reason
+        for i in range(options.rounds):
+            for contender in contenders[::1 if i % 2 else -1]:
+                contender.rates.append(contender.turn(options.tokens))
+        for contender in contenders:
+            contender.process.stdin.close()
+            contender.process.wait()
+    return report(contenders, skipped, options)
+
+
+def report(contenders, skipped, options):
+    print(f"SmolLM2-135M, fp32, batch 1, greedy, {THREADS} threads, {options.tokens} tokens after {len(PROMPT)}, "
+          f"median of {options.rounds} rounds\n")
+    speed = {contender.name: statistics.median(contender.rates) for contender in contenders}
+    print("| contender | tokens/s | lowest to highest | times transformers | tokens |\n|---|---:|---:|---:|---|")
+    for contender in contenders:
+        ratio = f"{speed[contender.name] / speed['transformers']:.2f}" if "transformers" in speed else ""
+        same = "the same" if contender.ids == contenders[0].ids else "DIFFERENT"
+        print(f"| {contender.name} | {speed[contender.name]:.1f} | {min(contender.rates):.1f} to "
+              f"{max(contender.rates):.1f} | {ratio} | {same} |")
+    for name, reason in skipped.items():
+        print(f"| {name} | skipped: {reason} | | | |")
+    print()
+    torch_best = max((speed[name] for name in ("tinylm", "tinylm compiled") if name in speed), default=None)
+    bars = [("tinylm over transformers", torch_best, speed.get("transformers"), 2.2),
+            ("OnnxLM over onnxruntime-genai", speed.get("OnnxLM"), speed.get("onnxruntime-genai"), 0.95)]
+    missed = any(contender.ids != contenders[0].ids for contender in contenders)
+    for what, ours, theirs, bar in bars:
+        if ours and theirs:
+            print(f"{what}: {ours / theirs:.2f} (bar: {bar}){'' if ours / theirs >= bar else '  MISSED'}")
+            missed |= ours / theirs < bar
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

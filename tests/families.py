@@ -1,0 +1,184 @@
+"""Tiny, odd-shaped `transformers` models of every decoder family: the oracles that tinylm is compared with.
+
+No two sizes of a config are equal by accident, `head_dim` differs from hidden / heads where the family allows it, and
+every parameter carries noise, so that a swapped, transposed or ignored tensor changes the logits.
+"""
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+LENGTH = 23  # of the prompts: longer than every sliding window here, and than the positions of the dynamic case
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    family: str
+    fields: dict = field(hash=False)
+
+    def __str__(self):
+        return self.name
+
+
+def common(**changes):
+    """Sizes that every family with rotary positions takes; tokens 0 to 2 are special."""
+    sizes = dict(vocab_size=211, hidden_size=60, intermediate_size=82, num_hidden_layers=3, num_attention_heads=6,
+                 num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    return sizes | changes
+
+
+def rope(kind="default", theta=1000.0, **rest):
+    return dict(rope_type=kind, rope_theta=theta, **rest)
+
+
+def gpt2(**changes):
+    sizes = dict(vocab_size=211, n_embd=60, n_layer=3, n_head=5, n_positions=64, bos_token_id=1, eos_token_id=2,
+                 attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # so that a training step is comparable
+    return sizes | changes
+
+
+def gemma3(**changes):
+    local = dict(full_attention=rope(theta=5000.0), sliding_attention=rope(theta=100.0))
+    fields = dict(num_hidden_layers=4, head_dim=14, query_pre_attn_scalar=19, sliding_window=6, rope_parameters=local,
+                  layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"])
+    return common(**fields | changes)
+
+
+CASES = [Case(name, name.split("-")[0], fields) for name, fields in {
+    "gpt2": gpt2(),
+    "gpt2-inner": gpt2(n_inner=101, activation_function="gelu", layer_norm_epsilon=1e-3, n_layer=4),
+    "gpt2-relu": gpt2(activation_function="relu"),
+    "llama": common(rope_parameters=rope()),
+    "llama-biases": common(attention_bias=True, mlp_bias=True, head_dim=14, rms_norm_eps=1e-2),
+    "llama-tied": common(tie_word_embeddings=True, head_dim=8, num_key_value_heads=3, hidden_act="gelu"),
+    "llama-mha": common(num_key_value_heads=6, num_hidden_layers=4, hidden_act="gelu_pytorch_tanh"),
+    "llama-mqa": common(num_key_value_heads=1, head_dim=22, hidden_act="relu"),
+    "llama-linear": common(rope_parameters=rope("linear", factor=2.5)),
+    "llama-dynamic": common(max_position_embeddings=16, rope_parameters=rope("dynamic", factor=3.0)),
+    "llama-llama3": common(head_dim=20, rope_parameters=rope(
+        "llama3", 10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)),
+    "llama-yarn": common(head_dim=20, rope_parameters=rope(
+        "yarn", 100.0, factor=4.0, original_max_position_embeddings=16)),
+    "llama-yarn-tuned": common(head_dim=20, rope_parameters=rope(
+        "yarn", 100.0, factor=4.0, original_max_position_embeddings=16, beta_fast=2.0, beta_slow=0.25,
+        attention_factor=0.7)),
+    "mistral": common(sliding_window=7, head_dim=14),
+    "mistral-full": common(sliding_window=None, rope_parameters=rope(theta=1e6)),
+    "qwen2": common(),
+    "qwen2-window": common(num_hidden_layers=4, use_sliding_window=True, sliding_window=5, max_window_layers=2,
+                           tie_word_embeddings=True),
+    "qwen3": common(head_dim=16),
+    "qwen3-tied": common(head_dim=8, tie_word_embeddings=True, num_key_value_heads=3),
+    "qwen3-biases": common(head_dim=16, attention_bias=True, rms_norm_eps=1e-2, rope_parameters=rope(
+        "yarn", 100.0, factor=4.0, original_max_position_embeddings=16)),
+    "qwen3-window": common(head_dim=16, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "gemma": common(head_dim=14),
+    "gemma-mqa": common(head_dim=18, num_key_value_heads=1, rms_norm_eps=1e-2, rope_parameters=rope(theta=50.0)),
+    "gemma2": common(num_hidden_layers=4, head_dim=14, sliding_window=6, query_pre_attn_scalar=19,
+                     attn_logit_softcapping=3.0, final_logit_softcapping=4.0),
+    "gemma2-uncapped": common(head_dim=14, sliding_window=6, query_pre_attn_scalar=14, attn_logit_softcapping=None,
+                              final_logit_softcapping=None),
+    "gemma3_text": gemma3(),
+    "gemma3_text-linear": gemma3(rope_parameters=dict(full_attention=rope("linear", 5000.0, factor=8.0),
+                                                      sliding_attention=rope(theta=100.0))),
+    "gemma3_text-capped": gemma3(final_logit_softcapping=4.0),
+    "phi3": common(),
+    "phi3-window": common(sliding_window=7, num_key_value_heads=3, tie_word_embeddings=True),
+    "olmo2": common(),
+    "olmo2-biases": common(attention_bias=True, num_key_value_heads=3, rms_norm_eps=1e-2, rope_parameters=rope(
+        "linear", factor=2.5)),
+    "starcoder2": common(),
+    "starcoder2-window": common(sliding_window=7, use_bias=False, tie_word_embeddings=False, norm_epsilon=1e-3),
+}.items()]
+
+FAMILIES = [case for case in CASES if case.name == case.family]  # one case of each, where one is enough
+
+
+def model(case, seed=0):
+    """A random model in fp32. Each tensor keeps its own mean (norms stay near one or zero) and gets its own noise."""
+    config = AutoConfig.for_model(case.family, **copy.deepcopy(case.fields))  # transformers writes into what it is given
+    oracle = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in oracle.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = noise * 0.15 if parameter.ndim > 1 else parameter.data + noise * 0.3
+    return oracle
+
+
+def save(case, folder, dialect="v5", **options):
+    """Writes the oracle as transformers does, with the `config.json` of its version 5 or of version 4 and earlier."""
+    model(case).save_pretrained(folder, **options)
+    if dialect == "legacy":
+        rewrite_config(folder, legacy)
+    return Path(folder)
+
+
+def rewrite_config(folder, change):
+    path = Path(folder, "config.json")
+    path.write_text(json.dumps(change(json.loads(path.read_text())), indent=2))
+
+
+def rewrite_tensors(folder, change):
+    path = Path(folder, "model.safetensors")
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def legacy(config):
+    """The same model in the older dialect: flat rope fields, `torch_dtype`, a rule in the place of `layer_types`."""
+    config = dict(config, transformers_version="4.37.0", torch_dtype=config["dtype"])
+    del config["dtype"]
+    if config["model_type"] == "gpt2":
+        return dict(config, n_ctx=config["n_positions"])
+    parameters = config.pop("rope_parameters")
+    if config["model_type"] == "gemma3_text":
+        config["sliding_window_pattern"] = config.pop("layer_types").index("full_attention") + 1
+        config.pop("_sliding_window_pattern", None)
+        config["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        parameters = parameters["full_attention"]
+    if config["model_type"] in ("qwen2", "qwen3", "gemma2"):
+        del config["layer_types"]
+    parameters = {key: value for key, value in parameters.items() if key != "partial_rotary_factor"}
+    config["rope_theta"], kind = parameters.pop("rope_theta"), parameters.pop("rope_type")
+    name = "type" if config["model_type"] == "llama" else "rope_type"  # the oldest files say "type"
+    config["rope_scaling"] = None if kind == "default" else {name: kind, **parameters}
+    return config
+
+
+def load_oracle(folder):
+    """What transformers makes of a folder; fails if it had to leave out or make up a tensor."""
+    oracle, info = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32,
+                                                        output_loading_info=True)
+    assert not any(info.values()), info
+    return oracle.eval()
+
+
+def prompts(case, *shape, seed=1):
+    """Random tokens, none of them special."""
+    return torch.randint(3, case.fields["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def difference(ours, theirs):
+    """Largest difference, relative to the largest value."""
+    assert ours.shape == theirs.shape and torch.isfinite(ours).all()
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def ragged(tokens, layout):
+    """A batch and its mask from a list of 1-D prompts: `layout` has "left", "right" or "both" for each row.
+
+    Padded places hold real tokens, not zeros, so that a place that leaks is seen.
+    """
+    width = max(map(len, tokens)) + 2
+    batch = torch.randint(3, 200, (len(tokens), width), generator=torch.Generator().manual_seed(9))
+    mask = torch.zeros_like(batch)
+    for row, (prompt, side) in enumerate(zip(tokens, layout, strict=True)):
+        start = {"left": width - len(prompt), "right": 0, "both": 1}[side]
+        batch[row, start:start + len(prompt)] = prompt
+        mask[row, start:start + len(prompt)] = 1
+    return batch, mask

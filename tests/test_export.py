@@ -1,0 +1,255 @@
+"""The way out: the exported folder, its graph, and ONNX Runtime's tokens against torch and transformers."""
+
+import functools
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import export
+from conftest import ROOT
+from export import OnnxLM, export_onnx
+from families import CASES, FAMILIES, difference, load_oracle, prompts, ragged
+from tinylm import Config, TinyLM
+
+SPECIAL = [case for case in CASES if case.name in ("llama-yarn-tuned", "llama-dynamic", "gpt2-inner", "phi3-window")]
+CPU = ["CPUExecutionProvider"]
+
+
+@pytest.fixture(scope="session")
+def exported(folder, tmp_path_factory):
+    """exported(case) -> the folder that export.py wrote from the oracle."""
+    @functools.cache
+    def write(case):
+        out = tmp_path_factory.mktemp("onnx") / str(case)
+        export_onnx(folder(case), out)
+        return out
+    return write
+
+
+def numpy(*tensors):
+    return [tensor.numpy() for tensor in tensors]
+
+
+# ---- the graph, family by family ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case", FAMILIES + SPECIAL, ids=str)
+def test_logits_and_tokens_are_those_of_transformers(case, folder, exported):
+    """From a checkpoint that transformers wrote, through the export, under ONNX Runtime; rows padded on either side."""
+    oracle, lm, onnx_lm = load_oracle(folder(case)), TinyLM.from_pretrained(folder(case)), OnnxLM(exported(case), providers=CPU)
+    ids = prompts(case, 2, 15)
+    with torch.no_grad():
+        assert difference(torch.from_numpy(onnx_lm(*numpy(ids))), oracle(ids).logits) < 1e-4
+    rows = [prompts(case, n, seed=n) for n in (11, 4, 7)]
+    batch, mask = ragged(rows, ["left", "right", "both"])
+    options = dict(max_new_tokens=9, eos_token_id=())
+    tokens = onnx_lm.generate(*numpy(batch, mask), **options)
+    assert tokens.tolist() == lm.generate(batch, mask, **options).tolist()
+    for row, prompt in zip(tokens, rows, strict=True):
+        theirs = oracle.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=9, do_sample=False,
+                                 eos_token_id=None, pad_token_id=0)
+        assert row[batch.shape[1]:].tolist() == theirs[0, len(prompt):].tolist()
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_graph_has_single_operators_and_each_weight_once(case, folder, exported):
+    """Guards attention, rotary positions and norms that leave the trace written out, and a tied head stored twice."""
+    path, lm = exported(case) / "onnx" / "model.onnx", TinyLM.from_pretrained(folder(case))
+    graph = onnx.load(path).graph
+    onnx.checker.check_model(path, full_check=True)
+    found, layers = Counter(node.op_type for node in graph.node), lm.config.num_hidden_layers
+    assert {node.domain for node in graph.node} == {""}
+    assert found["Attention"] == layers and not found["Softmax"]
+    assert found["RotaryEmbedding"] == (2 * layers if lm.config.position == "rope" else 0)
+    norms = sum(name.endswith("norm.weight") for name in lm.state_dict())
+    assert found["RMSNormalization" if lm.config.norm == "rms" else "LayerNormalization"] == norms
+    stored = sum(np.prod(tensor.dims) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
+    assert stored == pytest.approx(sum(p.numel() for p in lm.parameters()), rel=0.01)
+
+
+def test_names_and_axes_are_those_of_optimum(exported):
+    case = FAMILIES[1]
+    graph = onnx.load(exported(case) / "onnx" / "model.onnx").graph
+    shape = {value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+             for value in (*graph.input, *graph.output)}
+    kv, width = case.fields["num_key_value_heads"], case.fields["hidden_size"] // case.fields["num_attention_heads"]
+    assert shape["input_ids"] == shape["position_ids"] == ["batch_size", "sequence_length"]
+    assert shape["attention_mask"] == ["batch_size", "total_sequence_length"]
+    assert shape["logits"] == ["batch_size", "sequence_length", case.fields["vocab_size"]]
+    for i in range(case.fields["num_hidden_layers"]):
+        for part in ("key", "value"):
+            assert shape[f"past_key_values.{i}.{part}"] == ["batch_size", kv, "past_sequence_length", width]
+            assert shape[f"present.{i}.{part}"][0::3] == ["batch_size", width]
+    assert len(shape) == 4 + 4 * case.fields["num_hidden_layers"]
+
+
+def test_file_names_no_machine(exported):
+    """Guards the stack traces that the exporter leaves in a file's metadata."""
+    content = (exported(FAMILIES[1]) / "onnx" / "model.onnx").read_bytes()
+    for trace in (b"site-packages", b"stack_trace", b"pkg.torch", str(ROOT).encode(), sys.prefix.encode()):
+        assert trace not in content, trace
+
+
+def test_loading_prints_nothing(exported):
+    """Guards outputs declared with wrong shapes: ONNX Runtime warns of each at every load."""
+    script = f"from export import OnnxLM; OnnxLM({str(exported(FAMILIES[1]))!r}, providers={CPU})"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stderr == run.stdout == "", run.stderr
+
+
+# ---- OnnxLM ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A random model of bytes, in torch and exported."""
+    torch.manual_seed(3)
+    lm = TinyLM(Config(hidden_size=48, num_attention_heads=3, num_hidden_layers=2, initializer_range=0.3,
+                       eos_token_id=256, pad_token_id=257)).eval()
+    out = tmp_path_factory.mktemp("small") / "out"
+    found = export_onnx(lm, out)
+    assert found["greedy tokens"] == 32 and all(value < 2e-4 for name, value in found.items() if name != "greedy tokens")
+    return lm, OnnxLM(out, providers=CPU), out
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(temperature=1.0), dict(temperature=0.7, top_k=9), dict(temperature=1.2, top_p=0.8), dict(repetition_penalty=1.7),
+    dict(temperature=1.0, min_p=0.05), dict(temperature=0.9, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2)], ids=str)
+def test_same_seed_same_tokens_as_torch(options, small):
+    """The noise is a function of seed, row, step and token: sampling agrees between torch and numpy, row by row."""
+    lm, onnx_lm, _ = small
+    ids = torch.randint(0, 256, (3, 6), generator=torch.Generator().manual_seed(1))
+    ours = onnx_lm.generate(*numpy(ids), max_new_tokens=24, seed=5, **options)
+    assert ours.tolist() == lm.generate(ids, max_new_tokens=24, seed=5, **options).tolist()
+    if options.get("temperature"):
+        assert onnx_lm.generate(*numpy(ids), max_new_tokens=24, seed=6, **options).tolist() != ours.tolist()
+
+
+def test_stream_is_that_of_torch(small):
+    lm, onnx_lm, _ = small
+    for options in (dict(seed=1, temperature=1.0), dict(seed=2, temperature=1.0, stop=["e", "tz"])):
+        assert "".join(onnx_lm.stream("größer", 60, **options)) == "".join(lm.stream("größer", max_new_tokens=60, **options))
+
+
+def test_eos_ends_a_row_and_pads_it(small):
+    lm, onnx_lm, _ = small
+    ids = torch.randint(0, 256, (2, 6), generator=torch.Generator().manual_seed(1))
+    free = lm.generate(ids, max_new_tokens=12, eos_token_id=())
+    end = int(free[0, 8])
+    ours = onnx_lm.generate(*numpy(ids), max_new_tokens=12, eos_token_id=end)
+    assert ours.tolist() == lm.generate(ids, max_new_tokens=12, eos_token_id=end).tolist()
+    assert end in ours[0] and ours.shape[1] <= free.shape[1]
+
+
+def test_runs_without_torch(small):
+    """An app has numpy, onnxruntime and tokenizers: importing torch, tinylm or onnx would be an error there."""
+    script = f"""
+import sys
+for name in ("torch", "tinylm", "onnx", "transformers", "safetensors", "einops"):
+    sys.modules[name] = None
+import numpy
+from export import OnnxLM
+lm = OnnxLM({str(small[2])!r}, providers={CPU})
+assert lm(numpy.array([[1, 2, 3]])).shape == (1, 3, 320)
+assert lm.generate(numpy.array([[1, 2, 3]]), max_new_tokens=4).shape[0] == 1
+print("".join(lm.stream("hi", max_new_tokens=4, temperature=1.0, seed=1)).encode())
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(precision="int3"), "precision = 'int3'"), (dict(providers=["FooExecutionProvider"]), "FooExecutionProvider")])
+def test_bad_arguments_are_named(arguments, words, small):
+    with pytest.raises(ValueError, match=words):
+        OnnxLM(small[2], **arguments)
+
+
+@pytest.mark.parametrize("ids, words", [
+    (np.zeros((1, 0), np.int64), "input_ids"), (np.zeros(3, np.int64), "input_ids"), (np.array([[320]]), "vocab_size"),
+    (np.array([[0.5]]), "input_ids")], ids=str)
+def test_bad_ids_are_named(ids, words, small):
+    with pytest.raises(ValueError, match=words):
+        small[1].generate(ids)
+
+
+def test_a_provider_that_does_not_load_is_an_error(small):
+    """Guards a silent fall back to the CPU where CUDA was asked for."""
+    import onnxruntime
+    if export.CUDA not in onnxruntime.get_available_providers() or export.has_cuda(onnxruntime):
+        pytest.skip("needs the CUDA build of onnxruntime and a machine without a GPU")
+    with pytest.raises(ValueError, match="CUDAExecutionProvider did not load"):
+        OnnxLM(small[2], providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+def run(*arguments, cwd):
+    return subprocess.run([sys.executable, ROOT / "export.py", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          timeout=300)
+
+
+def test_shipped_model_is_exported_verified_and_writes(tmp_path):
+    """The first command of the README."""
+    if not (ROOT / "weights" / "model.safetensors").exists():
+        pytest.skip("no weights/ in this checkout")
+    done = run("--onnx", "--prompt", "ROMEO:", "--max-new-tokens", 40, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "verified against torch" in done.stdout and "32 greedy tokens equal" in done.stdout
+    assert "ROMEO:" in done.stdout and "tokens/s" in done.stdout and "ExecutionProvider" in done.stdout
+    files = {str(path.relative_to(tmp_path / "exported")) for path in (tmp_path / "exported").rglob("*") if path.is_file()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
+            "genai_config.json", "onnx/model.onnx"} <= files
+    assert load_oracle(tmp_path / "exported").config.model_type == "qwen3"
+
+
+def test_a_failed_check_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
+    """A graph that computes something else is caught, and no folder, half or whole, stays behind."""
+    right = export.onnx_rms_norm
+    monkeypatch.setattr(export, "onnx_rms_norm", lambda x, weight, eps: right(x, weight, eps + 0.1))
+    out = tmp_path / "out"
+    assert export.main([str(folder(FAMILIES[1])), "--onnx", "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "differs from torch" in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_arguments_end_in_one_line(folder, tmp_path, capsys):
+    source = folder(FAMILIES[1])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    for arguments, words in [((tmp_path / "none", "--onnx", "--out", tmp_path / "out"), "config.json: no such file"),
+                             ((source, "--onnx", "--out", tmp_path / "mine"), "is no ONNX export"),
+                             ((source, "--onnx", "--out", source), "is the checkpoint itself")]:
+        assert export.main([*map(str, arguments)]) == 1
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and "Traceback" not in error
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious" and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        export.main([str(source)])
+    assert "--onnx" in capsys.readouterr().err
+
+
+def test_safetensors_alone_and_an_export_again(folder, tmp_path):
+    """Without --onnx there is no graph; an earlier export in the same place is replaced whole."""
+    source, out = folder(FAMILIES[1]), tmp_path / "out"
+    export_onnx(source, out)
+    assert export.main([str(source), "--safetensors", "--out", str(out)]) == 0
+    assert not (out / "onnx").exists() and not (out / "genai_config.json").exists()
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
+    with torch.no_grad():
+        ids = prompts(FAMILIES[1], 1, 9)
+        assert difference(load_oracle(out)(ids).logits, load_oracle(source)(ids).logits) == 0
+
+
+def test_smollm2_is_exported_verified_and_knows_paris(smollm2, tmp_path):
+    done = run(smollm2, "--onnx", "--out", tmp_path / "out", "--prompt", "The capital of France is", "--max-new-tokens", 8,
+               cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    size = sum(path.stat().st_size for path in (tmp_path / "out" / "onnx").iterdir())
+    assert size < 1.01 * (tmp_path / "out" / "model.safetensors").stat().st_size  # the tied head is stored once

@@ -1,0 +1,119 @@
+"""tinylm.py is one file: copied alone, it needs torch, einops and safetensors; and importing it is cheap."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+# In front of the script: nothing is found but the standard library and what is listed, as if nothing else were installed.
+ALONE = """
+import sys
+
+class Only:
+    finders = sys.meta_path[:]
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ALLOWED or name.startswith("_sysconfigdata"):
+            return next((spec for f in self.finders if (spec := f.find_spec(name, path, target))), None)
+
+sys.meta_path[:] = [Only()]
+sys.path.insert(0, "")
+"""
+WHOLE_LIFE = """
+import torch
+import tinylm
+from tinylm import Config, TinyLM, main, train_step
+
+text = "what is vendored must work alone: größer 🙂\\n" * 40
+open("text.txt", "w", encoding="utf-8").write(text)
+assert main(["train", "text.txt", "--out", "out", "--steps", "6", "--eval-every", "3", "--batch", "2", "--block", "16",
+             "--size", "nano"]) == 0
+assert main(["train", "text.txt", "--out", "out", "--resume"]) == 0
+assert main(["sample", "out/best", "--prompt", "what", "--max-new-tokens", "4"]) == 0
+lm = TinyLM.from_pretrained("out/best")
+assert lm.tokenizer.decode(lm.tokenizer.encode(text)) == text
+lm.save_pretrained("copy")
+ids = torch.tensor([lm.tokenizer.encode("what is")])
+assert torch.equal(TinyLM.from_pretrained("copy")(ids), lm(ids))
+assert lm.generate(ids, max_new_tokens=5, temperature=1.0, seed=1).shape[0] == 1
+train_step(TinyLM(Config(vocab_size=64, hidden_size=32)), torch.optim.SGD(lm.parameters(), lr=0.1), ids % 64)
+foreign = {name.split(".")[0] for name in sys.modules} & {"numpy", "tokenizers", "transformers", "onnx", "tqdm"}
+assert not foreign, foreign
+"""
+
+
+def requirements(*packages):
+    """The top-level modules of packages and of what they require, optional extras left out."""
+    modules_of = {}
+    for module, distributions in importlib.metadata.packages_distributions().items():
+        for distribution in distributions:
+            modules_of.setdefault(canonical(distribution), set()).add(module)
+    found, queue = set(), list(packages)
+    while queue:
+        package = canonical(queue.pop())
+        if package in found or package not in modules_of:
+            continue
+        found.add(package)
+        for line in importlib.metadata.requires(package) or ():
+            if "extra ==" not in line:
+                queue.append(re.match(r"[\w.-]+", line)[0])
+    return set().union(*(modules_of[package] for package in found))
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def python(script, folder):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=folder, capture_output=True, text=True,
+                          timeout=120, env=environment | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture
+def vendored(tmp_path):
+    shutil.copy(ROOT / "tinylm.py", tmp_path)
+    return tmp_path
+
+
+def test_alone_in_an_empty_folder(vendored):
+    """Imports, trains, resumes, samples, saves and loads, where only its three requirements can be imported."""
+    allowed = set(sys.stdlib_module_names) | requirements("torch", "einops", "safetensors") | {"tinylm"}
+    assert not allowed & {"numpy", "transformers", "tokenizers", "onnx", "onnxruntime", "tqdm"}
+    run = python(f"ALLOWED = {sorted(allowed)!r}\n{ALONE}{WHOLE_LIFE}", vendored)
+    assert run.returncode == 0, run.stderr
+
+
+def test_what_needs_a_library_says_so(vendored):
+    """Without `tokenizers`, a BPE is one line that says what to install."""
+    allowed = set(sys.stdlib_module_names) | requirements("torch", "einops", "safetensors") | {"tinylm"}
+    script = """
+from tinylm import main
+open("text.txt", "w").write("text " * 400)
+sys.exit(main(["train", "text.txt", "--steps", "2", "--block", "16", "--vocab", "300"]))
+"""
+    run = python(f"ALLOWED = {sorted(allowed)!r}\n{ALONE}{script}", vendored)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and "pip install tokenizers" in run.stderr, run.stderr
+
+
+def test_importing_is_cheap(vendored):
+    """Under 0.3 s on top of torch, and none of the large modules that only some calls need."""
+    script = """
+import sys, time
+import torch
+before, start = set(sys.modules), time.perf_counter()
+import tinylm
+print(time.perf_counter() - start, *(set(sys.modules) - before))
+"""
+    runs = [python("import sys; sys.path.insert(0, '')" + script, vendored) for _ in range(3)]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    assert min(float(run.stdout.split()[0]) for run in runs) < 0.3  # the best of three: other programs run too
+    new = runs[0].stdout.split()[1:]
+    for heavy in ("torch._dynamo", "torch._inductor", "onnx", "onnxruntime", "tokenizers", "transformers", "jinja2", "numpy"):
+        assert not any(name == heavy or name.startswith(heavy + ".") for name in new), heavy

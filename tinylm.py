@@ -137,6 +137,8 @@ class Config:
             if kind and value is not None:
                 require(number(value, low, high, kind), f"config: {f.name} = {value!r}, expected "
                         f"{'an integer' if kind is int else 'a number'} from {low:g} to {high:g}")
+            if f.type.startswith("bool"):
+                require(value in (True, False, f.default), f"config: {f.name} = {value!r}, expected true or false")
             if f.name in CHOICES:
                 require(value in CHOICES[f.name], f"config: {f.name} = {value!r} is not supported (supported: "
                         f"{', '.join(map(str, CHOICES[f.name]))})")
@@ -223,7 +225,8 @@ INERT = set("""architectures torch_dtype dtype transformers_version use_cache in
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
     tokenizer_class sep_token_id decoder_start_token_id unk_token_id sliding_window_pattern max_window_layers
-    unsloth_version""".split())
+    unsloth_version auto_map is_llama_config transformers.js_config attention_softmax_in_fp32
+    scale_attention_softmax_in_fp32""".split())
 COMMON = {name: name for name in """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim max_position_embeddings hidden_act rope_theta rope_scaling tie_word_embeddings
     attention_dropout bos_token_id eos_token_id pad_token_id""".split()} | dict(norm_eps="rms_norm_eps")
@@ -292,7 +295,8 @@ FAMILIES = {
                                                      max_position_embeddings=8192),
                      only=dict(hidden_act="gelu_pytorch_tanh")),
     "gemma3_text": Family("Gemma3ForCausalLM", GEMMA2,
-                          GEMMA2_FIELDS | dict(rope_local_base_freq="rope_local_base_freq"),
+                          {k: v for k, v in GEMMA2_FIELDS.items() if k != "attn_logit_softcapping"}
+                          | dict(rope_local_base_freq="rope_local_base_freq"),
                           fixed=GEMMA_FIXED | dict(norm_position="sandwich", qk_norm="head"),
                           defaults=GEMMA2_DEFAULTS | dict(sliding_window_pattern=6, max_position_embeddings=131072,
                                                           rope_theta=1000000.0, rope_local_base_freq=10000.0),
@@ -330,7 +334,8 @@ FAMILIES = {
                          fixed=dict(norm="layer", gated=False),
                          defaults=dict(use_bias=True, norm_epsilon=1e-5, hidden_act="gelu_pytorch_tanh",
                                        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=50256,
-                                       eos_token_id=50256)),
+                                       eos_token_id=50256), only=dict(activation_function="gelu", layer_norm_epsilon=1e-5, mlp_type="default",
+                                   norm_type="layer_norm", scale_attn_weights=True)),
 }
 # What no other family can express (an architecture changed on the fly) keeps our own names; only tinylm loads it.
 FAMILIES["tinylm"] = Family("TinyLM", {}, {f.name: f.name for f in fields(Config) if f.name != "model_type"})
@@ -348,7 +353,6 @@ def config_from_hf(raw: dict, source: str = "config.json") -> Config:
     raw = row.defaults | _flat_rope(raw, source)
     if raw.get("use_sliding_window") is False:
         raw["sliding_window"] = None
-        raw.pop("layer_types", None)
     window, period = raw.get("sliding_window"), raw.get("_sliding_window_pattern", raw.get("sliding_window_pattern"))
     if raw.get("layer_types") is None and window is not None and "layer_types" in row.fields:
         first = raw.get("max_window_layers") or 0
@@ -371,8 +375,9 @@ def config_from_hf(raw: dict, source: str = "config.json") -> Config:
     try:  # null means the default, but for the fields where it says something of its own
         return Config(**{k: v for k, v in values.items() if v is not None or k not in defaulted - {"qk_norm"}},
                       model_type=name)
-    except Error as error:
-        raise Error(f"{source}: {error}") from None
+    except Error as error:  # which names our field: name theirs
+        ours, rest = str(error).removeprefix("config: ").split(" ", 1)
+        raise Error(f"{source}: {row.fields.get(ours, ours)} {rest}") from None
     except TypeError as error:
         raise Error(f"{source}: a field has a value of the wrong kind ({error})") from None
 
@@ -835,7 +840,9 @@ class TinyLM(nn.Module):
         """Ids that end a text: those asked for, else those of the generation config, else those of the config."""
         for ids in (eos_token_id, self.generation_config.get("eos_token_id"), self.config.eos_token_id):
             if ids is not None:
-                return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+                ids = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+                require(all(number(i, -1, 2**31, int) for i in ids), f"eos_token_id = {ids!r}, expected integers")
+                return ids
         return ()
 
     @torch.no_grad()
@@ -845,6 +852,8 @@ class TinyLM(nn.Module):
         knobs, mask = Sampling(**sampling), torch.ones_like(input_ids) if attention_mask is None else attention_mask
         batch, seq = self._checked(input_ids, mask, max_new_tokens)
         ends, stop, device = self.ends(eos_token_id), stop_strings(stop), input_ids.device
+        require(seed is None or number(seed, -2**63, 2**63, int), f"seed = {seed!r}, expected an integer")
+        require(not stop or self.tokenizer, f"stop = {stop!r} needs a tokenizer.json, which the checkpoint lacks")
         pad = self.generation_config.get("pad_token_id", self.config.pad_token_id)
         pad = pad if pad is not None else ends[0] if ends else 0
         state, step = self._decoder(batch, -(-(seq + max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET, compile)
@@ -1001,12 +1010,12 @@ def read_tensors(folder: Path, config: Config, shapes: dict, dtype, device) -> d
     row, files = FAMILIES[config.model_type], checkpoint_files(folder)
     opened = {file: open_tensors(file) for file in sorted(set(files.values()))}
     prefix = row.tensors.get("embed", "").split(".")[0] + "."
+    place = min(opened) if len(opened) == 1 else folder / "model.safetensors.index.json"
     bare = bool(row.tensors) and not any(name.startswith(prefix) for name in files)  # saved without its head's wrapper
 
     def fetch(name, shape=None):
         stored = name.removeprefix(prefix) if bare else name
-        if stored not in files:
-            raise Error(f"{folder}: tensor {stored} is missing, expected with shape {tuple(shape)}")
+        require(stored in files, f"{place}: tensor {stored} is missing, expected with shape {tuple(shape or ())}")
         try:
             found = opened[files[stored]].get_slice(stored).get_shape()
             if shape is not None and tuple(found) != tuple(shape):
@@ -1162,11 +1171,11 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        for name, low, high in (("temperature", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, math.inf),
+        for name, low, high in (("temperature", 0, 1e9), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, 2**31),
                                 ("repetition_penalty", 1e-9, 1e9)):
-            value = getattr(self, name)
-            require(value is None or number(value, low, high), f"{name} = {value!r}, expected a number from {low:g} to "
-                    f"{high:g}")
+            value, kind = getattr(self, name), int if name == "top_k" else (int, float)
+            require(value is None or number(value, low, high, kind), f"{name} = {value!r}, expected "
+                    f"{'an integer' if kind is int else 'a number'} from {low:g} to {high:g}")
 
 
 def hash32(x: Tensor) -> Tensor:

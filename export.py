@@ -385,17 +385,32 @@ def trace(lm):
 
 
 def tidy(model):
-    """Drop what the exporter leaves behind: dead nodes, stack traces with the paths of this machine."""
+    """Give every weight the name of its module; drop dead nodes and the stack traces, which name this machine."""
+    import ast
     import onnx_ir.passes.common as passes
+    graph = model.graph
+    for node in graph:  # a transposed weight has lost its name: its node knows the modules around it
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        if node.op_type == "MatMul" and node.inputs[1].is_initializer() and scopes:
+            rename(graph, node.inputs[1], ast.literal_eval(scopes)[-2] + ".weight")
+    for value in list(graph.initializers.values()):
+        rename(graph, value, value.name.removeprefix("lm."))
     passes.RemoveUnusedNodesPass()(model)
     passes.ClearMetadataAndDocStringPass()(model)
-    graph = model.graph
     for thing in (model, graph, *graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)):
         thing.metadata_props.clear()
     graph.name, model.producer_name, model.producer_version = "decoder", "tinylm", None
     for node in graph:
         node.name = node.outputs[0].name
     return model
+
+
+def rename(graph, value, name: str):
+    """An initializer under another name, unless an earlier one has that."""
+    if name not in graph.initializers:
+        graph.initializers.pop(value.name)
+        value.name = value.const_value.name = name
+        graph.initializers[name] = value
 
 
 def write_graph(model, path: Path):

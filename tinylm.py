@@ -142,6 +142,8 @@ class Config:
             if f.name in CHOICES:
                 require(value in CHOICES[f.name], f"config: {f.name} = {value!r} is not supported (supported: "
                         f"{', '.join(map(str, CHOICES[f.name]))})")
+        require(self.model_type in (None, *FAMILIES), f"config: model_type = {self.model_type!r} is not supported "
+                f"(supported: {', '.join(FAMILIES)})")
         heads, window = self.num_attention_heads, self.sliding_window
         require(self.head_dim or self.hidden_size % heads == 0, f"config: hidden_size = {self.hidden_size} is no "
                 f"multiple of num_attention_heads = {heads}; give head_dim")
@@ -856,25 +858,29 @@ class TinyLM(nn.Module):
         require(not stop or self.tokenizer, f"stop = {stop!r} needs a tokenizer.json, which the checkpoint lacks")
         pad = self.generation_config.get("pad_token_id", self.config.pad_token_id)
         pad = pad if pad is not None else ends[0] if ends else 0
-        state, step = self._decoder(batch, -(-(seq + max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET, compile)
+        length = -(-(seq + max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
+        state, step = self._decoder(batch, length, compile)
         state.start(input_ids, mask, torch.randint(2**31, ()) if seed is None else seed)
         ends = torch.tensor(ends, dtype=torch.long, device=device)
         columns = (mask.long() * torch.arange(1, seq + 1, device=device)).argmax(-1, keepdim=True)
         look = 1 if stop or device.type == "cpu" else 16  # steps between looks at the device: a look waits for it
         rows = [[] for _ in range(batch)]
         self._step(state, input_ids, mask, columns, knobs, ends, pad)
-        for i in range(1, max_new_tokens + 1):
-            token, alive = state.token[:, 0].clone(), state.alive.clone()
-            yield token, alive
-            for row, text in enumerate(rows if stop else ()):
-                text.append(int(token[row]))
-                if any(s in self.tokenizer.decode(text[-2 * len(s.encode()) - 8:]) for s in stop):
-                    state.done[row] = True
-            if i == max_new_tokens or i % look == 0 and bool(state.done.all()):
-                return
-            if compile and device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()
-            step(state, state.token, state.one, None, knobs, ends, pad)
+        try:
+            for i in range(1, max_new_tokens + 1):
+                token, alive = state.token[:, 0].clone(), state.alive.clone()
+                yield token, alive
+                for row, text in enumerate(rows if stop else ()):
+                    text.append(int(token[row]))
+                    if any(s in self.tokenizer.decode(text[-2 * len(s.encode()) - 8:]) for s in stop):
+                        state.done[row] = True
+                if i == max_new_tokens or i % look == 0 and bool(state.done.all()):
+                    return
+                if compile and device.type == "cuda":
+                    torch.compiler.cudagraph_mark_step_begin()
+                step(state, state.token, state.one, None, knobs, ends, pad)
+        finally:
+            self._idle = state if compile else None
 
     def _step(self, state, ids, mask, columns, knobs, ends, pad):
         """One step, prefill or decode: nothing here waits for the device or changes shape between steps."""
@@ -890,20 +896,21 @@ class TinyLM(nn.Module):
         state.count += 1
 
     def _decoder(self, batch, length, compile):
-        """The state of a generation and its step. A compiled step keeps both: its tensors keep their addresses."""
+        """The state of a generation and its step. A compiled step finds the tensors of the last generation again, at
+        the same addresses, unless their shapes differ or it is still running."""
         if not compile:
             return Decoding(self.config, batch, length, self.dtype, self.device), self._step
         if not hasattr(self, "_compiled"):
             mode = "reduce-overhead" if self.device.type == "cuda" else None
-            self._compiled = (torch.compile(self._step, fullgraph=True, dynamic=False, mode=mode), {})
-        step, states = self._compiled
-        key = (batch, length, self.dtype, self.device)
-        if key not in states:
-            states.clear()
-            states[key] = Decoding(self.config, batch, length, self.dtype, self.device)
-            for tensor in states[key].tensors():
+            self._compiled, self._idle = torch.compile(self._step, fullgraph=True, dynamic=False, mode=mode), None
+        state, self._idle = self._idle, None
+        shape = (batch, self.config.num_key_value_heads, length, self.config.head_dim)
+        like = (shape, self.dtype, self.device)
+        if state is None or (tuple(state.cache.k[0].shape), state.cache.k[0].dtype, state.cache.k[0].device) != like:
+            state = Decoding(self.config, batch, length, self.dtype, self.device)
+            for tensor in state.tensors():
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        return states[key], step
+        return state, self._compiled
 
     def _checked(self, input_ids, mask, max_new_tokens) -> tuple:
         require(input_ids.ndim == 2 and input_ids.shape[1] and not input_ids.is_floating_point(), "input_ids: "
@@ -1285,7 +1292,7 @@ class TrainOptions:
     lr: float = field(default=0.02, metadata=dict(help="peak learning rate of Muon (matrices)"))
     adam_lr: float = field(default=4e-3, metadata=dict(help="peak learning rate of AdamW (all else)"))
     weight_decay: float = field(default=0.1, metadata=dict(help="of the matrices"))
-    dropout: float = field(default=0.0, metadata=dict(help="of embeddings and sub-layers"))
+    dropout: float = field(default=0.0, metadata=dict(help="of what each sub-layer adds"))
     warmup: float = field(default=0.02, metadata=dict(help="share of the steps in which the rates rise"))
     decay: float = field(default=0.6, metadata=dict(help="share of the steps in which they fall to zero, at the end"))
     clip: float = field(default=1.0, metadata=dict(help="largest norm of the gradient"))

@@ -102,7 +102,7 @@ FAMILIES = [case for case in CASES if case.name == case.family]  # one case of e
 
 def model(case, seed=0):
     """A random model in fp32. Each tensor keeps its own mean (norms stay near one or zero) and gets its own noise."""
-    config = AutoConfig.for_model(case.family, **copy.deepcopy(case.fields))  # transformers writes into what it is given
+    config = AutoConfig.for_model(case.family, **copy.deepcopy(case.fields))  # which writes into what it gets
     oracle = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in oracle.parameters():

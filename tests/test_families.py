@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from families import (CASES, FAMILIES, LENGTH, Case, common, difference, gemma3, gpt2, load_oracle, model, prompts,
-                      ragged, rewrite_config, rewrite_tensors, rope, save)
+from families import (CASES, FAMILIES, LENGTH, Case, common, difference, gpt2, load_oracle, prompts, ragged,
+                      rewrite_config, rewrite_tensors, rope, save)
 from tinylm import TinyLM
 
 BY_NAME = {case.name: case for case in CASES}
@@ -328,7 +328,8 @@ def test_config_field_that_is_not_supported(family, field, value, copy):
 
 
 @pytest.mark.parametrize("parameters, words", [
-    (rope("longrope", short_factor=[1.0] * 5, long_factor=[2.0] * 5, original_max_position_embeddings=32), ["longrope"]),
+    (rope("longrope", short_factor=[1.0] * 5, long_factor=[2.0] * 5, original_max_position_embeddings=32),
+     ["longrope"]),
     (rope("foo", factor=2.0), ["foo"]),
     (rope("linear"), ["factor"]),
     (rope("linear", factor="2"), ["factor", "2"]),
@@ -350,7 +351,8 @@ def test_rope_that_is_not_supported(dialect, parameters, words, copy):
 VARIANTS = [  # (family, what differs from its first case): fields that change the logits in transformers
     ("gpt2", dict(tie_word_embeddings=False)), ("gpt2", dict(reorder_and_upcast_attn=True)),
     ("gpt2", dict(activation_function="silu")), ("gpt2", dict(activation_function="gelu_fast")),
-    ("llama", dict(hidden_act="gelu_new")), ("llama", dict(hidden_act="quick_gelu")), ("llama", dict(hidden_act="relu2")),
+    ("llama", dict(hidden_act="gelu_new")), ("llama", dict(hidden_act="quick_gelu")),
+    ("llama", dict(hidden_act="relu2")),
     ("llama", dict(rope_parameters=rope(partial_rotary_factor=0.5), head_dim=16)),
     ("llama", dict(rope_parameters=rope("yarn", 100.0, factor=4.0, original_max_position_embeddings=16,
                                         truncate=False), head_dim=20)),
@@ -359,7 +361,8 @@ VARIANTS = [  # (family, what differs from its first case): fields that change t
     ("llama", dict(rope_parameters=rope("yarn", 100.0, factor=4.0), head_dim=20, max_position_embeddings=20)),
     ("llama", dict(rope_parameters=rope("dynamic", factor=2.0, original_max_position_embeddings=8),
                    max_position_embeddings=16)),
-    ("qwen2", dict(hidden_act="relu")), ("qwen2", dict(use_sliding_window=False, sliding_window=5, max_window_layers=1)),
+    ("qwen2", dict(hidden_act="relu")),
+    ("qwen2", dict(use_sliding_window=False, sliding_window=5, max_window_layers=1)),
     ("qwen2", dict(use_sliding_window=True, sliding_window=5,
                    layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
     ("qwen2", dict(layer_types=["full_attention"] * 3, use_sliding_window=True, sliding_window=5)),
@@ -369,7 +372,8 @@ VARIANTS = [  # (family, what differs from its first case): fields that change t
     ("gemma2", dict(attention_bias=True)), ("gemma2", dict(tie_word_embeddings=False)),
     ("gemma2", dict(hidden_activation="silu")), ("gemma2", dict(layer_types=["full_attention"] * 4)),
     ("gemma2", dict(rope_parameters=rope("linear", factor=2.0))),
-    ("gemma3_text", dict(attn_logit_softcapping=3.0)), ("gemma3_text", dict(attention_bias=True)), ("gemma3_text", dict(hidden_activation="relu")),
+    ("gemma3_text", dict(attn_logit_softcapping=3.0)),  # which transformers ignores here
+    ("gemma3_text", dict(attention_bias=True)), ("gemma3_text", dict(hidden_activation="relu")),
     ("gemma3_text", dict(rope_parameters=dict(full_attention=rope("yarn", 100.0, factor=4.0,
                                                                   original_max_position_embeddings=16),
                                               sliding_attention=rope("linear", 100.0, factor=2.0)))),

@@ -15,7 +15,8 @@ from tinylm import Config, TinyLM
 LLAMA = next(case for case in CASES if case.name == "llama")
 DRAWS = 8192
 KNOBS = [dict(temperature=1.0), dict(temperature=0.5), dict(temperature=1.7), dict(temperature=1.0, top_k=7),
-         dict(temperature=1.0, top_p=0.8), dict(temperature=1.0, min_p=0.2), dict(temperature=1.0, repetition_penalty=1.8),
+         dict(temperature=1.0, top_p=0.8), dict(temperature=1.0, min_p=0.2),
+         dict(temperature=1.0, repetition_penalty=1.8),
          dict(temperature=0.7, top_k=30, top_p=0.9, min_p=0.02, repetition_penalty=1.3),
          dict(temperature=1.3, top_p=0.6, min_p=0.3), dict(temperature=1.0, top_k=500, top_p=1.0, min_p=0.0),
          dict(temperature=1.0, top_p=0.0), dict(temperature=1.0, top_k=1), dict(temperature=1.0, min_p=1.0)]
@@ -304,7 +305,8 @@ def test_bad_options(options, reciter):
 
 @pytest.mark.parametrize("ids, mask, word", [
     (torch.zeros(3, dtype=torch.long), None, "input_ids"), (torch.zeros(2, 0, dtype=torch.long), None, "input_ids"),
-    (torch.zeros(2, 3), None, "input_ids"), (torch.full((1, 3), 211), None, "211"), (torch.full((1, 3), -1), None, "-1"),
+    (torch.zeros(2, 3), None, "input_ids"),
+    (torch.full((1, 3), 211), None, "211"), (torch.full((1, 3), -1), None, "-1"),
     (torch.ones(2, 3, dtype=torch.long), torch.ones(2, 4, dtype=torch.long), "attention_mask"),
     (torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [0, 0, 0]]), "attention_mask")])
 def test_bad_tensors(ids, mask, word, lm):

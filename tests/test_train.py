@@ -100,8 +100,8 @@ def test_best_has_the_lowest_validation_loss(text, tmp_path):
 def test_interrupted_and_resumed_is_the_uninterrupted_run(text, trained, tmp_path):
     """Ctrl-C saves and leaves quietly; --resume then ends with the same bits: weights, optimizer, best."""
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "tinylm.py", "train", text, "--out", out, *TINY, "--steps", "60", "--eval-every", "15",
-               "--dropout", "0.1"]
+    command = [sys.executable, ROOT / "tinylm.py", "train", text, "--out", out, *TINY, "--steps", "60",
+               "--eval-every", "15", "--dropout", "0.1"]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for line in run.stderr:
         if re.search(r"step 15\s+validation", line):

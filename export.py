@@ -143,21 +143,20 @@ class OnnxLM:
     def stream(self, text: str, max_new_tokens: int = 128, stop=None, **options):
         """The continuation of a text, piece by piece, whole characters only, up to a stop string."""
         ids = self.tokenizer.encode(text) or [*self.ends(), 0][:1]
-        ends = self.ends(options.get("eos_token_id"))
+        ends = self.ends(options.get("eos_token_id", "config"))
         tokens = (int(t[0]) for t in self.decode(np.array([ids], np.int64), np.ones((1, len(ids)), np.int64),
                                                  max_new_tokens, **options))
         return text_pieces(self.tokenizer, (t for t in tokens if t not in ends),
                            (stop,) if isinstance(stop, str) else tuple(stop or ()))
 
-    def ends(self, eos_token_id=None) -> tuple:
+    def ends(self, eos_token_id="config") -> tuple:
         """Ids that end a text."""
-        for ids in (eos_token_id, self.generation_config.get("eos_token_id"), self.config.get("eos_token_id")):
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
-        return ()
+        if eos_token_id == "config":
+            eos_token_id = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
+        return () if eos_token_id is None else tuple(np.ravel(eos_token_id).tolist())
 
     def decode(self, input_ids, mask, max_new_tokens, temperature=0.0, top_k=None, top_p=None, min_p=None,
-               repetition_penalty=1.0, eos_token_id=None, seed=None, ended=None):
+               repetition_penalty=1.0, eos_token_id="config", seed=None, ended=None):
         """Yield the new ids (batch,) of every step, until all rows have ended. The same seed draws the same text here
         and in tinylm: the noise is a function of seed, row, step and token."""
         require(max_new_tokens >= 1, f"max_new_tokens = {max_new_tokens!r}, expected a positive integer")

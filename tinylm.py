@@ -30,8 +30,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor, nn
 
 # Axes: b batch, s query positions, t key positions, h query heads, g key-value heads, d head width.
@@ -774,19 +773,19 @@ class TinyLM(nn.Module):
         Raises Error where the folder lacks a file or a tensor, has one too many or of a wrong shape, or where
         config.json asks for something unsupported.
         """
-        folder = Path(folder)
+        folder, device = Path(folder), usable_device(device or "cpu")
         config = config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
         with torch.device("meta"):
             lm = cls(config)
         shapes = {name: tensor.shape for name, tensor in lm.state_dict().items()}
-        state = read_tensors(folder, config, shapes, dtype, device or "cpu")
+        state = read_tensors(folder, config, shapes, dtype, device)
         lm.load_state_dict(state, assign=True)
         for parameter in lm.parameters():
             parameter.requires_grad_(True)
         lm.tokenizer = load_tokenizer(folder)
         generation = folder / "generation_config.json"
         lm.generation_config = read_json(generation) if generation.exists() else {}
-        return lm.to(device or "cpu").eval()
+        return lm.to(device).eval()
 
     def save_pretrained(self, folder):
         """Write config.json, model.safetensors, generation_config.json and the tokenizer's files, each one at once.
@@ -801,17 +800,17 @@ class TinyLM(nn.Module):
         for name, content in (self.tokenizer.files if self.tokenizer else {}).items():
             write_file(folder / name, lambda path: path.write_bytes(content))
         write_json(folder / "generation_config.json", self.generation_config or ids)
-        write_file(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
         write_json(folder / "config.json", raw)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128,
                  temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
-                 min_p: float | None = None, repetition_penalty: float = 1.0, eos_token_id=None, stop=None,
+                 min_p: float | None = None, repetition_penalty: float = 1.0, eos_token_id="config", stop=None,
                  seed: int | None = None, compile: bool = False) -> Tensor:
         """Continue every row of (batch, seq): (batch, seq + new), with the pad id after a row's end.
 
-        Temperature 0 is greedy. eos_token_id None takes the checkpoint's, () never ends; `stop` is a string or a list
+        Temperature 0 is greedy. eos_token_id is an id, several, or None to never end; "config" takes the checkpoint's; `stop` is a string or a list
         of them, and ends a row once its new text has one. The same seed gives the same text, whatever stands in the
         other rows. `compile` compiles the decode step (CUDA graphs on CUDA). Raises Error for arguments out of range.
         """
@@ -823,13 +822,13 @@ class TinyLM(nn.Module):
         running = torch.stack([alive for _, alive in steps], dim=1).any(0).sum()  # columns until the last row ended
         return torch.cat((input_ids, new[:, :int(running)]), dim=1)
 
-    def stream(self, text: str | list[int], stop=None, **options):
+    def stream(self, text: str | list[int], max_new_tokens: int = 128, stop=None, eos_token_id="config", **options):
         """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string; with
         the options of `generate`."""
         require(self.tokenizer, "stream: the checkpoint has no tokenizer.json; use generate with token ids")
-        ends = self.ends(options.get("eos_token_id"))
+        ends = self.ends(eos_token_id)
         ids = (self.tokenizer.encode(text) if isinstance(text, str) else list(text)) or [*ends, 0][:1]
-        steps = self.decode(torch.tensor([ids], device=self.device), **options)
+        steps = self.decode(torch.tensor([ids], device=self.device), None, max_new_tokens, ends, **options)
         tokens = (int(token) for token, _ in steps)
         return text_pieces(self.tokenizer, (t for t in tokens if t not in ends), stop_strings(stop))
 
@@ -838,17 +837,16 @@ class TinyLM(nn.Module):
         require(self.tokenizer, "chat: the checkpoint has no tokenizer.json")
         return self.stream(self.tokenizer.encode(chat_prompt(self.tokenizer, messages), special=False), **options)
 
-    def ends(self, eos_token_id=None) -> tuple:
-        """Ids that end a text: those asked for, else those of the generation config, else those of the config."""
-        for ids in (eos_token_id, self.generation_config.get("eos_token_id"), self.config.eos_token_id):
-            if ids is not None:
-                ids = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
-                require(all(number(i, -1, 2**31, int) for i in ids), f"eos_token_id = {ids!r}, expected integers")
-                return ids
-        return ()
+    def ends(self, eos_token_id="config") -> tuple:
+        """Ids that end a text: those given; for "config" those of the generation config, else those of the config."""
+        if eos_token_id == "config":
+            eos_token_id = self.generation_config.get("eos_token_id", self.config.eos_token_id)
+        ids = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, (int, str)) else eos_token_id
+        require(all(number(i, -1, 2**31, int) for i in ids), f"eos_token_id = {eos_token_id!r}, expected integers")
+        return tuple(ids)
 
     @torch.no_grad()
-    def decode(self, input_ids, attention_mask=None, max_new_tokens=128, eos_token_id=None, stop=None, seed=None,
+    def decode(self, input_ids, attention_mask=None, max_new_tokens=128, eos_token_id="config", stop=None, seed=None,
                compile=False, **sampling):
         """Yield, per step, the new ids (batch,) and which rows (batch,) had not ended before it."""
         knobs, mask = Sampling(**sampling), torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -931,6 +929,15 @@ class TinyLM(nn.Module):
 # Checkpoints: the tensor tables at work, in both directions
 # ---------------------------------------------------------------------------------------------------------------------
 
+def usable_device(name=None) -> torch.device:
+    """The device of that name, by default CUDA where there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
+        raise Error(f"--device {name} cannot be used ({str(error).splitlines()[0]})") from None
+
+
 def write_file(path: Path, write):
     """Whole or not at all: `write` fills a temporary file that then takes the name."""
     temporary = path.with_name(path.name + ".tmp")
@@ -939,6 +946,14 @@ def write_file(path: Path, write):
     write(temporary)
     temporary.chmod(mode)
     os.replace(temporary, path)
+
+
+def write_tensors(path: Path, tensors: dict, metadata: dict):
+    """A safetensors file. (`safetensors.torch.save_file` would need numpy.)"""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    specs = {name: TensorSpec(dtype=str(t.dtype).removeprefix("torch."), shape=t.shape, data_ptr=t.data_ptr(),
+                              data_len=t.nbytes) for name, t in tensors.items()}
+    write_file(path, lambda temporary: serialize_file(specs, temporary, metadata=metadata))
 
 
 def write_json(path: Path, content):
@@ -1552,7 +1567,7 @@ def save_training(folder: Path, lm: TinyLM, optimizer: MuonAdamW, progress: dict
     tensors = {f"model/{name}": t for name, t in lm.state_dict().items()}
     tensors |= {f"optimizer/{name}": t for name, t in optimizer.tensors().items()}
     meta = json.dumps({"progress": progress, "options": asdict(options), "data": str(data)})
-    write_file(folder / "training.safetensors", lambda path: save_file(tensors, path, metadata={"training": meta}))
+    write_tensors(folder / "training.safetensors", tensors, {"training": meta})
 
 
 def load_training(folder: Path) -> tuple[dict, dict]:
@@ -1567,13 +1582,15 @@ def load_training(folder: Path) -> tuple[dict, dict]:
 def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     """Train from scratch on `data` (see `Corpus`), or go on where `options.out`/last stopped: bit for bit the run
     that was not interrupted, since data order and dropout depend on seed and step alone."""
-    out, device = Path(options.out), options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    out, device = Path(options.out), usable_device(options.device)
     tensors, notes = load_training(out / "last") if resume else ({}, None)
     if notes and notes["options"] != (mine := asdict(options)) | {"out": notes["options"]["out"]}:
         name = next(k for k, v in notes["options"].items() if mine.get(k) != v and k != "out")
         raise Error(f"--resume: --{name.replace('_', '-')} was {notes['options'][name]}, not {mine.get(name)}, in the "
                     "run to go on with")
+    require(not out.exists() or out.is_dir(), f"--out {out}: is a file, expected a folder")
     corpus = Corpus(data, options, load_tokenizer(out / "last") if resume else None)
+    out.mkdir(parents=True, exist_ok=True)
     lm = new_model(corpus, options).to(device)
     optimizer = MuonAdamW(lm, options.lr, options.adam_lr, options.weight_decay)
     at = {"step": 0, "best": None}
@@ -1674,7 +1691,7 @@ def main(argv: list | None = None) -> int:
         sub.add_argument("--stop", action="append", help="end before this text; may be given again")
         sub.add_argument("--seed", type=int)
         sub.add_argument("--compile", action="store_true", help="torch.compile the decode step")
-        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        sub.add_argument("--device", help="cpu, cuda, ...; cuda where there is one")
 
     options = vars(parser.parse_args(argv))
     try:
@@ -1696,14 +1713,14 @@ def run_train(options: dict):
 
 
 def run_sample(options: dict):
-    lm, prompt = TinyLM.from_pretrained(options.pop("folder"), device=options.pop("device")), options.pop("prompt")
+    lm, prompt = TinyLM.from_pretrained(options.pop("folder"), device=usable_device(options.pop("device"))), options.pop("prompt")
     print(prompt, end="", flush=True)
     show(lm.stream(prompt, **options))
 
 
 def run_chat(options: dict):
     """Questions from standard input, one a line; answers to standard output."""
-    lm, system = TinyLM.from_pretrained(options.pop("folder"), device=options.pop("device")), options.pop("system")
+    lm, system = TinyLM.from_pretrained(options.pop("folder"), device=usable_device(options.pop("device"))), options.pop("system")
     messages, terminal = [{"role": "system", "content": system}] * bool(system), sys.stdin.isatty()
     while True:
         if terminal:

@@ -295,24 +295,35 @@ def read_json(path: Path) -> dict:
 # Tracing: the model's leaves as single operators. From here on torch is needed.
 # ---------------------------------------------------------------------------------------------------------------------
 
-def operator(name: str, inputs: tuple, like, shape=None, **attributes):
-    """One node of the ONNX graph in the place of a traced function; its output's dtype and shape are declared."""
+def operator(name: str, inputs: tuple, like, *more_shapes, **attributes):
+    """One node of the ONNX graph in the place of a traced function. Its outputs have the dtype of `like`; the first
+    has its shape too, those after it have `more_shapes`."""
     import torch
-    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=like.dtype, shape=shape or like.shape, version=OPSET)
+    shapes = [like.shape, *more_shapes]
+    out = torch.onnx.ops.symbolic_multi_out(name, inputs, attributes, dtypes=[like.dtype] * len(shapes), shapes=shapes,
+                                            version=OPSET)
+    return out if more_shapes else out[0]
 
 
 def onnx_rms_norm(x, weight, eps):
     return operator("RMSNormalization", (x, weight), x, axis=-1, epsilon=eps)
 
 
-def onnx_rotate(x, cos, sin):
+def onnx_rotate(x, cos, sin, head_dim):
     width = 2 * cos.shape[-1]
-    return operator("RotaryEmbedding", (x, cos, sin), x,
-                    **({} if width == x.shape[-1] else {"rotary_embedding_dim": width}))
+    part = {} if width == head_dim else {"rotary_embedding_dim": width}
+    return operator("RotaryEmbedding", (x, cos, sin), x, num_heads=x.shape[-1] // head_dim, **part)
 
 
-def onnx_attend(q, k, v, mask, scale, softcap=None, dropout=0.0):
-    return operator("Attention", (q, k, v, mask), q, scale=scale, **({"softcap": softcap} if softcap else {}))
+def onnx_attend(q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache=None, layer=0):
+    """With heads folded, as the model has them: the operator unfolds them, and appends to the past, by itself."""
+    past = cache.past[2 * layer:2 * layer + 2]
+    longer = (*past[0].shape[:2], past[0].shape[2] + k.shape[1], head_dim)
+    x, *present = operator("Attention", (q, k, v, mask, *past), q, longer, longer, scale=scale,
+                           q_num_heads=q.shape[-1] // head_dim, kv_num_heads=k.shape[-1] // head_dim,
+                           **({"softcap": softcap} if softcap else {}))
+    cache.present += present
+    return x
 
 
 @contextlib.contextmanager
@@ -336,12 +347,6 @@ class Past:
         """The mask spans past and new tokens; so do the key positions."""
         import tinylm
         return self.positions, tinylm.count_positions(mask)[1]
-
-    def update(self, layer: int, k, v):
-        import torch
-        k, v = (torch.cat((old, new), dim=2) for old, new in zip(self.past[2 * layer:], (k, v)))
-        self.present += [k, v]
-        return k, v
 
 
 def cache_names(prefix: str, layers: int) -> list:
@@ -573,14 +578,14 @@ def main(argv: list | None = None) -> int:
 
 
 def show(lm: OnnxLM, prompt: str, max_new_tokens: int):
-    """Print a greedy continuation as it comes, then its speed."""
-    count, begin = 0, time.monotonic()
+    """Print a greedy continuation as it comes, then its speed after the first piece."""
     print(f"\n{prompt}", end="", flush=True)
-    for piece in lm.stream(prompt, max_new_tokens, temperature=0.0):
+    times = []
+    for piece in lm.stream(prompt, max_new_tokens):
         print(piece, end="", flush=True)
-        count += 1
-    spent = time.monotonic() - begin
-    print(f"\n\n{lm.provider}, {count / spent:.1f} tokens/s")
+        times.append(time.monotonic())
+    speed = f", {(len(times) - 1) / (times[-1] - times[0]):.0f} tokens/s" if len(times) > 1 else ""
+    print(f"\n\n{lm.provider}{speed}")
 
 
 if __name__ == "__main__":

@@ -447,41 +447,45 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): turn the pairs (i, i + r/2) of the first r channels, pass the others.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
+    """Rotary positions (Su et al. 2021): turn the pairs (i, i + r/2) of each head's first r channels, pass the others.
 
-    x (batch, heads, seq, head_dim); cos, sin (batch, seq, r / 2).
+    x (batch, seq, heads * head_dim); cos, sin (batch, seq, r / 2).
     """
-    half = cos.shape[-1]
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    half, x = cos.shape[-1], rearrange(x, "b s (h d) -> b s h d", d=head_dim)
+    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
     x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
+    return rearrange(torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1), "b s h d -> b s (h d)")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None,
-           dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T scale) v with grouped queries; scores are soft-capped where `softcap` is given (Gemma 2).
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, head_dim: int, scale: float,
+           softcap: float | None = None, dropout: float = 0.0, cache=None, layer: int = 0) -> Tensor:
+    """softmax(q k^T scale) v with grouped queries, (batch, seq, heads * head_dim); scores are soft-capped where
+    `softcap` is given (Gemma 2).
 
-    q (batch, heads, seq, head_dim); k, v (batch, kv_heads, keys, head_dim); mask (batch, 1, seq, keys), True where
-    attention is allowed, or None for the causal square, which lets the flash kernels in.
+    q (batch, seq, heads * head_dim); k, v (batch, seq, kv_heads * head_dim), which join those of the layer in the
+    cache; mask (batch, 1, seq, keys), True where attention is allowed, or None for the causal square, which lets the
+    flash kernels in.
     """
-    groups = q.shape[1] // k.shape[1]
-    if softcap is None:
-        if mask is None or groups == 1:
-            return F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale,
-                                                  enable_gqa=groups > 1)
-        # Queries that share a key head stand below each other, so that keys are read once and not expanded.
-        s = q.shape[2]
+    q, k, v = (rearrange(x, "b s (h d) -> b h s d", d=head_dim) for x in (q, k, v))
+    if cache is not None:
+        k, v = cache.update(layer, k, v)
+    groups, s = q.shape[1] // k.shape[1], q.shape[2]
+    if softcap is not None:
+        if mask is None:
+            mask = torch.ones(s, s, dtype=torch.bool, device=q.device).tril()
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32).to(q.dtype)
+        x = F.dropout(weights, dropout) @ v
+    elif mask is None:
+        x = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale, enable_gqa=groups > 1)
+    else:  # queries that share a key head stand below each other, so that keys are read once and not expanded
         q = rearrange(q, "b (g r) s d -> b g (r s) d", r=groups)
-        x = F.scaled_dot_product_attention(q, k, v, mask.repeat(1, 1, groups, 1) if s > 1 else mask, dropout,
-                                           scale=scale)
-        return rearrange(x, "b g (r s) d -> b (g r) s d", s=s)
-    if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
-    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32).to(q.dtype)
-    return F.dropout(weights, dropout) @ v
+        mask = mask.repeat(1, 1, groups, 1) if s > 1 and groups > 1 else mask
+        x = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
+        x = rearrange(x, "b g (r s) d -> b (g r) s d", s=s)
+    return rearrange(x, "b h s d -> b s (h d)")
 
 
 class Linear(nn.Linear):
@@ -580,21 +584,15 @@ class Attention(nn.Module):
         self.q_norm = Norm(config, q_width) if q_width else None
         self.k_norm = Norm(config, k_width) if k_width else None
 
-    def heads(self, x: Tensor, norm: Norm | None = None) -> Tensor:
-        """(batch, seq, heads * head_dim) to (batch, heads, seq, head_dim), normed over the width of the norm."""
-        if norm is not None:
-            x = norm(x.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
-        return rearrange(x, "b s (h d) -> b h s d", d=self.head_dim)
-
     def forward(self, x: Tensor, rope: tuple | None, mask: Tensor | None, cache=None, layer: int = 0) -> Tensor:
         q, k, v = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = self.heads(q, self.q_norm), self.heads(k, self.k_norm), self.heads(v)
+        if self.q_norm is not None:
+            q, k = (norm(x.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
+                    for x, norm in ((q, self.q_norm), (k, self.k_norm)))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.update(layer, k, v)
-        x = attend(q, k, v, mask, self.scale, self.softcap, self.dropout if self.training else 0.0)
-        return self.o(rearrange(x, "b h s d -> b s (h d)"))
+            q, k = (rotate(x, *rope, self.head_dim) for x in (q, k))
+        dropout = self.dropout if self.training else 0.0
+        return self.o(attend(q, k, v, mask, self.head_dim, self.scale, self.softcap, dropout, cache, layer))
 
 
 class MLP(nn.Module):

@@ -499,7 +499,10 @@ def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, 
             path = work / "onnx" / FILES["fp32"]
             path.parent.mkdir()
             log(f"tracing {sum(p.numel() for p in lm.parameters()):,} parameters")
-            write_graph(trace(lm), path)
+            try:
+                write_graph(trace(lm), path)
+            except Exception as error:  # the exporter's own have no common base
+                raise Error(f"onnx: the trace failed ({(str(error).splitlines() or [repr(error)])[0]})") from error
             log(f"onnx/{path.name} {megabytes(path)}")
             tinylm.write_json(work / "genai_config.json", genai_config(lm))
             found = verify(lm, work, "fp32")
@@ -574,6 +577,8 @@ def main(argv: list | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"tinylm-export: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -17,6 +17,7 @@ every family: Hugging Face transformers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -965,8 +966,7 @@ def read_json(path: Path) -> dict:
         raise Error(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise Error(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise Error(f"{path}: expected a JSON object")
+    require(isinstance(content, dict), f"{path}: expected a JSON object")
     return content
 
 
@@ -977,8 +977,7 @@ def sources(name: str, model_type: str) -> tuple[tuple, type]:
         return (name,), str
     layer = next((part for part in module.split(".") if part.isdigit()), "")
     row = table.get(module.replace(f".{layer}.", ".{}.") if layer else module)
-    if not row:
-        raise Error(f"{name}: model_type {model_type!r} has no such tensor; use model_type 'tinylm'")
+    require(row, f"{name}: model_type {model_type!r} has no such tensor; use model_type 'tinylm'")
     theirs = row if isinstance(row, tuple) else (row,)
     return tuple(f"{n.format(layer)}.{kind}" for n in theirs), type(theirs[0])
 
@@ -1003,16 +1002,14 @@ def checkpoint_files(folder: Path) -> dict:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return {name: single for name in open_tensors(single).keys()}
-    if not index.exists():
-        others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
-        raise Error(f"{folder}: no model.safetensors and no model.safetensors.index.json"
-                    + (f" ({', '.join(others)}: only safetensors is read)" if others else ""))
+    others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
+    require(index.exists(), f"{folder}: no model.safetensors and no model.safetensors.index.json"
+            + (f" ({', '.join(others)}: only safetensors is read)" if others else ""))
     files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise Error(f"{index}: weight_map = {files!r}, expected tensor names and their files")
+    require(isinstance(files, dict) and files, f"{index}: weight_map = {files!r}, expected tensor names and their files")
     for name, file in files.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise Error(f"{index}: {name} lies in {file!r}, expected the name of a .safetensors file in this folder")
+        require(isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors"),
+                f"{index}: {name} lies in {file!r}, expected the name of a .safetensors file in this folder")
     return {name: folder / file for name, file in files.items()}
 
 
@@ -1038,8 +1035,8 @@ def read_tensors(folder: Path, config: Config, shapes: dict, dtype, device) -> d
         require(stored in files, f"{place}: tensor {stored} is missing, expected with shape {tuple(shape or ())}")
         try:
             found = opened[files[stored]].get_slice(stored).get_shape()
-            if shape is not None and tuple(found) != tuple(shape):
-                raise Error(f"{files[stored]}: tensor {stored} has shape {tuple(found)}, expected {tuple(shape)}")
+            require(shape is None or tuple(found) == tuple(shape),
+                    f"{files[stored]}: tensor {stored} has shape {tuple(found)}, expected {tuple(shape or ())}")
             return opened[files[stored]].get_tensor(stored).to(device, dtype)
         except SafetensorError as error:
             raise Error(f"{files[stored]}: tensor {stored} is not readable ({error})") from None
@@ -1054,8 +1051,8 @@ def read_tensors(folder: Path, config: Config, shapes: dict, dtype, device) -> d
         used |= {n.removeprefix(prefix) if bare else n for n in theirs}
     head = row.tensors.get("head", "head") + ".weight"
     if config.tie_word_embeddings and head in files:  # some writers store the tied head again
-        if not torch.equal(fetch(head), state["embed.weight"]):
-            raise Error(f"{files[head]}: tensor {head} differs from the embedding, but tie_word_embeddings = true")
+        require(torch.equal(fetch(head), state["embed.weight"]),
+                f"{files[head]}: tensor {head} differs from the embedding, but tie_word_embeddings = true")
         used.add(head)
     dropped = {pattern.format(i).removeprefix(prefix if bare else "")
                for pattern in row.drop for i in range(config.num_hidden_layers)}
@@ -1572,8 +1569,7 @@ def load_training(folder: Path) -> tuple[dict, dict]:
     """Tensors and notes of `save_training`."""
     file = open_tensors(folder / "training.safetensors")
     notes = json.loads((file.metadata() or {}).get("training", "null"))
-    if notes is None:
-        raise Error(f"{folder / 'training.safetensors'}: not written by tinylm's training")
+    require(notes, f"{folder / 'training.safetensors'}: not written by tinylm's training")
     return {name: file.get_tensor(name) for name in file.keys()}, notes
 
 
@@ -1604,25 +1600,24 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     progress = Progress(options.steps, at["step"], options.batch * options.block)
     progress.note(f"{sum(p.numel() for p in lm.parameters()):,} parameters; {len(corpus.train):,} tokens to train on, "
                   f"{len(corpus.val):,} held back; {device}")
-    interrupted = threading.Event()
-    on_interrupt(interrupted.set)
-    for step in range(at["step"], options.steps):
-        torch.manual_seed(options.seed * 1_000_003 + step)
-        scale = rate(step, options)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * scale
-        batch = corpus.draw(step).to(device)
-        loss = train_step(lm, optimizer, batch, options.clip, options.accumulate, options.bf16)
-        at["step"] = step + 1
-        progress.line(step, loss, options.lr * scale)
-        due = at["step"] % options.eval_every == 0 or at["step"] == options.steps
-        if due:
-            validate(lm, corpus, at, out, progress, device)
-        if due or interrupted.is_set():
-            save_training(out / "last", lm, optimizer, at, options, data)
-        if interrupted.is_set() and at["step"] < options.steps:
-            progress.note(f"stopped at step {at['step']}; {out / 'last'} is saved; --resume goes on")
-            break
+    with interruptible() as interrupted:
+        for step in range(at["step"], options.steps):
+            torch.manual_seed(options.seed * 1_000_003 + step)
+            scale = rate(step, options)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * scale
+            batch = corpus.draw(step).to(device)
+            loss = train_step(lm, optimizer, batch, options.clip, options.accumulate, options.bf16)
+            at["step"] = step + 1
+            progress.line(step, loss, options.lr * scale)
+            due = at["step"] % options.eval_every == 0 or at["step"] == options.steps
+            if due:
+                validate(lm, corpus, at, out, progress, device)
+            if due or interrupted.is_set():
+                save_training(out / "last", lm, optimizer, at, options, data)
+            if interrupted.is_set() and at["step"] < options.steps:
+                progress.note(f"stopped at step {at['step']}; {out / 'last'} is saved; --resume goes on")
+                break
     return lm.eval()
 
 
@@ -1642,14 +1637,22 @@ def validate(lm: TinyLM, corpus: Corpus, at: dict, out: Path, progress: Progress
     progress.note("  | " + text.replace("\n", "\n  | "))
 
 
-def on_interrupt(note):
-    """Call `note` at the first Ctrl-C or SIGTERM; the second one ends the program as ever."""
+@contextlib.contextmanager
+def interruptible():
+    """An event that the first Ctrl-C or SIGTERM sets; a second one ends the program as ever."""
+    event, names = threading.Event(), (signal.SIGINT, signal.SIGTERM)
+
     def handle(number, _):
         signal.signal(number, signal.default_int_handler)
-        note()
+        event.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
+    on_main = threading.current_thread() is threading.main_thread()  # no other one may set handlers
+    before = {name: signal.signal(name, handle) for name in names if on_main}
+    try:
+        yield event
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

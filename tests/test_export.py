@@ -218,13 +218,23 @@ def test_a_failed_check_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failed_trace_is_one_line(folder, tmp_path, monkeypatch, capsys):
+    """Guards a traceback out of the exporter: whatever it raises is named in one line."""
+    def broken(*_):
+        raise RuntimeError("no kernel for this\nand a long story")
+    monkeypatch.setattr(export, "onnx_attend", broken)
+    assert export.main([str(folder(FAMILIES[1])), "--onnx", "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "the trace failed" in error and error.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
 def test_bad_arguments_end_in_one_line(folder, tmp_path, capsys):
     source = folder(FAMILIES[1])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     for arguments, words in [((tmp_path / "none", "--onnx", "--out", tmp_path / "out"), "config.json: no such file"),
                              ((source, "--onnx", "--out", tmp_path / "mine"), "is no ONNX export"),
-                             ((source, "--onnx", "--out", source), "is the checkpoint itself")]:
+                             ((source, "--onnx", "--out", source), "is no ONNX export")]:
         assert export.main([*map(str, arguments)]) == 1
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1 and "Traceback" not in error
@@ -238,6 +248,8 @@ def test_safetensors_alone_and_an_export_again(folder, tmp_path):
     """Without --onnx there is no graph; an earlier export in the same place is replaced whole."""
     source, out = folder(FAMILIES[1]), tmp_path / "out"
     export_onnx(source, out)
+    with pytest.raises(ValueError, match="is the checkpoint itself"):
+        export_onnx(out, out)
     assert export.main([str(source), "--safetensors", "--out", str(out)]) == 0
     assert not (out / "onnx").exists() and not (out / "genai_config.json").exists()
     assert json.loads((out / "config.json").read_text())["model_type"] == "llama"

@@ -76,7 +76,8 @@ class OnnxLM:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         asked, providers = providers, providers or ([CUDA, CPU] if has_cuda(ort) else [CPU])
-        for name in providers:
+        names = [provider if isinstance(provider, str) else provider[0] for provider in providers]  # or (name, options)
+        for name in names:
             require(name in ort.get_available_providers(), f"providers: {name} is not in this onnxruntime (it has "
                     f"{', '.join(ort.get_available_providers())})")
         try:
@@ -84,8 +85,8 @@ class OnnxLM:
         except Exception as error:  # onnxruntime's own exceptions have no common base
             raise Error(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from None
         self.provider = self.session.get_providers()[0]
-        require(not asked or self.provider == asked[0], f"providers: {providers[0]} did not load; onnxruntime fell back "
-                f"to {self.provider}")
+        require(not asked or self.provider == names[0], f"providers: {names[0]} did not load; onnxruntime fell back to "
+                f"{self.provider}")
         self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         self.names = [o.name for o in self.session.get_outputs()]
         self.vocab_size = self.session.get_outputs()[0].shape[-1]

@@ -563,8 +563,8 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--onnx", action="store_true", help="write onnx/model.onnx, beside model.safetensors")
     parser.add_argument("--safetensors", action="store_true", help="write model.safetensors alone, without --onnx")
     parser.add_argument("--out", default="exported", help="folder to write (default: exported)")
-    parser.add_argument("--prompt", default="\n", help="text that the exported model continues (default: a line break)")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--prompt", help="text that the exported model continues, greedily (default: 'ROMEO:', sampled)")
+    parser.add_argument("--max-new-tokens", type=int, default=160)
     options = parser.parse_args(argv)
     if not (options.onnx or options.safetensors):
         parser.error("nothing to do: give --onnx, --safetensors or both")
@@ -574,7 +574,8 @@ def main(argv: list | None = None) -> int:
                     log=lambda text: print(f"[{time.monotonic() - begin:5.1f} s] {text}", flush=True))
         print(f"[{time.monotonic() - begin:5.1f} s] wrote {options.out}", flush=True)
         if options.onnx:
-            show(OnnxLM(options.out), options.prompt, options.max_new_tokens)
+            sampled = {} if options.prompt else {"temperature": 0.7, "seed": 1}
+            show(OnnxLM(options.out), options.prompt or "ROMEO:", options.max_new_tokens, **sampled)
     except (ValueError, OSError) as error:
         print(f"tinylm-export: error: {error}", file=sys.stderr)
         return 1
@@ -583,11 +584,11 @@ def main(argv: list | None = None) -> int:
     return 0
 
 
-def show(lm: OnnxLM, prompt: str, max_new_tokens: int):
-    """Print a greedy continuation as it comes, then its speed after the first piece."""
+def show(lm: OnnxLM, prompt: str, max_new_tokens: int, **options):
+    """Print a continuation as it comes, then its speed after the first piece."""
     print(f"\n{prompt}", end="", flush=True)
     times = []
-    for piece in lm.stream(prompt, max_new_tokens):
+    for piece in lm.stream(prompt, max_new_tokens, **options):
         print(piece, end="", flush=True)
         times.append(time.monotonic())
     speed = f", {(len(times) - 1) / (times[-1] - times[0]):.0f} tokens/s" if len(times) > 1 else ""

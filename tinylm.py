@@ -1679,7 +1679,7 @@ def main(argv: list | None = None) -> int:
         sub = commands.add_parser(name, help=text)
         if name == "sample":
             sub.add_argument("folder", nargs="?", default=str(WEIGHTS), help="a checkpoint (default: the shipped one)")
-            sub.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
+            sub.add_argument("--prompt", default="ROMEO:", help="text to continue (default: ROMEO:)")
         else:
             sub.add_argument("folder", help="a checkpoint with a chat template")
             sub.add_argument("--system", help="the system message")

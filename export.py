@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import ctypes
 import json
-import math
 import os
 import shutil
 import sys

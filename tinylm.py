@@ -25,7 +25,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -809,11 +809,10 @@ class TinyLM(nn.Module):
                  seed: int | None = None, compile: bool = False) -> Tensor:
         """Continue every row of (batch, seq): (batch, seq + new), with the pad id after a row's end.
 
-        Temperature 0 is greedy. eos_token_id is an id, several, or None to never end; "config" takes the checkpoint's; `stop` is a string or a list
-        of them, and ends a row once its new text has one. The same seed gives the same text, whatever stands in the
+        Temperature 0 is greedy. eos_token_id is an id, several, or None to never end; "config" takes the
+        checkpoint's; `stop` is a string or a list of them, and ends a row once its new text has one. The same seed gives the same text, whatever stands in the
         other rows. `compile` compiles the decode step (CUDA graphs on CUDA). Raises Error for arguments out of range.
         """
-        knobs = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         steps = list(self.decode(input_ids, attention_mask, max_new_tokens, eos_token_id, stop, seed, compile,
                                  temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                                  repetition_penalty=repetition_penalty))

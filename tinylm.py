@@ -1,7 +1,7 @@
 """tinylm: a whole language-model library in one file.
 
     from tinylm import Config, TinyLM, train_step
-    lm = TinyLM.from_pretrained("SmolLM2-135M-Instruct")          # GPT-2, Llama, Mistral, Qwen, Gemma, ...: see FAMILIES
+    lm = TinyLM.from_pretrained("SmolLM2-135M-Instruct")          # GPT, Llama, Qwen, BERT, T5, BART, ...: see FAMILIES
     for piece in lm.stream("The capital of France is", max_new_tokens=20): print(piece, end="")
     lm.save_pretrained("copy")                                     # transformers, vLLM and llama.cpp load it unchanged
     lm = TinyLM(Config(hidden_size=256, num_hidden_layers=4))      # or start from nothing: python tinylm.py train FILE
@@ -10,9 +10,9 @@ It needs torch, einops and safetensors; `tokenizers` only for checkpoints that b
 Read it from top to bottom: config, families, blocks, cache, model, checkpoints, tokens, sampling, training, commands.
 Every leaf (`rms_norm`, `rotate`, `attend`, `MLP`, ...) is looked up when it is called: replace one in place and train.
 
-Sources: Vaswani et al. 2017 (the transformer); Su et al. 2021 (rotary positions); Zhang & Sennrich 2019 (RMS norm);
-Shazeer 2020 (gated MLP); Ainslie et al. 2023 (grouped queries); Jordan 2024 (Muon). Reference implementation of
-every family: Hugging Face transformers.
+Sources: Vaswani et al. 2017 (the transformer); Devlin et al. 2019 (BERT); Raffel et al. 2020 (T5); Lewis et al. 2020
+(BART); Su et al. 2021 (rotary positions); Zhang & Sennrich 2019 (RMS norm); Shazeer 2020 (gated MLP); Ainslie et al.
+2023 (grouped queries); Jordan 2024 (Muon). Reference implementation of every family: Hugging Face transformers.
 """
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -57,27 +58,36 @@ def number(value, low, high, kind=(int, float)) -> bool:
 
 ACTIVATIONS = {
     "silu": F.silu,
+    "swish": F.silu,
     "relu": F.relu,
+    "tanh": torch.tanh,
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 CHOICES = {
     "norm": ("rms", "layer"),
-    "norm_position": ("pre", "output", "sandwich"),
-    "position": ("rope", "learned"),
+    "norm_position": ("pre", "post", "output", "sandwich"),
+    "position": ("rope", "learned", "sinusoidal", "relative"),
     "qk_norm": (None, "head", "full"),
     "hidden_act": tuple(ACTIVATIONS),
+    "head": ("lm", "mlm", "classify", "tokens", "qa", None),
+    "head_act": (None, *ACTIVATIONS),
+    "problem_type": (None, "single_label_classification", "multi_label_classification", "regression"),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
 RANGES = {name: (1, 2**31 - 1, int) for name in (  # field -> least, most, kind; None passes where it is the default
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "sliding_window")}
+    "max_position_embeddings", "sliding_window", "encoder_attention_heads", "encoder_intermediate_size",
+    "embedding_size")}
 RANGES |= {name: (1e-30, 1e30, (int, float)) for name in (
     "norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping",
     "final_logit_softcapping", "initializer_range")}
-RANGES |= {"num_hidden_layers": (1, 9999, int), "partial_rotary_factor": (0, 1, (int, float)),
-           "attention_dropout": (0, 0.99, (int, float)), "hidden_dropout": (0, 0.99, (int, float))}
+RANGES |= {name: (0, 0.99, (int, float)) for name in (
+    "attention_dropout", "hidden_dropout", "embedding_dropout", "head_dropout")}
+RANGES |= {"num_hidden_layers": (1, 9999, int), "num_encoder_layers": (0, 9999, int), "type_vocab_size": (0, 2**20, int),
+           "position_offset": (0, 2**20, int), "relative_attention_num_buckets": (4, 2**20, int),
+           "relative_attention_max_distance": (2, 2**31 - 1, int), "partial_rotary_factor": (0, 1, (int, float))}
 ROPE_KEYS = {  # rope_type -> (keys it needs, keys it may have)
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -96,20 +106,28 @@ class Config:
     vocab_size: int = 320                         # rows of the embedding; bytes and two specials, padded to 64
     hidden_size: int = 256                        # width of the residual stream
     intermediate_size: int | None = None          # width inside the MLP; None: 8/3 of hidden (gated), 4 times (plain)
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 4                    # of the decoder, or of the only stack
     num_attention_heads: int = 4                  # query heads
     num_key_value_heads: int | None = None        # None: as many as query heads; fewer: grouped queries
     head_dim: int | None = None                   # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 1024           # the longest sequence it is made for
+    causal: bool = True                           # a token sees only what stands before it; False: an encoder
+    num_encoder_layers: int = 0                   # above 0: an encoder-decoder
+    encoder_attention_heads: int | None = None    # None: num_attention_heads
+    encoder_intermediate_size: int | None = None  # None: intermediate_size
     norm: str = "rms"                             # rms | layer
     norm_eps: float = 1e-6
     norm_offset: float = 0.0                      # added to the RMS norm's weight (Gemma: 1)
-    norm_position: str = "pre"                    # x + f(norm(x)) | output: x + norm(f(x)) | sandwich: both
-    position: str = "rope"                        # rope | learned
+    norm_position: str = "pre"                    # x + f(norm(x)) | post: norm(x + f(x)) | output: x + norm(f(x)) |
+    final_norm: bool = True                       # sandwich: pre and output; and a norm after the last layer
+    position: str = "rope"                        # rope | learned | sinusoidal | relative (T5)
+    position_offset: int = 0                      # rows of a learned table before that of position 0
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None              # {"rope_type": a key of ROPE_KEYS, "factor": ...}
     rope_local_base_freq: float | None = None     # theta of the sliding layers, unscaled; None: as the full ones
     partial_rotary_factor: float = 1.0            # the part of each head that rotates
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
     sliding_window: int | None = None             # keys seen by a sliding layer, itself included
     layer_types: tuple | None = None              # full_attention | sliding_attention per layer; None: all alike
     qk_norm: str | None = "head"                  # norm of q and k: over each head | full: over all heads | None
@@ -121,14 +139,27 @@ class Config:
     hidden_act: str = "silu"
     gated: bool = True                            # act(gate(x)) * up(x), else act(up(x))
     mlp_bias: bool = False
+    embedding_size: int | None = None             # width of the embeddings, projected to hidden; None: hidden_size
+    type_vocab_size: int = 0                      # token types; 0: none
     scale_embedding: bool = False                 # embeddings times sqrt(hidden_size)
+    embedding_norm: bool = False                  # a norm after all embeddings are added
     tie_word_embeddings: bool = True              # the head is the embedding
+    scale_logits: bool = False                    # the head's input over sqrt(hidden_size) (T5)
+    head: str | None = "lm"                       # lm | mlm | classify | tokens | qa | None: hidden states
+    head_act: str | None = None                   # a dense layer with this activation before the head's output
+    head_norm: bool = False                       # and a norm after that
+    head_bias: bool = False                       # bias of the head's output
+    id2label: dict | None = None                  # classes of a classifying head; None: two
+    problem_type: str | None = None               # what the classes mean to the loss; None: one of them is right
     attention_dropout: float = 0.0                # of attention weights, in training
     hidden_dropout: float = 0.0                   # of what each sub-layer adds, in training
+    embedding_dropout: float = 0.0
+    head_dropout: float | None = None             # before the head's output; None: hidden_dropout
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple | None = None
     pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None     # what a decoder behind an encoder begins with
     model_type: str | None = None                 # row of FAMILIES to save as; None: the first that can express it
 
     def __post_init__(self):
@@ -152,6 +183,15 @@ class Config:
         self._fill("attention_output_bias", self.attention_bias)
         self._fill("intermediate_size", -(-self.hidden_size * 8 // 3 // 64) * 64 if self.gated else 4 * self.hidden_size)
         self._fill("layer_types", (LAYER_TYPES[window is not None],) * self.num_hidden_layers)
+        self._fill("embedding_size", self.hidden_size)
+        if self.num_encoder_layers:
+            self._fill("encoder_attention_heads", heads)
+            self._fill("encoder_intermediate_size", self.intermediate_size)
+            self._fill("decoder_start_token_id", self.pad_token_id if self.pad_token_id is not None else 0)
+        if self.head in ("classify", "tokens"):
+            self._fill("id2label", {0: "LABEL_0", 1: "LABEL_1"})
+            require(isinstance(self.id2label, dict) and list(self.id2label) == list(range(len(self.id2label))) != [],
+                    f"config: id2label = {self.id2label!r}, expected names for 0, 1, 2, ...")
         for name in ("layer_types", "eos_token_id"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -196,6 +236,24 @@ class Config:
         """Rows of q, k and v in the fused projection."""
         return tuple(n * self.head_dim for n in (self.num_attention_heads,) + 2 * (self.num_key_value_heads,))
 
+    @property
+    def encoder(self) -> Config:
+        """The encoder of an encoder-decoder, as a model of its own."""
+        same = self.encoder_attention_heads == self.num_attention_heads
+        return replace(self, causal=False, num_encoder_layers=0, num_hidden_layers=self.num_encoder_layers, head=None,
+                       num_attention_heads=self.encoder_attention_heads, layer_types=None, head_act=None,
+                       num_key_value_heads=self.num_key_value_heads if same else None,
+                       head_dim=self.head_dim if same else None, intermediate_size=self.encoder_intermediate_size)
+
+    @property
+    def outputs(self) -> int:
+        """What the head says of each text or token: so many numbers."""
+        return {"lm": self.vocab_size, "mlm": self.vocab_size, "qa": 2, None: 0}.get(self.head, len(self.id2label or ()))
+
+    @property
+    def tied(self) -> bool:
+        return self.tie_word_embeddings and self.head in ("lm", "mlm")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Families: rows of data. How a config.json reads as a Config, and which tensors are ours under which names.
@@ -205,35 +263,81 @@ class Transposed(str):
     """The name of a module whose weight is stored (in, out), as GPT-2's Conv1D does."""
 
 
+class Row(str):
+    """The name of a vector that is stored (1, n), or not at all where it is zero."""
+
+
+class Unused(str):
+    """The name of a module that only travels along, and is zero where it is not stored."""
+
+
+TRANSFORMS = {  # the kind of a name -> how its tensor reads, and how it is written
+    str: (lambda x: x, lambda x: x),
+    Transposed: (lambda x: x.t() if x.ndim == 2 else x,) * 2,
+    Row: (lambda x: x[0], lambda x: x[None]),
+    Unused: (lambda x: x, lambda x: x),
+}
+CLASS = {"lm": "ForCausalLM", "mlm": "ForMaskedLM", "classify": "ForSequenceClassification",
+         "tokens": "ForTokenClassification", "qa": "ForQuestionAnswering", None: "Model"}  # head -> end of its class's name
+
+
 @dataclass(frozen=True)
 class Family:
     """One `model_type`. Tables are read one way to load and the other way to save."""
-    architecture: str                             # for config.json
+    stem: str                                     # of its classes' names
+    prefix: str                                   # of the body's tensors, where there is a head
     tensors: dict                                 # our module -> theirs, or a tuple of theirs fused along the rows
-    fields: dict                                  # our config field -> their key
-    fixed: dict = field(default_factory=dict)     # our config fields which the family always has
+    fields: dict                                  # our config field -> their key, or (key, how it reads, is written)
+    heads: dict                                   # head -> (its rows of the tensor table, its config fields)
+    fixed: dict = field(default_factory=dict)     # our config fields which the family always has, or how they follow
     defaults: dict = field(default_factory=dict)  # their key -> what transformers takes where config.json is silent
     only: dict = field(default_factory=dict)      # their key -> the one value supported, where None will not do
     alias: dict = field(default_factory=dict)     # their key -> {old value: what it means}
     drop: tuple = ()                              # their tensors that carry nothing
+    copies: dict = field(default_factory=dict)    # their tensors that some writers store beside ours of equal values
+    unstored_head_is_tied: bool = False           # whatever config.json says of it
+    classes: dict = field(default_factory=dict)   # head -> end of its class's name, where it is not that of CLASS
+
+    def table(self, head) -> dict:
+        return self.tensors | self.heads[head][0]
+
+    def architecture(self, head) -> str:
+        return self.stem + (CLASS | self.classes)[head]
+
+    def head_of(self, architecture: str | None, source: str):
+        """The head of a class of transformers. A class we do not know counts as the language model, where there is one."""
+        found = [head for head in self.heads if self.architecture(head) == architecture]
+        require(found or architecture is None or "lm" in self.heads, f"{source}: architectures = {architecture!r} is not "
+                f"supported (supported: {', '.join(map(self.architecture, self.heads))}); name a head to open its body")
+        return found[0] if found else "lm" if "lm" in self.heads else None
 
 
 NEUTRAL = dict(qk_norm=None)  # where Config's default is an architecture of its own, what most families have
 INERT = set("""architectures torch_dtype dtype transformers_version use_cache initializer_range pretraining_tp model_type
     attention_dropout embd_pdrop resid_pdrop attn_pdrop hidden_dropout residual_dropout embedding_dropout
-    summary_type summary_use_proj summary_activation summary_first_dropout summary_proj_to_labels task_specific_params
-    id2label label2id problem_type return_dict chunk_size_feed_forward gradient_checkpointing output_attentions
-    output_hidden_states cache_implementation num_labels original_max_position_embeddings n_ctx reorder_and_upcast_attn
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
-    tokenizer_class sep_token_id decoder_start_token_id unk_token_id sliding_window_pattern max_window_layers
-    unsloth_version auto_map is_llama_config transformers.js_config attention_softmax_in_fp32
-    scale_attention_softmax_in_fp32""".split())
-COMMON = {name: name for name in """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim max_position_embeddings hidden_act rope_theta rope_scaling tie_word_embeddings
-    attention_dropout bos_token_id eos_token_id pad_token_id""".split()} | dict(norm_eps="rms_norm_eps")
+    summary_type summary_use_proj summary_activation summary_first_dropout summary_last_dropout summary_proj_to_labels
+    task_specific_params label2id num_labels return_dict chunk_size_feed_forward gradient_checkpointing
+    output_attentions output_hidden_states cache_implementation original_max_position_embeddings n_ctx
+    reorder_and_upcast_attn tokenizer_class sep_token_id unk_token_id sliding_window_pattern max_window_layers
+    unsloth_version auto_map is_llama_config transformers.js_config attention_softmax_in_fp32 _name_or_path
+    scale_attention_softmax_in_fp32 is_encoder_decoder encoder_layerdrop decoder_layerdrop activation_dropout
+    classifier_dropout classif_dropout init_std initializer_factor n_positions dense_act_fn is_gated_act output_past
+    num_hidden_layers sinusoidal_pos_embds qa_dropout seq_classif_dropout extra_pos_embeddings adapters id2label
+    prefix""".split())
+GENERATION = set("""max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
+    top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    num_return_sequences bad_words_ids forced_bos_token_id forced_eos_token_id force_bos_token_to_be_generated
+    renormalize_logits decoder_start_token_id bos_token_id eos_token_id pad_token_id max_new_tokens""".split())
+same = lambda *names: {name: name for name in names}  # noqa: E731
+LABELS = dict(problem_type="problem_type", id2label=(
+    "id2label", lambda names, raw: {int(i): str(name) for i, name in names.items()},
+    lambda names, config: names and {str(i): name for i, name in names.items()}))
+COMMON = same(*"""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    max_position_embeddings hidden_act rope_theta rope_scaling tie_word_embeddings attention_dropout bos_token_id
+    eos_token_id pad_token_id""".split()) | dict(norm_eps="rms_norm_eps") | LABELS
 BIASES = dict(attention_bias="attention_bias", attention_output_bias="attention_bias")
 SLIDING = dict(sliding_window="sliding_window")
+DECODER_HEADS = {"lm": ({"head.out": "lm_head"}, {}), "classify": ({"head.out": "score"}, {}), None: ({}, {})}
 
 LAYER = "model.layers.{}."
 LLAMA = {
@@ -247,7 +351,6 @@ LLAMA = {
     "layers.{}.mlp.gate_up": (LAYER + "mlp.gate_proj", LAYER + "mlp.up_proj"),
     "layers.{}.mlp.down": LAYER + "mlp.down_proj",
     "norm": "model.norm",
-    "head": "lm_head",
 }
 GEMMA2 = LLAMA | {
     "layers.{}.attention_output_norm": LAYER + "post_attention_layernorm",
@@ -264,7 +367,6 @@ GPT2 = {
     "layers.{}.mlp.up": Transposed("transformer.h.{}.mlp.c_fc"),
     "layers.{}.mlp.down": Transposed("transformer.h.{}.mlp.c_proj"),
     "norm": "transformer.ln_f",
-    "head": "lm_head",
 }
 ROTARY_BUFFER = (LAYER + "self_attn.rotary_emb.inv_freq",)
 GEMMA_FIXED = dict(norm_offset=1.0, scale_embedding=True)
@@ -276,83 +378,251 @@ GEMMA2_DEFAULTS = dict(head_dim=256, hidden_activation="gelu_pytorch_tanh", quer
 QWEN_DEFAULTS = dict(tie_word_embeddings=False, max_position_embeddings=32768, sliding_window=4096,
                      use_sliding_window=False, max_window_layers=28)
 
+
+def llama_like(stem: str, tensors: dict, fields: dict, **rest) -> Family:
+    return Family(stem, "model.", tensors, fields, rest.pop("heads", DECODER_HEADS), **rest)
+
+
 FAMILIES = {
-    "qwen3": Family("Qwen3ForCausalLM", LLAMA, COMMON | BIASES | SLIDING | dict(layer_types="layer_types"),
-                    fixed=dict(qk_norm="head"), defaults=QWEN_DEFAULTS | dict(head_dim=128)),
-    "llama": Family("LlamaForCausalLM", LLAMA, COMMON | BIASES | dict(mlp_bias="mlp_bias"),
-                    defaults=dict(tie_word_embeddings=False, max_position_embeddings=2048, bos_token_id=1,
-                                  eos_token_id=2), drop=ROTARY_BUFFER),
-    "mistral": Family("MistralForCausalLM", LLAMA, COMMON | SLIDING, drop=ROTARY_BUFFER,
-                      defaults=dict(tie_word_embeddings=False, max_position_embeddings=131072, sliding_window=4096,
-                                    num_key_value_heads=8, bos_token_id=1, eos_token_id=2)),
-    "qwen2": Family("Qwen2ForCausalLM", LLAMA, COMMON | SLIDING | dict(layer_types="layer_types"),
-                    fixed=dict(attention_bias=True, attention_output_bias=False), defaults=QWEN_DEFAULTS),
-    "gemma": Family("GemmaForCausalLM", LLAMA, COMMON | BIASES, fixed=GEMMA_FIXED,
-                    defaults=dict(head_dim=256, hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192,
-                                  pad_token_id=0, eos_token_id=1, bos_token_id=2),
-                    only=dict(hidden_activation="gelu_pytorch_tanh"),
-                    alias=dict(hidden_act={"gelu": "gelu_pytorch_tanh"})),
-    "gemma2": Family("Gemma2ForCausalLM", GEMMA2, GEMMA2_FIELDS, fixed=GEMMA_FIXED | dict(norm_position="sandwich"),
-                     defaults=GEMMA2_DEFAULTS | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
-                                                     max_position_embeddings=8192),
-                     only=dict(hidden_act="gelu_pytorch_tanh")),
-    "gemma3_text": Family("Gemma3ForCausalLM", GEMMA2,
-                          {k: v for k, v in GEMMA2_FIELDS.items() if k != "attn_logit_softcapping"}
-                          | dict(rope_local_base_freq="rope_local_base_freq"),
-                          fixed=GEMMA_FIXED | dict(norm_position="sandwich", qk_norm="head"),
-                          defaults=GEMMA2_DEFAULTS | dict(sliding_window_pattern=6, max_position_embeddings=131072,
-                                                          rope_theta=1000000.0, rope_local_base_freq=10000.0),
-                          only=dict(hidden_act="gelu_pytorch_tanh")),
-    "gpt2": Family("GPT2LMHeadModel", GPT2,
-                   dict(vocab_size="vocab_size", hidden_size="n_embd", num_hidden_layers="n_layer",
-                        num_attention_heads="n_head", intermediate_size="n_inner", norm_eps="layer_norm_epsilon",
-                        max_position_embeddings="n_positions", hidden_act="activation_function",
-                        tie_word_embeddings="tie_word_embeddings", attention_dropout="attn_pdrop",
-                        hidden_dropout="resid_pdrop", bos_token_id="bos_token_id", eos_token_id="eos_token_id",
-                        pad_token_id="pad_token_id"),
+    "qwen3": llama_like("Qwen3", LLAMA, COMMON | BIASES | SLIDING | dict(layer_types="layer_types"),
+                        fixed=dict(qk_norm="head"), defaults=QWEN_DEFAULTS | dict(head_dim=128)),
+    "llama": llama_like("Llama", LLAMA, COMMON | BIASES | dict(mlp_bias="mlp_bias"), drop=ROTARY_BUFFER,
+                        defaults=dict(tie_word_embeddings=False, max_position_embeddings=2048, bos_token_id=1,
+                                      eos_token_id=2)),
+    "mistral": llama_like("Mistral", LLAMA, COMMON | SLIDING, drop=ROTARY_BUFFER,
+                          defaults=dict(tie_word_embeddings=False, max_position_embeddings=131072, sliding_window=4096,
+                                        num_key_value_heads=8, bos_token_id=1, eos_token_id=2)),
+    "qwen2": llama_like("Qwen2", LLAMA, COMMON | SLIDING | dict(layer_types="layer_types"),
+                        fixed=dict(attention_bias=True, attention_output_bias=False), defaults=QWEN_DEFAULTS),
+    "gemma": llama_like("Gemma", LLAMA, COMMON | BIASES, fixed=GEMMA_FIXED,
+                        defaults=dict(head_dim=256, hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192,
+                                      pad_token_id=0, eos_token_id=1, bos_token_id=2),
+                        only=dict(hidden_activation="gelu_pytorch_tanh"),
+                        alias=dict(hidden_act={"gelu": "gelu_pytorch_tanh"})),
+    "gemma2": llama_like("Gemma2", GEMMA2, GEMMA2_FIELDS, fixed=GEMMA_FIXED | dict(norm_position="sandwich"),
+                         defaults=GEMMA2_DEFAULTS | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+                                                         max_position_embeddings=8192),
+                         only=dict(hidden_act="gelu_pytorch_tanh")),
+    "gemma3_text": llama_like("Gemma3", GEMMA2,
+                              {k: v for k, v in GEMMA2_FIELDS.items() if k != "attn_logit_softcapping"}
+                              | same("rope_local_base_freq"), heads={"lm": DECODER_HEADS["lm"]},
+                              fixed=GEMMA_FIXED | dict(norm_position="sandwich", qk_norm="head"),
+                              defaults=GEMMA2_DEFAULTS | dict(sliding_window_pattern=6, max_position_embeddings=131072,
+                                                              rope_theta=1000000.0, rope_local_base_freq=10000.0),
+                              only=dict(hidden_act="gelu_pytorch_tanh")),
+    "gpt2": Family("GPT2", "transformer.", GPT2,
+                   same("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id") | LABELS | dict(
+                       hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
+                       intermediate_size="n_inner", norm_eps="layer_norm_epsilon", max_position_embeddings="n_positions",
+                       hidden_act="activation_function", attention_dropout="attn_pdrop", hidden_dropout="resid_pdrop",
+                       embedding_dropout="embd_pdrop"), DECODER_HEADS, classes={"lm": "LMHeadModel"},
                    fixed=dict(norm="layer", position="learned", gated=False, attention_bias=True, mlp_bias=True),
                    defaults=dict(n_positions=1024, layer_norm_epsilon=1e-5, activation_function="gelu_new",
-                                 attn_pdrop=0.1, resid_pdrop=0.1, bos_token_id=50256, eos_token_id=50256),
+                                 attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1, bos_token_id=50256,
+                                 eos_token_id=50256),
                    only=dict(scale_attn_weights=True),
                    drop=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias")),
     # Three more that need nothing new.
-    "phi3": Family("Phi3ForCausalLM",
-                   LLAMA | {"layers.{}.attention.qkv": LAYER + "self_attn.qkv_proj",
-                            "layers.{}.mlp.gate_up": LAYER + "mlp.gate_up_proj"},
-                   COMMON | SLIDING | dict(hidden_dropout="resid_pdrop", partial_rotary_factor="partial_rotary_factor"),
-                   defaults=dict(rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=4096,
-                                 bos_token_id=1, eos_token_id=32000, pad_token_id=32000),
-                   only=dict(rope_scaling=None)),
-    "olmo2": Family("Olmo2ForCausalLM",
-                    GEMMA2 | {"layers.{}.mlp_norm": "", "layers.{}.attention_norm": ""}, COMMON | BIASES,
-                    fixed=dict(norm_position="output", qk_norm="full"),
-                    defaults=dict(rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=2048,
-                                  eos_token_id=50279, pad_token_id=1)),
-    "starcoder2": Family("Starcoder2ForCausalLM",
-                         LLAMA | {"layers.{}.mlp.up": LAYER + "mlp.c_fc", "layers.{}.mlp.down": LAYER + "mlp.c_proj"},
-                         COMMON | SLIDING | dict(
-                             norm_eps="norm_epsilon", attention_bias="use_bias", attention_output_bias="use_bias",
-                             mlp_bias="use_bias", hidden_dropout="residual_dropout"),
-                         fixed=dict(norm="layer", gated=False),
-                         defaults=dict(use_bias=True, norm_epsilon=1e-5, hidden_act="gelu_pytorch_tanh",
-                                       num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=50256,
-                                       eos_token_id=50256), only=dict(activation_function="gelu", layer_norm_epsilon=1e-5, mlp_type="default",
-                                   norm_type="layer_norm", scale_attn_weights=True)),
+    "phi3": llama_like("Phi3", LLAMA | {"layers.{}.attention.qkv": LAYER + "self_attn.qkv_proj",
+                                        "layers.{}.mlp.gate_up": LAYER + "mlp.gate_up_proj"},
+                       COMMON | SLIDING | same("partial_rotary_factor") | dict(
+                           hidden_dropout="resid_pdrop", embedding_dropout="embd_pdrop"),
+                       defaults=dict(rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=4096,
+                                     bos_token_id=1, eos_token_id=32000, pad_token_id=32000),
+                       only=dict(rope_scaling=None)),
+    "olmo2": llama_like("Olmo2", GEMMA2 | {"layers.{}.mlp_norm": "", "layers.{}.attention_norm": ""}, COMMON | BIASES,
+                        fixed=dict(norm_position="output", qk_norm="full"), heads={"lm": DECODER_HEADS["lm"]},
+                        defaults=dict(rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=2048,
+                                      eos_token_id=50279, pad_token_id=1)),
+    "starcoder2": llama_like("Starcoder2",
+                             LLAMA | {"layers.{}.mlp.up": LAYER + "mlp.c_fc", "layers.{}.mlp.down": LAYER + "mlp.c_proj"},
+                             COMMON | SLIDING | dict(
+                                 norm_eps="norm_epsilon", attention_bias="use_bias", attention_output_bias="use_bias",
+                                 mlp_bias="use_bias", hidden_dropout="residual_dropout"),
+                             fixed=dict(norm="layer", gated=False),
+                             defaults=dict(use_bias=True, norm_epsilon=1e-5, hidden_act="gelu_pytorch_tanh",
+                                           num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=50256,
+                                           eos_token_id=50256),
+                             only=dict(activation_function="gelu", layer_norm_epsilon=1e-5, mlp_type="default",
+                                       norm_type="layer_norm", scale_attn_weights=True)),
+}
+
+# Encoders: one body and five heads, under the names of each family.
+ENCODER = dict(causal=False, norm="layer", norm_position="post", final_norm=False, embedding_norm=True, position="learned",
+               gated=False, attention_bias=True, mlp_bias=True)
+BERT_NAMES = """attention.self.query attention.self.key attention.self.value attention.output.dense
+    attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm"""
+BERT_FIELDS = same(*"""vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act
+    max_position_embeddings type_vocab_size tie_word_embeddings bos_token_id eos_token_id pad_token_id""".split()) | dict(
+        norm_eps="layer_norm_eps", attention_dropout="attention_probs_dropout_prob", hidden_dropout="hidden_dropout_prob",
+        embedding_dropout="hidden_dropout_prob", head_dropout="classifier_dropout") | LABELS
+BERT_DEFAULTS = dict(hidden_act="gelu", max_position_embeddings=512, type_vocab_size=2, pad_token_id=0, layer_norm_eps=1e-12,
+                     hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+POSITIONS_FROM_PAD = ("max_position_embeddings", lambda n, raw: n - raw["pad_token_id"] - 1,
+                      lambda n, config: n + config.position_offset)  # RoBERTa's table begins with unused rows
+
+
+def encoder(stem: str, prefix: str, fields: dict, heads: dict, layer="encoder.layer.{}.", names=BERT_NAMES, **rest) -> Family:
+    """A row for an encoder; `names` of a layer are those of q, k, v, o, the norm after it, up, down, the norm after it."""
+    q, k, v, o, attention_norm, up, down, mlp_norm = (prefix + layer + name for name in names.split())
+    tensors = {"layers.{}.attention.qkv": (q, k, v), "layers.{}.attention.o": o, "layers.{}.attention_norm": attention_norm,
+               "layers.{}.mlp.up": up, "layers.{}.mlp.down": down, "layers.{}.mlp_norm": mlp_norm}
+    tensors |= {ours: prefix + theirs for ours, theirs in dict(
+        embed="embeddings.word_embeddings", position_embed="embeddings.position_embeddings", embedding_norm="embeddings.LayerNorm",
+        type_embed="embeddings.token_type_embeddings", embedding_project="embeddings_project").items()}
+    return Family(stem, prefix, tensors, fields, heads, fixed=ENCODER | rest.pop("fixed", {}),
+                  defaults=BERT_DEFAULTS | rest.pop("defaults", {}), only=dict(position_embedding_type="absolute"),
+                  drop=(prefix + "embeddings.position_ids", *rest.pop("drop", ())), **rest)
+
+
+def encoder_heads(mlm: tuple, classify: tuple, bare: tuple = ({}, {})) -> dict:
+    return {None: bare, "mlm": (mlm[0], dict(head_norm=True, head_bias=True, head_act=mlm[1])),
+            "classify": (classify[0], dict(head_bias=True, head_act=classify[1])),
+            "tokens": ({"head.out": "classifier"}, dict(head_bias=True)),
+            "qa": ({"head.out": "qa_outputs"}, dict(head_bias=True))}
+
+
+def roberta(stem: str) -> Family:
+    return encoder(
+        stem, "roberta.", BERT_FIELDS | dict(max_position_embeddings=POSITIONS_FROM_PAD),
+        encoder_heads(({"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm", "head.out": "lm_head.decoder",
+                        "head.out.bias": "lm_head.bias"}, "gelu"),
+                      ({"head.dense": "classifier.dense", "head.out": "classifier.out_proj"}, "tanh"),
+                      ({"head.dense": Unused("roberta.pooler.dense")}, dict(head_act="tanh"))),
+        fixed=dict(position_offset=lambda raw: raw["pad_token_id"] + 1), copies={"lm_head.decoder.bias": "head.out.bias"},
+        defaults=dict(pad_token_id=1, bos_token_id=0, eos_token_id=2))
+
+
+FAMILIES |= {
+    "bert": encoder(
+        "Bert", "bert.", BERT_FIELDS,
+        encoder_heads(({"head.dense": "cls.predictions.transform.dense", "head.norm": "cls.predictions.transform.LayerNorm",
+                        "head.out": "cls.predictions.decoder", "head.out.bias": "cls.predictions.bias"},
+                       lambda raw: raw["hidden_act"]),
+                      ({"head.dense": "bert.pooler.dense", "head.out": "classifier"}, "tanh"),
+                      ({"head.dense": Unused("bert.pooler.dense")}, dict(head_act="tanh"))),
+        copies={"cls.predictions.decoder.bias": "head.out.bias"},
+        drop=("cls.seq_relationship.weight", "cls.seq_relationship.bias")),
+    "roberta": roberta("Roberta"),
+    "xlm-roberta": roberta("XLMRoberta"),
+    "distilbert": encoder(
+        "DistilBert", "distilbert.",
+        BERT_FIELDS | dict(hidden_size="dim", num_hidden_layers="n_layers", num_attention_heads="n_heads",
+                           intermediate_size="hidden_dim", hidden_act="activation", attention_dropout="attention_dropout",
+                           hidden_dropout="dropout", embedding_dropout="dropout", head_dropout="seq_classif_dropout"),
+        encoder_heads(({"head.dense": "vocab_transform", "head.norm": "vocab_layer_norm", "head.out": "vocab_projector"},
+                       lambda raw: raw["activation"]),
+                      ({"head.dense": "pre_classifier", "head.out": "classifier"}, "relu")),
+        "transformer.layer.{}.", """attention.q_lin attention.k_lin attention.v_lin attention.out_lin sa_layer_norm ffn.lin1
+            ffn.lin2 output_layer_norm""",
+        fixed=dict(norm_eps=1e-12, type_vocab_size=0),
+        defaults=dict(activation="gelu", dropout=0.1, attention_dropout=0.1, seq_classif_dropout=0.2)),
+    "electra": encoder(
+        "Electra", "electra.", BERT_FIELDS | same("embedding_size"),
+        encoder_heads(({"head.dense": "generator_predictions.dense", "head.norm": "generator_predictions.LayerNorm",
+                        "head.out": "generator_lm_head"}, "gelu"),
+                      ({"head.dense": "classifier.dense", "head.out": "classifier.out_proj"}, "gelu")),
+        defaults=dict(embedding_size=128),
+        drop=tuple(f"discriminator_predictions.{n}.{kind}" for n in ("dense", "dense_prediction") for kind in ("weight", "bias"))),
+}
+
+
+# Encoder-decoders.
+def t5_mlp(_, config: Config) -> str:
+    """The feed_forward_proj of a config."""
+    return "gated-" * config.gated + ("gelu" if config.gated and config.hidden_act == "gelu_new" else config.hidden_act)
+
+
+def two_stacks(embed: str, encoder: dict, decoder: dict) -> dict:
+    return {"embed": embed} | {"encoder." + ours: theirs for ours, theirs in encoder.items()} | decoder
+
+
+def bart_stack(side: str) -> dict:
+    def attention(ours, theirs):
+        q, k, v, o = (f"{side}layers.{{}}.{theirs}.{n}_proj" for n in ("q", "k", "v", "out"))
+        fused = {"qkv": (q, k, v)} if theirs == "self_attn" else {"q": q, "kv": (k, v)}
+        return {f"layers.{{}}.{ours}.{n}": names for n, names in fused.items()} | {
+            f"layers.{{}}.{ours}.o": o, f"layers.{{}}.{ours}_norm": f"{side}layers.{{}}.{theirs}_layer_norm"}
+
+    return attention("attention", "self_attn") | attention("cross_attention", "encoder_attn") | {
+        "position_embed": side + "embed_positions", "embedding_norm": side + "layernorm_embedding", "norm": side + "layer_norm",
+        "layers.{}.mlp_norm": side + "layers.{}.final_layer_norm", "layers.{}.mlp.up": side + "layers.{}.fc1",
+        "layers.{}.mlp.down": side + "layers.{}.fc2"}
+
+
+def t5_stack(side: str, mlp: int) -> dict:
+    block, cross = side + "block.{}.layer.", side + "block.{}.layer.1."
+    return {
+        "relative_bias": side + "block.0.layer.0.SelfAttention.relative_attention_bias", "norm": side + "final_layer_norm",
+        "layers.{}.attention.qkv": tuple(block + f"0.SelfAttention.{n}" for n in "qkv"),
+        "layers.{}.attention.o": block + "0.SelfAttention.o", "layers.{}.attention_norm": block + "0.layer_norm",
+        "layers.{}.cross_attention.q": cross + "EncDecAttention.q", "layers.{}.cross_attention.o": cross + "EncDecAttention.o",
+        "layers.{}.cross_attention.kv": (cross + "EncDecAttention.k", cross + "EncDecAttention.v"),
+        "layers.{}.cross_attention_norm": cross + "layer_norm", "layers.{}.mlp_norm": block + f"{mlp}.layer_norm",
+        "layers.{}.mlp.up": block + f"{mlp}.DenseReluDense.wi", "layers.{}.mlp.down": block + f"{mlp}.DenseReluDense.wo",
+        "layers.{}.mlp.gate_up": (block + f"{mlp}.DenseReluDense.wi_0", block + f"{mlp}.DenseReluDense.wi_1")}
+
+
+BART = two_stacks("model.shared", bart_stack("model.encoder."), bart_stack("model.decoder."))
+BART_FIELDS = same(*"""vocab_size max_position_embeddings scale_embedding attention_dropout bos_token_id eos_token_id pad_token_id
+    decoder_start_token_id tie_word_embeddings""".split()) | LABELS | dict(
+        hidden_size="d_model", num_hidden_layers="decoder_layers", num_encoder_layers="encoder_layers",
+        num_attention_heads="decoder_attention_heads", encoder_attention_heads="encoder_attention_heads",
+        intermediate_size="decoder_ffn_dim", encoder_intermediate_size="encoder_ffn_dim", hidden_act="activation_function",
+        hidden_dropout="dropout", embedding_dropout="dropout", head_dropout="classifier_dropout")
+BART_FIXED = dict(ENCODER, causal=True, norm_eps=1e-5, head_bias=True, position_offset=2)
+BART_DEFAULTS = dict(activation_function="gelu", max_position_embeddings=1024, dropout=0.1, attention_dropout=0.0, pad_token_id=1,
+                     bos_token_id=0, eos_token_id=2, scale_embedding=False)
+
+
+def bart_like(stem: str, fixed: dict, defaults: dict, **rest) -> Family:
+    head = {"lm": ({"head.out": "lm_head", "head.out.bias": Row("final_logits_bias")}, {})}
+    return Family(stem, "model.", BART, BART_FIELDS, head, BART_FIXED | fixed, BART_DEFAULTS | defaults,
+                  classes={"lm": rest.pop("ends", "ForConditionalGeneration")}, 
+                  copies={f"model.{side}.embed_tokens.weight": "embed.weight" for side in ("encoder", "decoder")}, **rest)
+
+
+FAMILIES |= {
+    "bart": bart_like("Bart", {}, dict(decoder_start_token_id=2, forced_eos_token_id=2), only=dict(normalize_embedding=True)),
+    "mbart": bart_like("MBart", dict(norm_position="pre", final_norm=True), dict(forced_eos_token_id=2), only=dict(
+        normalize_embedding=True, normalize_before=True, add_final_layer_norm=True)),
+    "marian": bart_like("Marian", dict(position="sinusoidal", embedding_norm=False, position_offset=0),
+                        dict(pad_token_id=58100, decoder_start_token_id=58100, eos_token_id=0, forced_eos_token_id=0,
+                             bos_token_id=None),
+                        ends="MTModel", only=dict(share_encoder_decoder_embeddings=True, static_position_embeddings=True,
+                                                  decoder_vocab_size=lambda raw: raw["vocab_size"]),
+                        drop=("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")),
+    "t5": Family(
+        "T5", "", two_stacks("shared", t5_stack("encoder.", 1), t5_stack("decoder.", 2)),
+        same(*"""vocab_size bos_token_id eos_token_id pad_token_id decoder_start_token_id relative_attention_num_buckets
+            relative_attention_max_distance""".split()) | LABELS | dict(
+                hidden_size="d_model", head_dim="d_kv", intermediate_size="d_ff", num_encoder_layers="num_layers",
+                num_hidden_layers="num_decoder_layers", num_attention_heads="num_heads", hidden_dropout="dropout_rate",
+                embedding_dropout="dropout_rate", attention_dropout="dropout_rate", head_dropout="classifier_dropout",
+                norm_eps="layer_norm_epsilon", scale_logits="scale_decoder_outputs",
+                # The file decides: transformers takes a head that is not stored for a tied one, whatever this says.
+                tie_word_embeddings=("tie_word_embeddings", lambda tie, raw: True, lambda tie, config: tie),
+                gated=("feed_forward_proj", lambda name, raw: name.startswith("gated-"), t5_mlp),
+                hidden_act=("feed_forward_proj", lambda name, raw: {"gated-gelu": "gelu_new"}.get(name, name.split("-")[-1]), t5_mlp)),
+        {"lm": ({"head.out": "lm_head"}, {})}, dict(position="relative", query_pre_attn_scalar=1),
+        dict(num_decoder_layers=lambda raw: raw.get("num_layers"), layer_norm_epsilon=1e-6, feed_forward_proj="relu",
+             relative_attention_num_buckets=32, relative_attention_max_distance=128, dropout_rate=0.1, d_kv=64, pad_token_id=0,
+             eos_token_id=1, tie_word_embeddings=True,
+             scale_decoder_outputs=lambda raw: raw.get("tie_word_embeddings") is not False),
+        copies={f"{side}.embed_tokens.weight": "embed.weight" for side in ("encoder", "decoder")}, unstored_head_is_tied=True,
+        drop=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+        classes={"lm": "ForConditionalGeneration"}),
 }
 # What no other family can express (an architecture changed on the fly) keeps our own names; only tinylm loads it.
-FAMILIES["tinylm"] = Family("TinyLM", {}, {f.name: f.name for f in fields(Config) if f.name != "model_type"})
+FAMILIES["tinylm"] = Family("TinyLM", "", {}, {f.name: f.name for f in fields(Config) if f.name != "model_type"} | LABELS,
+                            {head: ({}, {}) for head in CHOICES["head"]}, classes=dict.fromkeys(CLASS, ""))
 
 
-def config_from_hf(raw: dict, source: str = "config.json") -> Config:
-    """The Config that a `config.json` describes, in the dialect of transformers 4 or 5.
-
-    Raises Error for an unknown model_type, and for any field that would change what the model computes and that this
-    file does not support.
-    """
-    name = raw.get("model_type")
-    require(name in FAMILIES, f"{source}: model_type = {name!r} is not supported (supported: {', '.join(FAMILIES)})")
-    row = FAMILIES[name]
-    raw = row.defaults | _flat_rope(raw, source)
+def settings(row: Family, raw: dict, source: str) -> dict:
+    """A config.json with the family's defaults filled in, in today's words, and with nothing in it that is not supported."""
+    raw = _flat_rope(raw, source)
+    for key, value in row.defaults.items():
+        raw.setdefault(key, value(raw) if callable(value) else value)
     if raw.get("use_sliding_window") is False:
         raw["sliding_window"] = None
     window, period = raw.get("sliding_window"), raw.get("_sliding_window_pattern", raw.get("sliding_window_pattern"))
@@ -360,27 +630,54 @@ def config_from_hf(raw: dict, source: str = "config.json") -> Config:
         first = raw.get("max_window_layers") or 0
         raw["layer_types"] = [LAYER_TYPES[i >= first and not (period and (i + 1) % period == 0)]
                               for i in range(raw.get("num_hidden_layers", 0))]
+    known = INERT | GENERATION | {"use_sliding_window", *row.only, *(keys(f)[0] for f in row.fields.values())}
     for key, value in raw.items():
-        value = row.alias.get(key, {}).get(value, value) if isinstance(value, str) else value
-        raw[key] = value
-        if key in row.only and value not in (None, row.only[key]):
-            raise Error(f"{source}: {key} = {value!r} is not supported for {name} (supported: {row.only[key]!r})")
-        known = key in row.fields.values() or key in row.only or key in INERT or key == "use_sliding_window"
-        if not known and not key.startswith("_") and value not in (None, False, [], {}, ""):
-            raise Error(f"{source}: {key} = {value!r} is not supported for {name}; remove the field if it does not "
-                        "change what the model computes")
-    values = NEUTRAL | {ours: raw[theirs] for ours, theirs in row.fields.items() if theirs in raw} | row.fixed
-    for key in ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size"):
-        require(number(values.get(key), 1, 2**31, int), f"{source}: {row.fields[key]} = {values.get(key)!r}, expected a "
-                "positive integer")
+        raw[key] = value = row.alias.get(key, {}).get(value, value) if isinstance(value, str) else value
+        only = row.only.get(key)
+        only = only(raw) if callable(only) else only
+        require(key not in row.only or value in (None, only), f"{source}: {key} = {value!r} is not supported (supported: {only!r})")
+        require(key in known or key.startswith("_") or value in (None, False, [], {}, ""), f"{source}: {key} = {value!r} "
+                "is not supported; remove the field if it does not change what the model computes")
+    return raw
+
+
+def keys(entry) -> tuple:
+    """A family's entry for a config field as (their key, how it reads, how it is written)."""
+    return entry if isinstance(entry, tuple) else (entry, lambda value, raw: value, lambda value, config: value)
+
+
+def config_from_hf(raw: dict, source: str = "config.json", head="config") -> Config:
+    """The Config that a `config.json` describes, in the dialect of transformers 4 or 5, with the head of its
+    `architectures` or another one.
+
+    Raises Error for an unknown model_type, and for any field that would change what the model computes and that this
+    file does not support.
+    """
+    name = raw.get("model_type")
+    require(name in FAMILIES, f"{source}: model_type = {name!r} is not supported (supported: {', '.join(FAMILIES)})")
+    row = FAMILIES[name]
+    if head == "config":
+        head = raw.get("head", "lm") if name == "tinylm" else row.head_of((raw.get("architectures") or [None])[0], source)
+    require(head in row.heads, f"{source}: head = {head!r} is not supported for {name} (supported: "
+            f"{', '.join(map(str, row.heads))})")
+    raw = settings(row, raw, f"{source}, model_type {name}")
+    if isinstance(raw.get("num_labels"), int) and not raw.get("id2label"):
+        raw["id2label"] = {i: f"LABEL_{i}" for i in range(raw["num_labels"])}
     defaulted = {f.name for f in fields(Config) if f.default is not None and f.default is not MISSING}
     try:  # null means the default, but for the fields where it says something of its own
-        return Config(**{k: v for k, v in values.items() if v is not None or k not in defaulted - {"qk_norm"}},
-                      model_type=name)
+        values = NEUTRAL | dict(head=head)
+        for ours, (key, read, _) in ((ours, keys(entry)) for ours, entry in row.fields.items()):
+            if raw.get(key) is not None or key in raw and ours not in defaulted - {"qk_norm"}:
+                values[ours] = None if raw[key] is None else read(raw[key], raw)
+        values |= {ours: value(raw) if callable(value) else value for ours, value in (row.fixed | row.heads[head][1]).items()}
+        for ours in ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size"):
+            require(number(values.get(ours), 1, 2**31, int), f"config: {ours} = {values.get(ours)!r}, expected a positive "
+                    "integer")
+        return Config(**values | dict(head=head), model_type=name)
     except Error as error:  # which names our field: name theirs
         ours, rest = str(error).removeprefix("config: ").split(" ", 1)
-        raise Error(f"{source}: {row.fields.get(ours, ours)} {rest}") from None
-    except TypeError as error:
+        raise Error(f"{source}: {keys(row.fields.get(ours, ours))[0]} {rest}") from None
+    except (TypeError, ValueError, AttributeError) as error:
         raise Error(f"{source}: a field has a value of the wrong kind ({error})") from None
 
 
@@ -410,21 +707,29 @@ def config_to_hf(config: Config) -> dict:
 
     Without a `model_type` it is the first family that can express it. Raises Error where the named family cannot.
     """
+    unwritten = {"model_type", "hidden_dropout", "embedding_dropout", "head_dropout", "initializer_range"}
     for name in [config.model_type] if config.model_type else FAMILIES:
         row = FAMILIES[name]
-        raw = {"architectures": [row.architecture], "model_type": name, "initializer_range": config.initializer_range}
-        raw |= {theirs: getattr(config, ours) for ours, theirs in row.fields.items()}
+        if config.head not in row.heads:
+            lost = f"config: head = {config.head!r}"
+            continue
+        raw = {"architectures": [row.architecture(config.head)], "model_type": name, "initializer_range": config.initializer_range}
+        for ours, (key, _, write) in ((ours, keys(entry)) for ours, entry in row.fields.items()):
+            raw[key] = write(getattr(config, ours), config)
+        if raw.get("id2label"):
+            raw["label2id"] = {label: int(i) for i, label in raw["id2label"].items()}
         if "use_sliding_window" in row.defaults:
             raw["use_sliding_window"] = config.sliding_window is not None
+        if config.num_encoder_layers:
+            raw["is_encoder_decoder"] = True
         try:  # written right is what reads back as the same
             back = config_from_hf(raw, "config")
         except Error as error:
             lost = str(error)
             continue
         lost = [f"{f.name} = {getattr(config, f.name)!r}" for f in fields(Config)
-                if f.name not in ("model_type", "hidden_dropout", "initializer_range")
-                and getattr(back, f.name) != getattr(config, f.name)]
-        if not lost:
+                if f.name not in unwritten and getattr(back, f.name) != getattr(config, f.name)]
+        if not lost or lost == ["tie_word_embeddings = False"] and row.unstored_head_is_tied:
             return raw
         lost = f"config: {', '.join(lost)}"
     raise Error(f"{lost} cannot be written as model_type {name!r}")
@@ -460,30 +765,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, head_dim: int, scale: float,
-           softcap: float | None = None, dropout: float = 0.0, cache=None, layer: int = 0) -> Tensor:
+           softcap: float | None = None, dropout: float = 0.0, cache=None, layer: int = 0, causal: bool = True) -> Tensor:
     """softmax(q k^T scale) v with grouped queries, (batch, seq, heads * head_dim); scores are soft-capped where
     `softcap` is given (Gemma 2).
 
-    q (batch, seq, heads * head_dim); k, v (batch, seq, kv_heads * head_dim), which join those of the layer in the
-    cache; mask (batch, 1, seq, keys), True where attention is allowed, or None for the causal square, which lets the
-    flash kernels in.
+    q (batch, seq, heads * head_dim); k, v (batch, keys, kv_heads * head_dim), which join those of the layer in the
+    cache; mask (batch, 1, seq, keys), True where attention is allowed, or (batch, heads, seq, keys) to be added to the
+    scores, or None for the causal square or for all keys, which lets the flash kernels in.
     """
     q, k, v = (rearrange(x, "b s (h d) -> b h s d", d=head_dim) for x in (q, k, v))
     if cache is not None:
         k, v = cache.update(layer, k, v)
     groups, s = q.shape[1] // k.shape[1], q.shape[2]
     if softcap is not None:
-        if mask is None:
+        if mask is None and causal:
             mask = torch.ones(s, s, dtype=torch.bool, device=q.device).tril()
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
-        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32).to(q.dtype)
-        x = F.dropout(weights, dropout) @ v
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        x = F.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), dropout) @ v
     elif mask is None:
-        x = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale, enable_gqa=groups > 1)
+        x = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scale, enable_gqa=groups > 1)
+    elif groups == 1:
+        x = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
     else:  # queries that share a key head stand below each other, so that keys are read once and not expanded
         q = rearrange(q, "b (g r) s d -> b g (r s) d", r=groups)
-        mask = mask.repeat(1, 1, groups, 1) if s > 1 and groups > 1 else mask
+        mask = mask.expand(-1, -1, s, -1).repeat(1, 1, groups, 1) if s > 1 else mask
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
         x = rearrange(x, "b g (r s) d -> b (g r) s d", s=s)
     return rearrange(x, "b h s d -> b s (h d)")
@@ -572,14 +880,18 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with one fused query-key-value projection."""
+    """Grouped-query attention: to the sequence itself with one fused query-key-value projection, or across to another."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, cross: bool = False):
         super().__init__()
-        self.sizes, self.head_dim = config.qkv_sizes, config.head_dim
+        self.sizes, self.head_dim, self.causal = config.qkv_sizes, config.head_dim, config.causal and not cross
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         self.softcap, self.dropout = config.attn_logit_softcapping, config.attention_dropout
-        self.qkv = Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias)
+        project = lambda *sizes: Linear(config.hidden_size, sum(sizes), bias=config.attention_bias)  # noqa: E731
+        if cross:
+            self.q, self.kv = project(self.sizes[0]), project(*self.sizes[1:])
+        else:
+            self.qkv = project(*self.sizes)
         self.o = Linear(self.sizes[0], config.hidden_size, bias=config.attention_output_bias)
         q_width, k_width = {None: (0, 0), "head": (self.head_dim,) * 2, "full": self.sizes[:2]}[config.qk_norm]
         self.q_norm = Norm(config, q_width) if q_width else None
@@ -587,13 +899,27 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple | None, mask: Tensor | None, cache=None, layer: int = 0) -> Tensor:
         q, k, v = self.qkv(x).split(self.sizes, dim=-1)
-        if self.q_norm is not None:
-            q, k = (norm(x.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
-                    for x, norm in ((q, self.q_norm), (k, self.k_norm)))
+        q, k = normed(q, self.q_norm), normed(k, self.k_norm)
         if rope is not None:
             q, k = (rotate(x, *rope, self.head_dim) for x in (q, k))
+        return self.mix(q, k, v, mask, cache, layer)
+
+    def across(self, x: Tensor, keys_values: tuple, mask: Tensor | None) -> Tensor:
+        """To another sequence, whose `keys_values` are made once."""
+        return self.mix(normed(self.q(x), self.q_norm), *keys_values, mask)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.kv(x).split(self.sizes[1:], dim=-1)
+        return normed(k, self.k_norm), v
+
+    def mix(self, q, k, v, mask, cache=None, layer=0) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return self.o(attend(q, k, v, mask, self.head_dim, self.scale, self.softcap, dropout, cache, layer))
+        return self.o(attend(q, k, v, mask, self.head_dim, self.scale, self.softcap, dropout, cache, layer, self.causal))
+
+
+def normed(x: Tensor, norm: Norm | None) -> Tensor:
+    """Queries or keys (batch, seq, heads * head_dim) after a norm over each head, or over all, or none."""
+    return x if norm is None else norm(x.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -617,29 +943,43 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream, normed before (pre), after (output) or both (sandwich)."""
+    """Attention, attention across (in a decoder behind an encoder) and MLP, each added to the residual stream and normed
+    before (pre), after (output), both (sandwich) or after the sum (post)."""
 
     def __init__(self, config: Config):
         super().__init__()
-        before, after = config.norm_position != "output", config.norm_position != "pre"
-        self.attention_norm = Norm(config, config.hidden_size) if before else nn.Identity()
+        before, after = config.norm_position != "output", config.norm_position in ("output", "sandwich")
+        norm = lambda there: Norm(config, config.hidden_size) if there else nn.Identity()  # noqa: E731
+        self.post = config.norm_position == "post"
+        self.attention_norm, self.attention_output_norm = norm(before), norm(after)
         self.attention = Attention(config)
-        self.attention_output_norm = Norm(config, config.hidden_size) if after else nn.Identity()
-        self.mlp_norm = Norm(config, config.hidden_size) if before else nn.Identity()
+        self.cross_attention = Attention(config, cross=True) if config.num_encoder_layers else None
+        if self.cross_attention is not None:
+            self.cross_attention_norm, self.cross_attention_output_norm = norm(before), norm(after)
+        self.mlp_norm, self.mlp_output_norm = norm(before), norm(after)
         self.mlp = MLP(config)
-        self.mlp_output_norm = Norm(config, config.hidden_size) if after else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + self.dropout(self.attention_output_norm(self.attention(self.attention_norm(x), *context)))
-        return x + self.dropout(self.mlp_output_norm(self.mlp(self.mlp_norm(x))))
+    def forward(self, x: Tensor, rope: tuple | None, mask: Tensor | None, cache=None, layer: int = 0,
+                context: tuple | None = None) -> Tensor:
+        """x (batch, seq, hidden); `context`: keys and values of the encoder's states, and their mask."""
+        x = self.add(x, self.attention, self.attention_norm, self.attention_output_norm, rope, mask, cache, layer)
+        if context is not None:
+            x = self.add(x, self.cross_attention.across, self.cross_attention_norm, self.cross_attention_output_norm, *context)
+        return self.add(x, self.mlp, self.mlp_norm, self.mlp_output_norm)
+
+    def add(self, x: Tensor, sublayer, norm: nn.Module, output_norm: nn.Module, *arguments) -> Tensor:
+        y = self.dropout(output_norm(sublayer(x if self.post else norm(x), *arguments)))
+        return norm(x + y) if self.post else x + y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Positions and the key-value cache. One rule masks everything: a query sees the keys whose position is not after its
-# own (and, in a sliding layer, less than a window before). Padding has a position after all others.
+# own (and, in a sliding layer, less than a window before), or, in an encoder, all keys that are no padding. Padding has
+# a position after all others.
 # ---------------------------------------------------------------------------------------------------------------------
 
+LIMITED = ("learned", "sinusoidal")  # kinds of positions that end
 NEVER = 2**30  # the position of padding and of cache columns not written yet
 
 
@@ -649,10 +989,35 @@ def count_positions(mask: Tensor, start: Tensor | int = 0) -> tuple[Tensor, Tens
     return positions.clamp(min=0), torch.where(mask.bool(), positions, NEVER)
 
 
-def visible(positions: Tensor, key_positions: Tensor, window: int | None = None) -> Tensor:
+def visible(positions: Tensor, key_positions: Tensor, window: int | None = None, causal: bool = True) -> Tensor:
     """The attention mask (batch, 1, seq, keys) of query and key positions, True where a query may look."""
+    if not causal:
+        return (key_positions < NEVER)[:, None, None, :]
     distance = positions[:, None, :, None] - key_positions[:, None, None, :]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def last_column(mask: Tensor) -> Tensor:
+    """The column (batch, 1) of the last real token."""
+    return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1, keepdim=True)
+
+
+def pooled_column(input_ids: Tensor, mask: Tensor | None, config: Config) -> Tensor:
+    """The column (batch, 1) whose state stands for the text: the last real token's, in an encoder the first's."""
+    if mask is None:  # then padding is what has the pad id
+        mask = input_ids != (-1 if config.pad_token_id is None else config.pad_token_id)
+    return last_column(mask) if config.causal else mask.long().argmax(-1, keepdim=True)
+
+
+def relative_buckets(distance: Tensor, config: Config) -> Tensor:
+    """T5's buckets of key positions less query positions: the near ones one by one, the far ones by the logarithm."""
+    buckets = config.relative_attention_num_buckets // (1 if config.causal else 2)
+    near = buckets // 2
+    steps = -distance.clamp(max=0) if config.causal else distance.abs()
+    scale = (buckets - near) / math.log(config.relative_attention_max_distance / near)
+    far = near + ((steps.float() / near).clamp(min=1).log() * scale).long()
+    bucket = torch.where(steps < near, steps, far.clamp(max=buckets - 1))
+    return bucket if config.causal else bucket + buckets * (distance > 0)
 
 
 class KVCache:
@@ -687,35 +1052,134 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.k[layer].index_copy_(2, self.columns, k), self.v[layer].index_copy_(2, self.columns, v)
 
+    def reorder(self, rows: Tensor, columns: int):
+        """Row i goes on from what row rows[i] held in its first columns (beam search)."""
+        for held in (*self.k, *self.v):
+            held[:, :, :columns] = held[rows, :, :columns]
+        self.key_positions[:], self.lengths[:] = self.key_positions[rows], self.lengths[rows]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
 
-class TinyLM(nn.Module):
-    """A decoder language model: token ids (batch, seq) to logits (batch, seq, vocab)."""
+class Stack(nn.Module):
+    """An encoder or a decoder: what is added to word embeddings, the blocks, the final norm."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.tokenizer, self.generation_config = config, None, {}
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.config, width = config, config.embedding_size
         if config.position == "learned":
-            self.position_embed = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.position_embed = nn.Embedding(config.max_position_embeddings + config.position_offset, width)
+        elif config.position == "sinusoidal":
+            self.sinusoids = Sinusoids(config.max_position_embeddings, width)
+        elif config.position == "relative":
+            self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_attention_heads)
         else:
             self.rotary = nn.ModuleDict({"full_attention": Rotary(config, config.rope_theta, config.rope_scaling)})
             if config.rope_local_base_freq is not None:
                 self.rotary["sliding_attention"] = Rotary(config, config.rope_local_base_freq, None)
+        self.type_embed = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
+        self.embedding_norm = Norm(config, width) if config.embedding_norm else nn.Identity()
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embedding_project = Linear(width, config.hidden_size) if width != config.hidden_size else nn.Identity()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = Norm(config, config.hidden_size)
-        self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.register_buffer("embedding_scale", torch.tensor(config.hidden_size ** 0.5, device="cpu"), persistent=False)
+        self.norm = Norm(config, config.hidden_size) if config.final_norm else nn.Identity()
+
+    def states(self, x: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None, cache=None,
+               context: tuple | None = None) -> Tensor:
+        """Hidden states (batch, seq, hidden) of word embeddings x (batch, seq, embedding_size)."""
+        config, seq = self.config, x.shape[1]
+        real = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if attention_mask is None else attention_mask
+        # Rows without padding share their positions.
+        positions, keys = count_positions(real[:1] if attention_mask is None else real) if cache is None else cache.extend(real)
+        masks, ropes = {}, {}
+        for kind in dict.fromkeys(config.layer_types):
+            window = config.sliding_window if kind == "sliding_attention" else None
+            plain = cache is None and attention_mask is None and (window is None or config.causal and seq <= window)
+            masks[kind] = None if plain and config.position != "relative" else visible(positions, keys, window, config.causal)
+            if config.position == "relative":
+                masks[kind] = self.relative_mask(positions, keys, masks[kind], x.dtype)
+            if config.position == "rope":
+                ropes[kind] = (self.rotary[kind] if kind in self.rotary else self.rotary["full_attention"])(positions)
+        if config.scale_embedding:
+            x = x * x.new_full((), config.hidden_size ** 0.5)  # rounded to the dtype, as the reference rounds it
+        if config.position == "learned":
+            x = x + self.position_embed(positions + config.position_offset)
+        if config.position == "sinusoidal":
+            x = x + self.sinusoids(positions).to(x.dtype)
+        if self.type_embed is not None:
+            x = x + self.type_embed(torch.zeros_like(positions) if token_type_ids is None else token_type_ids)
+        x = self.embedding_project(self.embedding_dropout(self.embedding_norm(x)))
+        for layer, (block, kind) in enumerate(zip(self.layers, config.layer_types)):
+            across = None if context is None else (context[0][layer], context[1])
+            x = block(x, ropes.get(kind), masks[kind], cache, layer, across)
+        return self.norm(x)
+
+    def relative_mask(self, positions: Tensor, keys: Tensor, mask: Tensor, dtype) -> Tensor:
+        """What is added to the scores, (batch, heads, seq, keys): the bias of each distance, little where masked."""
+        distance = keys[:, None, :] - positions[:, :, None]
+        bias = rearrange(self.relative_bias(relative_buckets(distance, self.config)), "b s t h -> b h s t")
+        return bias.to(dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+class Sinusoids(nn.Module):
+    """Positions as sines, then cosines (Vaswani et al. 2017, in the order of Marian)."""
+
+    def __init__(self, length: int, width: int):
+        super().__init__()
+        inv_freq = 1 / 10000 ** (torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+        angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * inv_freq
+        table = torch.cat((angles.sin(), angles.cos()), dim=1)[:, :width].float()
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return self.table[positions]
+
+
+class Head(nn.Module):
+    """What the model is for, read off its hidden states: a dense layer, an activation and a norm where the config has
+    them, then one output per word or class."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.act, width = ACTIVATIONS.get(config.head_act), config.hidden_size
+        if config.head_act:
+            inner = config.embedding_size if config.head == "mlm" else width
+            self.dense, width = Linear(width, inner), inner
+        self.norm = Norm(config, width) if config.head_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout if config.head_dropout is None else config.head_dropout)
+        self.bare = not config.outputs
+        if not self.bare:
+            self.out = Linear(width, config.outputs, bias=config.head_bias)
+            if config.tied:
+                self.out.register_parameter("weight", None)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Outputs (..., outputs) of hidden states (..., hidden); a tied head's weight is the `embedding`."""
+        if self.bare:  # hidden states as they are; a pooler only travels along
+            return x
+        if self.act is not None:
+            x = self.norm(self.act(self.dense(x)))
+        return linear(self.dropout(x), embedding if self.out.weight is None else self.out.weight, self.out.bias)
+
+
+class TinyLM(Stack):
+    """A language model: a decoder, an encoder, or both, and a head."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.tokenizer, self.generation_config = None, {}
+        self.embed = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.encoder = Stack(config.encoder) if config.num_encoder_layers else None
+        self.head = Head(config)
         if not self.embed.weight.is_meta:
             self.apply(self._init)
             self.tokenizer = ByteTokenizer() if config.vocab_size >= ByteTokenizer.size else None
 
     def _init(self, module: nn.Module):
         std = self.config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight is not None:
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -731,59 +1195,77 @@ class TinyLM(nn.Module):
     def dtype(self):
         return self.embed.weight.dtype
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache=None,
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
+                decoder_input_ids: Tensor | None = None, *, cache=None, context: tuple | None = None,
                 columns: Tensor | None = None) -> Tensor:
-        """Logits (batch, seq, vocab) for token ids (batch, seq).
+        """What the head says, one tensor: of a language model, masked or not, logits (batch, seq, vocab); of a
+        classifier (batch, labels), of tokens (batch, seq, labels); start and end logits of an answer (batch, seq, 2); of
+        a model without a head its hidden states (batch, seq, hidden).
 
-        attention_mask (batch, seq), 1 for a token and 0 for padding on either side; a cache (its own columns only) if
-        the ids continue what it holds; columns (batch, n) to get logits (batch, n, vocab) of those columns alone.
+        input_ids (batch, seq); attention_mask (batch, seq), 1 for a token and 0 for padding on either side;
+        decoder_input_ids (batch, target) behind an encoder; a cache (its own columns only) if the ids continue what it
+        holds; context, what `encode` gave, if the ids are the decoder's; columns (batch, n) to get logits (batch, n,
+        vocab) of those columns alone.
         """
-        config, (batch, seq) = self.config, input_ids.shape
-        require(config.position != "learned" or cache is not None or seq <= config.max_position_embeddings,
-                f"input_ids: {seq} tokens, but the model has only {config.max_position_embeddings} positions")
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        positions, key_positions = count_positions(real) if cache is None else cache.extend(real)
-        masks, ropes = {}, {}
-        for kind in dict.fromkeys(config.layer_types):
-            window = config.sliding_window if kind == "sliding_attention" else None
-            causal = cache is None and attention_mask is None and (window is None or seq <= window)
-            masks[kind] = None if causal else visible(positions, key_positions, window)
-            if config.position == "rope":
-                ropes[kind] = (self.rotary[kind] if kind in self.rotary else self.rotary["full_attention"])(positions)
-        x = self.embed(input_ids)
-        if config.scale_embedding:
-            x = x * self.embedding_scale.to(x.dtype)  # rounded as the reference rounds it
-        if config.position == "learned":
-            x = x + self.position_embed(positions)
-        for layer, (block, kind) in enumerate(zip(self.layers, config.layer_types)):
-            x = block(x, ropes.get(kind), masks[kind], cache, layer)
+        if self.encoder is not None and context is None:
+            require(decoder_input_ids is not None, "decoder_input_ids = None, expected ids (batch, target)")
+            context = self.encode(input_ids, attention_mask)
+            input_ids, attention_mask = decoder_input_ids, None
+        self._fits(input_ids, token_type_ids, cache)
+        x = self.states(self.embed(input_ids), attention_mask, token_type_ids, cache, context)
+        if self.config.head == "classify":
+            columns = pooled_column(input_ids, attention_mask, self.config)
         if columns is not None:
             x = x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
-        logits = linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
-        if config.final_logit_softcapping is not None:
-            logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
-        return logits
+        if self.config.scale_logits:
+            x = x * self.config.hidden_size ** -0.5
+        logits = self.head(x, self.embed.weight)
+        if self.config.final_logit_softcapping is not None and self.config.head == "lm":
+            logits = self.config.final_logit_softcapping * torch.tanh(logits / self.config.final_logit_softcapping)
+        return logits[:, 0] if self.config.head == "classify" else logits
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple:
+        """What a decoder needs of a source (batch, seq): keys and values for each of its layers, and their mask."""
+        self._fits(input_ids)
+        states = self.encoder.states(self.embed(input_ids), attention_mask)
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        return [block.cross_attention.keys_values(states) for block in self.layers], mask
+
+    def _fits(self, input_ids: Tensor, token_type_ids: Tensor | None = None, cache=None):
+        config, seq = self.config, input_ids.shape[1]
+        require(config.position not in LIMITED or cache is not None or seq <= config.max_position_embeddings, f"input_ids: {seq} tokens, but the "
+                f"model has only {config.max_position_embeddings} positions")
+        require(token_type_ids is None or self.type_embed is not None and token_type_ids.shape == input_ids.shape,
+                f"token_type_ids: shape {tuple(getattr(token_type_ids, 'shape', ()))}, expected " + (
+                    f"{tuple(input_ids.shape)}" if self.type_embed is not None else "None: the model has no token types"))
 
     @classmethod
-    def from_pretrained(cls, folder, dtype: torch.dtype | None = None, device=None) -> TinyLM:
+    def from_pretrained(cls, folder, dtype: torch.dtype | None = None, device=None, head="config", **changes) -> TinyLM:
         """The model in a checkpoint folder, in eval mode: config.json, model.safetensors (or its sharded index) and
         tokenizer.json where there is one. dtype None keeps the stored one.
 
-        Raises Error where the folder lacks a file or a tensor, has one too many or of a wrong shape, or where
-        config.json asks for something unsupported.
+        `head` swaps the head (a key of the family's heads): of the new one, what the checkpoint has is loaded, and the
+        rest begins at random; `changes` are of Config fields. Raises Error where the folder lacks a file or a tensor,
+        has one too many or of a wrong shape, or where config.json asks for something unsupported.
         """
         folder, device = Path(folder), usable_device(device or "cpu")
-        config = config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+        require(dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point, f"dtype = {dtype!r}, expected a "
+                "floating-point torch.dtype")
+        raw, source = read_json(folder / "config.json"), str(folder / "config.json")
+        checkpoint = Checkpoint(folder, replace(config_from_hf(raw, source, head), **changes), dtype, device)
         with torch.device("meta"):
-            lm = cls(config)
-        shapes = {name: tensor.shape for name, tensor in lm.state_dict().items()}
-        state = read_tensors(folder, config, shapes, dtype, device)
-        lm.load_state_dict(state, assign=True)
+            lm = cls(checkpoint.config)
+        fresh = {}
+        if head != "config":
+            lm.head = Head(lm.config).apply(lm._init)
+            fresh = lm.head.state_dict(prefix="head.")
+        lm.load_state_dict(checkpoint.state(lm, fresh), assign=True)
         for parameter in lm.parameters():
             parameter.requires_grad_(True)
         lm.tokenizer = load_tokenizer(folder)
         generation = folder / "generation_config.json"
-        lm.generation_config = read_json(generation) if generation.exists() else {}
+        lm.generation_config = read_json(generation) if generation.exists() else {
+            key: value for key, value in raw.items() if key in GENERATION}
         return lm.to(device).eval()
 
     def save_pretrained(self, folder):
@@ -793,7 +1275,8 @@ class TinyLM(nn.Module):
         """
         raw = config_to_hf(self.config) | {"torch_dtype": str(self.dtype).removeprefix("torch.")}
         tensors = to_checkpoint(self.state_dict(), self.config, raw["model_type"])
-        ids = {f"{name}_token_id": getattr(self.config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        ids = {name: getattr(self.config, name) for name in names if getattr(self.config, name) is not None}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in (self.tokenizer.files if self.tokenizer else {}).items():
@@ -802,31 +1285,51 @@ class TinyLM(nn.Module):
         write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
         write_json(folder / "config.json", raw)
 
+    def __getstate__(self):
+        """Copies compile for themselves."""
+        return {key: value for key, value in super().__getstate__().items() if key not in ("_compiled", "_idle")}
+
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128,
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None,
                  temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
                  min_p: float | None = None, repetition_penalty: float = 1.0, eos_token_id="config", stop=None,
-                 seed: int | None = None, compile: bool = False) -> Tensor:
-        """Continue every row of (batch, seq): (batch, seq + new), with the pad id after a row's end.
+                 seed: int | None = None, compile: bool = False, num_beams: int | None = None,
+                 length_penalty: float | None = None, early_stopping=None, **options) -> Tensor:
+        """Continue every row of (batch, seq): (batch, seq + new), with the pad id after a row's end; behind an encoder
+        (batch, 1 + new), beginning with decoder_start_token_id.
 
         Temperature 0 is greedy. eos_token_id is an id, several, or None to never end; "config" takes the
-        checkpoint's; `stop` is a string or a list of them, and ends a row once its new text has one. The same seed gives the same text, whatever stands in the
-        other rows. `compile` compiles the decode step (CUDA graphs on CUDA). Raises Error for arguments out of range.
+        checkpoint's; `stop` is a string or a list of them, and ends a row once its new text has one. The same seed
+        gives the same text, whatever stands in the other rows. `compile` compiles the decode step (CUDA graphs on
+        CUDA). Above 1, `num_beams` searches for the likeliest text, its log-probability over length^length_penalty;
+        early_stopping False, True or "never" says when it may stop, as in transformers. More options:
+        no_repeat_ngram_size, min_length, bad_words_ids, forced_bos_token_id, forced_eos_token_id,
+        renormalize_logits. What is None or not named is as generation_config.json says. Raises Error for arguments
+        out of range.
         """
-        steps = list(self.decode(input_ids, attention_mask, max_new_tokens, eos_token_id, stop, seed, compile,
-                                 temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                                 repetition_penalty=repetition_penalty))
+        given = dict(max_new_tokens=max_new_tokens, num_beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping)
+        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+        options = self._options(given | options)
+        beams = Beams(*(options.pop(name) for name in ("num_beams", "length_penalty", "early_stopping")))
+        if beams.num_beams > 1:
+            require(not (temperature or stop or compile), f"num_beams = {beams.num_beams} goes with temperature 0, no stop "
+                    "strings and compile=False")
+            return self.beam_search(input_ids, attention_mask, options.pop("max_new_tokens"), eos_token_id, beams, **sampling | options)
+        steps = list(self.decode(input_ids, attention_mask, options.pop("max_new_tokens"), eos_token_id, stop, seed, compile,
+                                 **sampling | options))
         new = torch.stack([token for token, _ in steps], dim=1)
         running = torch.stack([alive for _, alive in steps], dim=1).any(0).sum()  # columns until the last row ended
-        return torch.cat((input_ids, new[:, :int(running)]), dim=1)
+        return torch.cat((self._prompt(input_ids), new[:, :int(running)]), dim=1)
 
-    def stream(self, text: str | list[int], max_new_tokens: int = 128, stop=None, eos_token_id="config", **options):
+    def stream(self, text: str | list[int], max_new_tokens: int | None = None, stop=None, eos_token_id="config", **options):
         """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string; with
-        the options of `generate`."""
+        the options of `generate`, but for beams."""
         require(self.tokenizer, "stream: the checkpoint has no tokenizer.json; use generate with token ids")
-        ends = self.ends(eos_token_id)
+        ends, options = self.ends(eos_token_id), self._options(dict(max_new_tokens=max_new_tokens) | options)
+        for name in ("num_beams", "length_penalty", "early_stopping"):
+            options.pop(name)
         ids = (self.tokenizer.encode(text) if isinstance(text, str) else list(text)) or [*ends, 0][:1]
-        steps = self.decode(torch.tensor([ids], device=self.device), None, max_new_tokens, ends, **options)
+        steps = self.decode(torch.tensor([ids], device=self.device), None, eos_token_id=ends, **options)
         tokens = (int(token) for token, _ in steps)
         return text_pieces(self.tokenizer, (t for t in tokens if t not in ends), stop_strings(stop))
 
@@ -843,25 +1346,40 @@ class TinyLM(nn.Module):
         require(all(number(i, -1, 2**31, int) for i in ids), f"eos_token_id = {eos_token_id!r}, expected integers")
         return tuple(ids)
 
+    def _options(self, given: dict) -> dict:
+        """Options of a generation: those given, else those of generation_config.json, else the defaults."""
+        said = {key: value for key, value in given.items() if value is not None}
+        file, longest = self.generation_config, None
+        if self.encoder is not None and file.get("max_length"):
+            longest = file["max_length"] - 1
+        defaults = {"max_new_tokens": file.get("max_new_tokens") or longest or 128, "num_beams": 1, "length_penalty": 1.0,
+                    "early_stopping": False}
+        for key in (*defaults, *CONSTRAINTS):
+            if key not in said and (value := defaults.get(key) if key == "max_new_tokens" else file.get(key, defaults.get(key))) is not None:
+                said[key] = value
+        return said
+
+    def _prompt(self, input_ids: Tensor) -> Tensor:
+        """What a continuation stands behind: the ids, or the start token (batch, 1) behind an encoder."""
+        if self.encoder is None:
+            return input_ids
+        start = self.generation_config.get("decoder_start_token_id", self.config.decoder_start_token_id)
+        return input_ids.new_full((len(input_ids), 1), start)
+
     @torch.no_grad()
     def decode(self, input_ids, attention_mask=None, max_new_tokens=128, eos_token_id="config", stop=None, seed=None,
                compile=False, **sampling):
         """Yield, per step, the new ids (batch,) and which rows (batch,) had not ended before it."""
-        knobs, mask = Sampling(**sampling), torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        batch, seq = self._checked(input_ids, mask, max_new_tokens)
-        ends, stop, device = self.ends(eos_token_id), stop_strings(stop), input_ids.device
-        require(seed is None or number(seed, -2**63, 2**63, int), f"seed = {seed!r}, expected an integer")
+        knobs, stop = Sampling(**sampling), stop_strings(stop)
+        prompt, mask, context, ends, pad = self._begin(input_ids, attention_mask, max_new_tokens, eos_token_id, compile)
+        require(seed is None or number(seed, -2**63, 2**63 - 1, int), f"seed = {seed!r}, expected an integer of 64 bits")
         require(not stop or self.tokenizer, f"stop = {stop!r} needs a tokenizer.json, which the checkpoint lacks")
-        pad = self.generation_config.get("pad_token_id", self.config.pad_token_id)
-        pad = pad if pad is not None else ends[0] if ends else 0
-        length = -(-(seq + max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
-        state, step = self._decoder(batch, length, compile)
-        state.start(input_ids, mask, torch.randint(2**31, ()) if seed is None else seed)
-        ends = torch.tensor(ends, dtype=torch.long, device=device)
-        columns = (mask.long() * torch.arange(1, seq + 1, device=device)).argmax(-1, keepdim=True)
+        (batch, seq), device = prompt.shape, prompt.device
+        state, step = self._decoder(batch, seq + max_new_tokens, context, len(ends), compile)
+        state.start(prompt, mask, context, knobs, ends, pad, max_new_tokens, torch.randint(2**31, ()) if seed is None else seed)
         look = 1 if stop or device.type == "cpu" else 16  # steps between looks at the device: a look waits for it
-        rows = [[] for _ in range(batch)]
-        self._step(state, input_ids, mask, columns, knobs, ends, pad)
+        rows, kind = [[] for _ in range(batch)], knobs.kind()
+        self._step(state, prompt, mask, last_column(mask), kind)
         try:
             for i in range(1, max_new_tokens + 1):
                 token, alive = state.token[:, 0].clone(), state.alive.clone()
@@ -874,41 +1392,103 @@ class TinyLM(nn.Module):
                     return
                 if compile and device.type == "cuda":
                     torch.compiler.cudagraph_mark_step_begin()
-                step(state, state.token, state.one, None, knobs, ends, pad)
+                step(state, state.token, state.one, None, kind)
         finally:
-            self._idle = state if compile else None
+            if compile:
+                self._idle = state
 
-    def _step(self, state, ids, mask, columns, knobs, ends, pad):
+    def _begin(self, input_ids, attention_mask, max_new_tokens, eos_token_id, bucketed: bool = False) -> tuple:
+        """The checked start of a generation: prompt and its mask, the encoder's context, ids that end and that pad."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self._checked(input_ids, mask, max_new_tokens)
+        ends, context = self.ends(eos_token_id), None
+        pad = self.generation_config.get("pad_token_id", self.config.pad_token_id)
+        if self.encoder is not None:
+            if bucketed:  # a compiled step serves many lengths of the source
+                seq = input_ids.shape[1]
+                more = min(-seq % CACHE_BUCKET, max(self.config.max_position_embeddings - seq, 0))
+                input_ids, attention_mask = F.pad(input_ids, (0, more)), F.pad(mask, (0, more))
+            context = self.encode(input_ids, attention_mask)
+            input_ids = self._prompt(input_ids)
+            mask = torch.ones_like(input_ids)
+        return input_ids, mask, context, ends, pad if pad is not None else ends[0] if ends else 0
+
+    def _step(self, state, ids, mask, columns, knobs):
         """One step, prefill or decode: nothing here waits for the device or changes shape between steps."""
-        logits = self(ids, mask, cache=state.cache, columns=columns)[:, -1].float()
-        if knobs.repetition_penalty != 1:
-            penalized = torch.where(logits > 0, logits / knobs.repetition_penalty, logits * knobs.repetition_penalty)
-            logits = torch.where(state.seen, penalized, logits)
-        token = torch.where(state.done, pad, sample(logits, knobs, state.seed, state.count))
-        state.alive.copy_(~state.done)
-        state.done |= (token[:, None] == ends).any(-1)
-        state.seen.scatter_(1, token[:, None], True)
-        state.token.copy_(token[:, None])
-        state.count += 1
+        logits = self(ids, mask, cache=state.cache, columns=columns, context=state.context)[:, -1].float()
+        token = sample(constrain(logits, state, knobs), knobs, state.seed, state.count, state.values)
+        state.take(torch.where(state.done, state.pad, token))
 
-    def _decoder(self, batch, length, compile):
+    def _decoder(self, batch, length, context, ends, compile):
         """The state of a generation and its step. A compiled step finds the tensors of the last generation again, at
         the same addresses, unless their shapes differ or it is still running."""
+        kind = self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        shape = (batch, -(-length // CACHE_BUCKET) * CACHE_BUCKET, dtype, self.device, ends)
         if not compile:
-            return Decoding(self.config, batch, length, self.dtype, self.device), self._step
+            return Decoding(self.config, *shape, context), self._step
         if not hasattr(self, "_compiled"):
-            mode = "reduce-overhead" if self.device.type == "cuda" else None
-            self._compiled, self._idle = torch.compile(self._step, fullgraph=True, dynamic=False, mode=mode), None
+            mode = "reduce-overhead" if kind == "cuda" else None
+            self._compiled = torch.compile(self._step, fullgraph=True, dynamic=False, mode=mode, recompile_limit=256)
+            self._idle = None
         state, self._idle = self._idle, None
-        shape = (batch, self.config.num_key_value_heads, length, self.config.head_dim)
-        like = (shape, self.dtype, self.device)
-        if state is None or (tuple(state.cache.k[0].shape), state.cache.k[0].dtype, state.cache.k[0].device) != like:
-            state = Decoding(self.config, batch, length, self.dtype, self.device)
+        if state is None or state.shape != (*shape, context_shape(context)):
+            with torch.inference_mode(False):  # tensors made in inference mode could not be written outside it
+                state = Decoding(self.config, *shape, context)
             for tensor in state.tensors():
                 torch._dynamo.mark_static_address(tensor, guard=False)
         return state, self._compiled
 
-    def _checked(self, input_ids, mask, max_new_tokens) -> tuple:
+    @torch.no_grad()
+    def beam_search(self, input_ids, attention_mask, max_new_tokens, eos_token_id, beams: Beams, **sampling) -> Tensor:
+        """The likeliest continuation of each row that a search with `beams` finds, step by step as transformers does it:
+        candidates that end in a step compete, by their score, for as many places as there are beams."""
+        knobs, n = Sampling(**sampling), beams.num_beams
+        prompt, mask, context, ends, pad = self._begin(input_ids, attention_mask, max_new_tokens, eos_token_id)
+        (batch, seq), device, keep = prompt.shape, prompt.device, max(2, 1 + len(ends)) * n
+        prompt, mask = prompt.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+        if context is not None:
+            context = [tuple(x.repeat_interleave(n, 0) for x in pair) for pair in context[0]], (
+                None if context[1] is None else context[1].repeat_interleave(n, 0))
+        state, _ = self._decoder(batch * n, seq + max_new_tokens, context, len(ends), False)
+        state.start(prompt, mask, context, knobs, ends, pad, max_new_tokens, 0)
+        running = torch.zeros(batch, n, device=device)      # sums of log-probabilities
+        running[:, 1:] = NOTHING                            # all beams begin alike: only the first one counts
+        best = torch.full((batch, n), NOTHING, device=device)
+        texts = best_texts = torch.full((batch, n, max_new_tokens), pad, device=device)
+        finished, open_rows = best > 0, torch.ones(batch, 1, dtype=torch.bool, device=device)
+        first = torch.arange(keep, device=device) < n
+        logits = self(prompt, mask, cache=state.cache, columns=last_column(mask), context=context)
+        for length in range(1, max_new_tokens + 1):
+            scores = constrain(logits[:, -1].float().log_softmax(-1), state, knobs)
+            scores = scores.log_softmax(-1) if knobs.renormalize_logits else scores
+            top, index = (scores.unflatten(0, (batch, n)) + running[..., None]).flatten(1).topk(keep)
+            beam, token = index // scores.shape[-1], index % scores.shape[-1]
+            candidates = pick(texts, beam)
+            candidates[..., length - 1] = token
+            ended = (token[..., None] == state.ends).any(-1) | (length == max_new_tokens)
+            running, chosen = (top + ended * NOTHING).topk(n)
+            full = finished.all(-1, keepdim=True) & (beams.early_stopping is True)
+            score = top / length ** beams.length_penalty + (full * NOTHING + ~open_rows * NOTHING + ~(ended & first) * NOTHING)
+            best, places = torch.cat((best, score), 1).topk(n)
+            best_texts = pick(torch.cat((best_texts, candidates), 1), places)
+            finished = pick(torch.cat((finished, ended & first), 1), places)
+            texts, beam, token = pick(candidates, chosen), pick(beam, chosen), pick(token, chosen)
+            longest = max_new_tokens if beams.early_stopping == "never" and beams.length_penalty > 0 else length
+            worst = torch.where(finished, best.amin(1, keepdim=True), NOTHING)
+            open_rows = open_rows & (running[:, :1] / longest ** beams.length_penalty > worst).any(-1, keepdim=True)
+            if not open_rows.any() or ended.all() or finished.all() and beams.early_stopping is True:
+                break
+            state.reorder((beam + n * torch.arange(batch, device=device)[:, None]).flatten(), seq + length - 1)
+            state.take(token.flatten())
+            logits = self(state.token, state.one, cache=state.cache, context=context)
+        new, places = best_texts[:, 0], torch.arange(1, max_new_tokens + 1, device=device)
+        end = torch.where((new[..., None] == state.ends).any(-1), places, max_new_tokens).amin(1, keepdim=True).clamp(max=length)
+        return torch.cat((self._prompt(input_ids), new.masked_fill(places > end, pad)[:, :int(end.max())]), 1)
+
+    def _checked(self, input_ids, mask, max_new_tokens):
+        require(self.config.head == "lm" and self.config.causal, f"generate: the checkpoint's head is {self.config.head!r}, "
+                "expected a language model's, 'lm'")
         require(input_ids.ndim == 2 and input_ids.shape[1] and not input_ids.is_floating_point(), "input_ids: "
                 f"{input_ids.dtype} of shape {tuple(input_ids.shape)}, expected ids (batch, seq)")
         require(mask.shape == input_ids.shape and bool(mask.any(-1).all()), f"attention_mask: shape "
@@ -917,10 +1497,9 @@ class TinyLM(nn.Module):
         least, most = int(input_ids.min()), int(input_ids.max())
         require(0 <= least and most < self.config.vocab_size, f"input_ids: ids {least} to {most}, expected 0 to "
                 f"vocab_size - 1 = {self.config.vocab_size - 1}")
-        seq, limit = input_ids.shape[1], self.config.max_position_embeddings
-        require(self.config.position != "learned" or seq + max_new_tokens <= limit, f"max_new_tokens = "
-                f"{max_new_tokens} after {seq} tokens is more than the model's {limit} positions")
-        return input_ids.shape
+        seq, limit = 1 if self.encoder else input_ids.shape[1], self.config.max_position_embeddings
+        require(self.config.position not in LIMITED or seq + max_new_tokens <= limit, f"max_new_tokens = {max_new_tokens} after "
+                f"{seq} tokens is more than the model's {limit} positions")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -969,30 +1548,35 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def sources(name: str, model_type: str) -> tuple[tuple, type]:
+def sources(name: str, model_type: str, head: str | None) -> tuple[tuple, type]:
     """Which tensors of a family's checkpoint make up our tensor `name`, and the kind of its row."""
-    table, (module, kind) = FAMILIES[model_type].tensors, name.rsplit(".", 1)
-    if not table:
+    row, (module, kind) = FAMILIES[model_type], name.rsplit(".", 1)
+    if not row.tensors:
         return (name,), str
     layer = next((part for part in module.split(".") if part.isdigit()), "")
-    row = table.get(module.replace(f".{layer}.", ".{}.") if layer else module)
-    require(row, f"{name}: model_type {model_type!r} has no such tensor; use model_type 'tinylm'")
-    theirs = row if isinstance(row, tuple) else (row,)
+    table, module = row.table(head), module.replace(f".{layer}.", ".{}.") if layer else module
+    if name in table:  # a tensor, not a module
+        return (table[name],), type(table[name])
+    entry = table.get(module)
+    require(entry, f"{name}: model_type {model_type!r} has no such tensor; use model_type 'tinylm'")
+    theirs = entry if isinstance(entry, tuple) else (entry,)
     return tuple(f"{n.format(layer)}.{kind}" for n in theirs), type(theirs[0])
 
 
 def fused_sizes(name: str, config: Config) -> tuple:
     """Rows that each part has in a fused projection of ours."""
-    return config.qkv_sizes if ".qkv." in name else (config.intermediate_size,) * 2
+    if name.startswith("encoder."):
+        return fused_sizes(name.removeprefix("encoder."), config.encoder)
+    return {"qkv": config.qkv_sizes, "kv": config.qkv_sizes[1:]}.get(name.split(".")[-2], (config.intermediate_size,) * 2)
 
 
 def to_checkpoint(state: dict, config: Config, model_type: str) -> dict:
     """Our state dict under a family's names: fused tensors split, Conv1D weights transposed."""
-    out = {}
+    out, prefix = {}, FAMILIES[model_type].prefix if config.head is None else ""
     for name, tensor in state.items():
-        theirs, kind = sources(name, model_type)
+        theirs, kind = sources(name, model_type, config.head)
         parts = tensor.split(fused_sizes(name, config)) if len(theirs) > 1 else [tensor]
-        out |= {n: (p.t() if kind is Transposed and p.ndim == 2 else p).contiguous() for n, p in zip(theirs, parts)}
+        out |= {n.removeprefix(prefix): TRANSFORMS[kind][1](p).contiguous() for n, p in zip(theirs, parts)}
     return out
 
 
@@ -1021,43 +1605,79 @@ def open_tensors(path: Path):
         raise Error(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def read_tensors(folder: Path, config: Config, shapes: dict, dtype, device) -> dict:
-    """Our state dict from a checkpoint: every tensor of `shapes` is found and fits, and nothing is left over."""
-    row, files = FAMILIES[config.model_type], checkpoint_files(folder)
-    opened = {file: open_tensors(file) for file in sorted(set(files.values()))}
-    prefix = row.tensors.get("embed", "").split(".")[0] + "."
-    place = min(opened) if len(opened) == 1 else folder / "model.safetensors.index.json"
-    bare = bool(row.tensors) and not any(name.startswith(prefix) for name in files)  # saved without its head's wrapper
+class Checkpoint:
+    """The tensors in a folder, as our state dict: each one is found and fits, and none is left over."""
 
-    def fetch(name, shape=None):
-        stored = name.removeprefix(prefix) if bare else name
-        require(stored in files, f"{place}: tensor {stored} is missing, expected with shape {tuple(shape or ())}")
+    def __init__(self, folder: Path, config: Config, dtype, device):
+        self.row, self.dtype, self.device, files = FAMILIES[config.model_type], dtype, device, checkpoint_files(folder)
+        self.opened = {file: open_tensors(file) for file in sorted(set(files.values()))}
+        self.place = min(self.opened) if len(self.opened) == 1 else folder / "model.safetensors.index.json"
+        prefix, heads = self.row.prefix, self.head_tensors()
+        bare = not any(name.startswith(prefix) for name in files)  # saved without its head's wrapper
+        self.stored = {}  # name in the table -> (file, name there)
+        for name, file in files.items():
+            old = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+            self.stored[prefix + old if bare and old not in heads else old] = (file, name)
+        self.config, head = config, self.theirs("head.out.weight", config)
+        if config.tied and head in self.stored:  # then it is tied in name only, unless it equals the embedding
+            embed = self.theirs("embed.weight", config)
+            if self.shape(head) != self.shape(embed) or not torch.equal(self.fetch(head), self.fetch(embed)):
+                self.config = replace(config, tie_word_embeddings=False)
+        elif not config.tied and self.row.unstored_head_is_tied and head not in self.stored:
+            self.config = replace(config, tie_word_embeddings=True)
+
+    def theirs(self, name: str, config: Config) -> str | None:
+        if name.startswith("head.") and name.rsplit(".", 1)[0] not in self.row.table(config.head) and self.row.tensors:
+            return None
+        return sources(name, config.model_type, config.head)[0][0]
+
+    def head_tensors(self) -> set:
+        """Names of all heads' own tensors: those of another head carry nothing for this one."""
+        rows = [(ours, name) for table, _ in self.row.heads.values() for ours, name in table.items()]
+        return {name if ours.endswith(".bias") else f"{name}.{kind}" for ours, name in rows for kind in ("weight", "bias")}
+
+    def shape(self, name: str, missing: str = "") -> tuple:
+        require(name in self.stored, f"{self.place}: tensor {name} is missing{missing}")
+        file, stored = self.stored[name]
         try:
-            found = opened[files[stored]].get_slice(stored).get_shape()
-            require(shape is None or tuple(found) == tuple(shape),
-                    f"{files[stored]}: tensor {stored} has shape {tuple(found)}, expected {tuple(shape or ())}")
-            return opened[files[stored]].get_tensor(stored).to(device, dtype)
+            return tuple(self.opened[file].get_slice(stored).get_shape())
         except SafetensorError as error:
-            raise Error(f"{files[stored]}: tensor {stored} is not readable ({error})") from None
+            raise Error(f"{file}: tensor {stored} is not readable ({error})") from None
 
-    state, used = {}, set()
-    for name, shape in shapes.items():
-        theirs, kind = sources(name, config.model_type)
-        rows = fused_sizes(name, config) if len(theirs) > 1 else shape[:1]
-        flip = kind is Transposed and len(shape) == 2
-        parts = [fetch(n, shape[::-1] if flip else (r, *shape[1:])) for n, r in zip(theirs, rows)]
-        state[name] = parts[0].t().contiguous() if flip else parts[0] if len(parts) == 1 else torch.cat(parts)
-        used |= {n.removeprefix(prefix) if bare else n for n in theirs}
-    head = row.tensors.get("head", "head") + ".weight"
-    if config.tie_word_embeddings and head in files:  # some writers store the tied head again
-        require(torch.equal(fetch(head), state["embed.weight"]),
-                f"{files[head]}: tensor {head} differs from the embedding, but tie_word_embeddings = true")
-        used.add(head)
-    dropped = {pattern.format(i).removeprefix(prefix if bare else "")
-               for pattern in row.drop for i in range(config.num_hidden_layers)}
-    for name in sorted(set(files) - used - dropped):
-        raise Error(f"{files[name]}: tensor {name} is unexpected for model_type {config.model_type!r}")
-    return state
+    def fetch(self, name: str, shape: tuple | None = None) -> Tensor:
+        found = self.shape(name, f", expected with shape {shape}")
+        file, stored = self.stored[name]
+        require(shape is None or found == shape, f"{file}: tensor {stored} has shape {found}, expected {shape}")
+        try:
+            tensor = self.opened[file].get_tensor(stored)
+        except SafetensorError as error:
+            raise Error(f"{file}: tensor {stored} is not readable ({error})") from None
+        require(tensor.is_floating_point(), f"{file}: tensor {stored} has dtype {tensor.dtype}, expected floating point")
+        return tensor.to(self.device, self.dtype)
+
+    def state(self, lm: TinyLM, fresh: dict) -> dict:
+        """The state dict of a model; `fresh` stands in for tensors of its head that are not stored."""
+        config, row, state, used = self.config, self.row, {}, set()
+        stored_dtype = self.fetch(self.theirs("embed.weight", config)).dtype
+        for name, tensor in lm.state_dict().items():
+            theirs, kind = sources(name, config.model_type, config.head)
+            used |= set(theirs)
+            if not any(n in self.stored for n in theirs) and (name in fresh or kind in (Row, Unused)):
+                state[name] = fresh.get(name, torch.zeros(tensor.shape, device=self.device)).to(self.dtype or stored_dtype)
+                continue
+            rows = fused_sizes(name, config) if len(theirs) > 1 else tensor.shape[:1]
+            read, written = TRANSFORMS[kind]
+            shapes = [tuple(written(tensor).shape) if kind is not str else (r, *tensor.shape[1:]) for r in rows]
+            parts = [read(self.fetch(n, shape)).contiguous() for n, shape in zip(theirs, shapes)]
+            state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        for name, ours in row.copies.items():
+            require(name not in self.stored or ours not in state or torch.equal(self.fetch(name), state[ours]),
+                    f"{self.place}: tensor {name} differs from {self.theirs(ours, config)}, which it should repeat")
+        layers = range(max(config.num_hidden_layers, config.num_encoder_layers))
+        dropped = {pattern.format(i) for pattern in row.drop for i in layers} | set(row.copies) | self.head_tensors()
+        for name in sorted(set(self.stored) - used - dropped):
+            raise Error(f"{self.stored[name][0]}: tensor {self.stored[name][1]} is unexpected for model_type {config.model_type!r}")
+        return state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1073,6 +1693,17 @@ class ByteTokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return list(text.encode("utf-8", errors="replace"))
+
+    def encoding(self, text: str, pair: str | None = None):
+        """What `Tokenizer.encoding` gives; a second text stands behind the end-of-text token."""
+        texts = [text] if pair is None else [text, pair]
+        ids, parts, offsets = [], [], []
+        for part, one in enumerate(texts):
+            if part:
+                ids, parts, offsets = ids + [self.eos_token_id], parts + [None], offsets + [(0, 0)]
+            spans = [(i, i + 1) for i, char in enumerate(one) for _ in char.encode("utf-8", errors="replace")]
+            ids, parts, offsets = ids + self.encode(one), parts + [part] * len(spans), offsets + spans
+        return SimpleNamespace(ids=ids, type_ids=[part or 0 for part in parts], sequence_ids=parts, offsets=offsets)
 
     def decode(self, ids) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -1106,6 +1737,7 @@ class Tokenizer:
     def __init__(self, files: dict):
         from tokenizers import Tokenizer as Backend
         self.files, self.backend = files, Backend.from_str(files["tokenizer.json"].decode("utf-8"))
+        self.backend.no_truncation(), self.backend.no_padding()  # what the file says of them is about some batch
         self.size = self.backend.get_vocab_size()
         tokens = special_tokens(files)
         self.eos_token_id, self.pad_token_id = (self.backend.token_to_id(tokens.get(name) or "")
@@ -1113,6 +1745,10 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return self.backend.encode(text, add_special_tokens=special).ids
+
+    def encoding(self, text: str, pair: str | None = None):
+        """Ids of a text or of two, with `type_ids`, `sequence_ids` (which text; None: special) and `offsets` in it."""
+        return self.backend.encode(text, pair)
 
     def decode(self, ids) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -1177,21 +1813,63 @@ def chat_prompt(tokenizer, messages: list[dict]) -> str:
 CACHE_BUCKET = 128  # cache lengths are multiples of it, so that a compiled step serves many prompt lengths
 
 
+NOTHING = -1e9        # the score of a beam that does not count
+CONSTRAINTS = ("no_repeat_ngram_size", "min_length", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id",
+               "renormalize_logits")  # options which generation_config.json may give
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn, in the order of Hugging Face's processors: penalty, temperature, top-k, top-p, min-p."""
+    """How a token is drawn. Constraints and knobs apply in the order of Hugging Face's processors."""
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_length: int = 0                        # tokens before a row may end, the prompt's included
+    bad_words_ids: tuple = ()                  # sequences of ids that must not come
+    forced_bos_token_id: int | None = None     # what a decoder says after its start token
+    forced_eos_token_id: int | None = None     # what it says last
+    renormalize_logits: bool = False           # of beams, after the constraints
 
     def __post_init__(self):
         for name, low, high in (("temperature", 0, 1e9), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, 2**31),
-                                ("repetition_penalty", 1e-9, 1e9)):
-            value, kind = getattr(self, name), int if name == "top_k" else (int, float)
-            require(value is None or number(value, low, high, kind), f"{name} = {value!r}, expected "
+                                ("repetition_penalty", 1e-9, 1e9), ("no_repeat_ngram_size", 0, 2**31), ("min_length", 0, 2**31),
+                                ("forced_bos_token_id", 0, 2**31), ("forced_eos_token_id", 0, 2**31)):
+            value = getattr(self, name)
+            kind = (int, float) if name in ("temperature", "top_p", "min_p", "repetition_penalty") else int
+            allowed = value is None and getattr(Sampling, name) is None
+            require(allowed or number(value, low, high, kind), f"{name} = {value!r}, expected "
                     f"{'an integer' if kind is int else 'a number'} from {low:g} to {high:g}")
+        words = self.bad_words_ids
+        require(isinstance(words, (list, tuple)) and all(isinstance(w, (list, tuple)) and w and all(
+            number(i, 0, 2**31, int) for i in w) for w in words), f"bad_words_ids = {words!r}, expected lists of ids")
+        object.__setattr__(self, "bad_words_ids", tuple(map(tuple, words)))
+        if self.temperature < 1e-5:  # where a division would overflow, the draw is the likeliest anyway
+            object.__setattr__(self, "temperature", 0.0)
+
+    def kind(self) -> Sampling:
+        """The same with all numbers that a compiled step takes from tensors replaced by ones that say only: it is used."""
+        used = {name: value if value in (0, 1, None) else 0.5 for name, value in self.values().items()}
+        return replace(self, **used | {"repetition_penalty": 1.0 if self.repetition_penalty == 1 else 2.0})
+
+    def values(self) -> dict:
+        return {name: getattr(self, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
+
+
+@dataclass(frozen=True)
+class Beams:
+    """How a beam search goes, in transformers' words."""
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+
+    def __post_init__(self):
+        require(number(self.num_beams, 1, 2**16, int), f"num_beams = {self.num_beams!r}, expected a positive integer")
+        require(number(self.length_penalty, -1e3, 1e3), f"length_penalty = {self.length_penalty!r}, expected a number")
+        require(self.early_stopping in (True, False, "never"), f"early_stopping = {self.early_stopping!r}, expected true, false "
+                "or 'never'")
 
 
 def hash32(x: Tensor) -> Tensor:
@@ -1210,23 +1888,52 @@ def uniform(seed: Tensor, step: Tensor, batch: int, vocab: int) -> Tensor:
     return ((bits >> 9).float() + 0.5) / 2**23
 
 
-def sample(logits: Tensor, knobs: Sampling, seed: Tensor, step: Tensor) -> Tensor:
-    """One id per row of logits (batch, vocab), drawn by the Gumbel trick; the most likely at temperature 0."""
+def constrain(logits: Tensor, state: Decoding, knobs: Sampling) -> Tensor:
+    """Logits or log-probabilities (batch, vocab), less what the knobs forbid after the ids so far."""
+    length, vocab, ids = state.cache.lengths, logits.shape[-1], state.ids
+    if knobs.repetition_penalty != 1:
+        penalty = state.values["repetition_penalty"]
+        logits = torch.where(state.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if n := knobs.no_repeat_ngram_size:
+        windows, order = ids.unfold(1, n, 1), torch.arange(n - 1, device=ids.device)
+        newest = ids.gather(1, (length - (n - 1) + order).clamp(min=0))
+        inside = torch.arange(windows.shape[1], device=ids.device) + n <= length
+        again = (windows[..., :-1] == newest[:, None]).all(-1) & inside
+        banned = torch.where(again, windows[..., -1], vocab)  # what does not repeat goes to a column to spare
+        spare = torch.zeros(len(ids), vocab + 1, dtype=torch.bool, device=ids.device)
+        logits = logits.masked_fill(spare.scatter_(1, banned, True)[:, :vocab], -math.inf)
+    for *before, last in knobs.bad_words_ids:
+        newest = ids.gather(1, (length - len(before) + torch.arange(len(before), device=ids.device)).clamp(min=0))
+        banned = (newest == newest.new_tensor(before)).all(-1) & (length[:, 0] >= len(before))
+        logits = torch.where(banned[:, None] & (torch.arange(vocab, device=ids.device) == last), -math.inf, logits)
+    if knobs.min_length:
+        ends = (torch.arange(vocab, device=ids.device)[:, None] == state.ends).any(-1)
+        logits = torch.where(ends & (length < knobs.min_length), -math.inf, logits)
+    for token, when in ((knobs.forced_bos_token_id, length == 1), (knobs.forced_eos_token_id, state.count == state.last)):
+        if token is not None:
+            logits = torch.where(when, torch.where(torch.arange(vocab, device=ids.device) == token, 0.0, -math.inf), logits)
+    return logits
+
+
+def sample(logits: Tensor, knobs: Sampling, seed: Tensor, step: Tensor, values: dict | None = None) -> Tensor:
+    """One id per row of logits (batch, vocab), drawn by the Gumbel trick; the most likely at temperature 0. `values` are
+    tensors in the place of the knobs' numbers."""
+    values = values or knobs.values()
     if knobs.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / knobs.temperature
+    logits = logits / values["temperature"]
     if knobs.top_k:
         least = logits.topk(min(int(knobs.top_k), logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if knobs.top_p is not None and knobs.top_p < 1:
         ordered, order = logits.sort(descending=True)
         p = ordered.softmax(-1)
-        outside = p.cumsum(-1) - p >= knobs.top_p  # what stands before it is enough already
+        outside = p.cumsum(-1) - p >= values["top_p"]  # what stands before it is enough already
         outside[:, 0] = False
         logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
     if knobs.min_p:
         p = logits.softmax(-1)
-        logits = logits.masked_fill(p < knobs.min_p * p.amax(-1, keepdim=True), -math.inf)
+        logits = logits.masked_fill(p < values["min_p"] * p.amax(-1, keepdim=True), -math.inf)
     noise = uniform(seed, step, *logits.shape)
     return (logits - (-noise.log()).log()).argmax(-1)
 
@@ -1234,26 +1941,64 @@ def sample(logits: Tensor, knobs: Sampling, seed: Tensor, step: Tensor) -> Tenso
 class Decoding:
     """All that changes while a batch is generated: tensors of fixed shape and address."""
 
-    def __init__(self, config: Config, batch: int, length: int, dtype, device):
+    def __init__(self, config: Config, batch: int, length: int, dtype, device, ends: int, context: tuple | None):
+        new = lambda *shape, dtype=torch.long, value=0: torch.full(shape, value, dtype=dtype, device=device)  # noqa: E731
+        self.shape = (batch, length, dtype, device, ends, context_shape(context))
         self.cache = KVCache(config, batch, length, dtype, device)
-        self.token = torch.zeros((batch, 1), dtype=torch.long, device=device)      # the newest
-        self.one = torch.ones((batch, 1), dtype=torch.long, device=device)         # its mask
-        self.done = torch.zeros(batch, dtype=torch.bool, device=device)            # the row has ended
-        self.alive = torch.ones(batch, dtype=torch.bool, device=device)            # it had not when token was drawn
-        self.seen = torch.zeros((batch, config.vocab_size), dtype=torch.bool, device=device)
-        self.seed = torch.zeros((), dtype=torch.long, device=device)
-        self.count = torch.zeros((), dtype=torch.long, device=device)
+        self.context = None if context is None else (
+            [tuple(map(torch.empty_like, pair)) for pair in context[0]], context[1] if context[1] is None else context[1].clone())
+        self.ids = new(batch, length + 1)                       # by position: prompt and what came after it
+        self.token, self.one = new(batch, 1), new(batch, 1, value=1)      # the newest, and its mask
+        self.done, self.alive = (new(batch, dtype=torch.bool) for _ in range(2))  # the row has ended; had not before
+        self.seen = new(batch, config.vocab_size, dtype=torch.bool)
+        self.ends, self.pad, self.seed, self.count, self.last = new(ends), new(), new(), new(), new()
+        self.values = {name: new(dtype=torch.float32) for name in Sampling().values()}
 
-    def start(self, input_ids: Tensor, mask: Tensor, seed):
+    def start(self, prompt: Tensor, mask: Tensor, context: tuple | None, knobs: Sampling, ends: tuple, pad: int,
+              max_new_tokens: int, seed):
         self.cache.reset()
+        if context is not None:
+            for held, given in zip(context_tensors(self.context), context_tensors(context)):
+                held.copy_(given)
         self.done.zero_(), self.count.zero_(), self.seed.copy_(torch.as_tensor(seed))
+        self.pad.fill_(pad), self.last.fill_(max_new_tokens - 1), self.ends.copy_(torch.tensor(ends, dtype=torch.long))
+        for name, value in knobs.values().items():
+            self.values[name].fill_(1.0 if value is None else value)
         real = mask.bool()
-        rows = torch.arange(len(real), device=real.device)[:, None].expand_as(real)
-        self.seen.zero_()[rows[real], input_ids[real]] = True
+        rows = torch.arange(len(real), device=real.device)[:, None].expand_as(real)[real]
+        self.ids.fill_(-1)[rows, count_positions(mask)[0][real]] = prompt[real]
+        self.seen.zero_()[rows, prompt[real]] = True
+
+    def take(self, token: Tensor):
+        """The new ids (batch,) join the text."""
+        self.ids.scatter_(1, self.cache.lengths, token[:, None])
+        self.alive.copy_(~self.done)
+        self.done |= (token[:, None] == self.ends).any(-1)
+        self.seen.scatter_(1, token[:, None], True)
+        self.token.copy_(token[:, None])
+        self.count += 1
+
+    def reorder(self, rows: Tensor, columns: int):
+        self.cache.reorder(rows, columns)
+        self.ids, self.seen = self.ids[rows], self.seen[rows]
 
     def tensors(self) -> list:
-        parts = [*vars(self).values(), *vars(self.cache).values(), *self.cache.k, *self.cache.v]
+        parts = [*vars(self).values(), *vars(self.cache).values(), *self.cache.k, *self.cache.v, *self.values.values(),
+                 *context_tensors(self.context)]
         return [part for part in parts if isinstance(part, Tensor)]
+
+
+def context_tensors(context: tuple | None) -> list:
+    return [] if context is None else [x for pair in context[0] for x in pair] + [x for x in context[1:] if x is not None]
+
+
+def context_shape(context: tuple | None) -> tuple:
+    return tuple(x.shape for x in context_tensors(context))
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """Rows x[b, index[b, i]] of x (batch, n, ...)."""
+    return x.gather(1, index[(...,) + (None,) * (x.ndim - 2)].expand(-1, -1, *x.shape[2:]))
 
 
 def stop_strings(stop) -> tuple:

@@ -35,6 +35,12 @@ def folder(tmp_path_factory):
     return save
 
 
+@pytest.fixture(scope="session")
+def oracle(folder):
+    """oracle(case) -> what transformers makes of that folder, loaded once and not to be changed."""
+    return functools.cache(lambda case: families.load_oracle(folder(case), case.head).requires_grad_(False))
+
+
 @pytest.fixture
 def copy(folder, tmp_path):
     """copy(case) -> a copy of the saved oracle that the test may spoil."""

@@ -1,4 +1,4 @@
-"""Tiny, odd-shaped `transformers` models of every decoder family: the oracles that tinylm is compared with.
+"""Tiny, odd-shaped `transformers` models of every family and head: the oracles that tinylm is compared with.
 
 No two sizes of a config are equal by accident, `head_dim` differs from hidden / heads where the family allows it, and
 every parameter carries noise, so that a swapped, transposed or ignored tensor changes the logits.
@@ -11,9 +11,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM,
+                          AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification,
+                          AutoModelForTokenClassification)
 
 LENGTH = 23  # of the prompts: longer than every sliding window here, and than the positions of the dynamic case
+AUTO = {None: AutoModel, "lm": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "mlm": AutoModelForMaskedLM,
+        "classify": AutoModelForSequenceClassification, "tokens": AutoModelForTokenClassification,
+        "qa": AutoModelForQuestionAnswering}
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class Case:
     name: str
     family: str
     fields: dict = field(hash=False)
+    head: str | None = "lm"  # a key of AUTO; None is the bare model
 
     def __str__(self):
         return self.name
@@ -100,14 +106,113 @@ CASES = [Case(name, name.split("-")[0], fields) for name, fields in {
 FAMILIES = [case for case in CASES if case.name == case.family]  # one case of each, where one is enough
 
 
+# ---- encoders and classifiers ---------------------------------------------------------------------------------------
+
+def labels(*names, **rest):
+    return dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}, **rest)
+
+
+SENTIMENTS = labels("negative", "neutral", "positive")
+TOPICS = labels("sport", "politics", "science", "art", problem_type="multi_label_classification")
+SCORE = labels("stars", problem_type="regression")
+NAMES = labels("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+
+
+def bert(**changes):
+    sizes = dict(vocab_size=211, hidden_size=60, intermediate_size=82, num_hidden_layers=3, num_attention_heads=5,
+                 max_position_embeddings=37, type_vocab_size=3)
+    return sizes | changes
+
+
+def roberta(**changes):
+    return bert(**dict(bos_token_id=0, pad_token_id=1, eos_token_id=2, layer_norm_eps=1e-5) | changes)
+
+
+def distilbert(**changes):
+    sizes = dict(vocab_size=211, dim=60, hidden_dim=82, n_layers=3, n_heads=5, max_position_embeddings=37)
+    return sizes | changes
+
+
+def electra(**changes):
+    return bert(**dict(embedding_size=26) | changes)
+
+
+def heads(name, fields, **more):
+    """A case for each head: `more` has the labels of classify, where they are not the sentiments."""
+    more = dict(classify=SENTIMENTS, tokens=NAMES) | more
+    return [Case(f"{name}-{head or 'bare'}", name.partition("_")[0], fields | more.get(head, {}), head)
+            for head in (None, "mlm", "classify", "tokens", "qa")]
+
+
+ENCODERS = [
+    *heads("bert", bert()),
+    *heads("roberta", roberta(type_vocab_size=1), classify=TOPICS),
+    *heads("xlm-roberta", roberta(num_attention_heads=6, type_vocab_size=2, layer_norm_eps=1e-3)),
+    *heads("distilbert", distilbert(), classify=SCORE),
+    *heads("electra", electra(), classify=TOPICS),
+    # An activation that the head must take over (BERT, DistilBERT), or must not (the others have GELU or tanh in theirs)
+    *heads("bert_relu", bert(hidden_act="relu", layer_norm_eps=1e-2, num_hidden_layers=2), classify=SCORE),
+    *heads("roberta_silu", roberta(hidden_act="silu", layer_norm_eps=1e-2, pad_token_id=0, bos_token_id=1)),
+    *heads("distilbert_relu", distilbert(activation="relu", n_heads=6, n_layers=2), classify=labels("no", "yes")),
+    *heads("electra_relu", electra(embedding_size=60, hidden_act="relu", num_hidden_layers=2)),
+]
+
+CLASSIFIERS = [Case(f"{family}-classify", family, fields, "classify") for family, fields in {
+    "gpt2": gpt2(pad_token_id=0, **SENTIMENTS), "llama": common(rope_parameters=rope(), **TOPICS),
+    "qwen2": common(num_key_value_heads=3, **SCORE), "qwen3": common(head_dim=16, **SENTIMENTS)}.items()]
+
+
+# ---- encoder-decoders -----------------------------------------------------------------------------------------------
+
+def t5(**changes):
+    """The prompts are longer than the distance from which on all is one bucket."""
+    sizes = dict(vocab_size=211, d_model=60, d_kv=14, d_ff=82, num_layers=3, num_decoder_layers=2, num_heads=5,
+                 relative_attention_num_buckets=12, relative_attention_max_distance=17, decoder_start_token_id=0)
+    return sizes | changes
+
+
+def bart(**changes):
+    sizes = dict(vocab_size=211, d_model=60, encoder_layers=3, decoder_layers=2, encoder_attention_heads=5,
+                 decoder_attention_heads=6, encoder_ffn_dim=82, decoder_ffn_dim=71, max_position_embeddings=43)
+    return sizes | changes
+
+
+def marian(**changes):
+    return bart(**dict(pad_token_id=210, decoder_start_token_id=210, eos_token_id=0, forced_eos_token_id=0,
+                       activation_function="swish", scale_embedding=True) | changes)
+
+
+SEQ2SEQ = [Case(name, name.split("-")[0], fields, "seq2seq") for name, fields in {
+    "t5": t5(),
+    "t5-v1.1": t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_layers=2, num_decoder_layers=3,
+                  layer_norm_epsilon=1e-3, num_heads=3),
+    "t5-silu": t5(feed_forward_proj="gated-silu", num_heads=4, relative_attention_num_buckets=32,
+                  relative_attention_max_distance=128),
+    "bart": bart(),
+    "bart-scaled": bart(activation_function="relu", scale_embedding=True, decoder_start_token_id=0, encoder_layers=2,
+                        decoder_layers=3),
+    "mbart": bart(decoder_start_token_id=4, scale_embedding=True, activation_function="relu"),
+    "mbart-gelu": bart(decoder_start_token_id=2, encoder_layers=1, decoder_attention_heads=4),
+    "marian": marian(),
+    "marian-odd": marian(d_model=45, decoder_attention_heads=3, activation_function="gelu", scale_embedding=False),
+}.items()]
+
+
+# ---- making, saving and loading them --------------------------------------------------------------------------------
+
 def model(case, seed=0):
     """A random model in fp32. Each tensor keeps its own mean (norms stay near one or zero) and gets its own noise."""
     config = AutoConfig.for_model(case.family, **copy.deepcopy(case.fields))  # which writes into what it gets
-    oracle = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    oracle = AUTO[case.head].from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    if case.family == "t5" and case.fields.get("tie_word_embeddings") is False:
+        oracle.lm_head.weight = torch.nn.Parameter(oracle.lm_head.weight.clone())  # transformers ties it all the same
     generator = torch.Generator().manual_seed(seed)
     for parameter in oracle.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = noise * 0.15 if parameter.ndim > 1 else parameter.data + noise * 0.3
+        if parameter.requires_grad:  # Marian's sinusoids stay what they are
+            parameter.data = noise * 0.15 if parameter.ndim > 1 else parameter.data + noise * 0.3
+    if hasattr(oracle, "final_logits_bias"):
+        oracle.final_logits_bias.normal_(0, 0.5, generator=generator)
     return oracle
 
 
@@ -150,10 +255,10 @@ def legacy(config):
     return config
 
 
-def load_oracle(folder):
+def load_oracle(folder, head="lm"):
     """What transformers makes of a folder; fails if it had to leave out or make up a tensor."""
-    oracle, info = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32,
-                                                        output_loading_info=True)
+    oracle, info = AUTO[head].from_pretrained(folder, attn_implementation="eager", dtype=torch.float32,
+                                              output_loading_info=True)
     assert not any(info.values()), info
     return oracle.eval()
 

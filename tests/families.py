@@ -184,9 +184,9 @@ def marian(**changes):
 
 SEQ2SEQ = [Case(name, name.split("-")[0], fields, "seq2seq") for name, fields in {
     "t5": t5(),
-    "t5-v1.1": t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_layers=2, num_decoder_layers=3,
+    "t5-v1.1": t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_layers=4, num_decoder_layers=3,
                   layer_norm_epsilon=1e-3, num_heads=3),
-    "t5-silu": t5(feed_forward_proj="gated-silu", num_heads=4, relative_attention_num_buckets=32,
+    "t5-silu": t5(feed_forward_proj="gated-silu", num_layers=2, num_decoder_layers=3, num_heads=4, relative_attention_num_buckets=32,
                   relative_attention_max_distance=128),
     "bart": bart(),
     "bart-scaled": bart(activation_function="relu", scale_embedding=True, decoder_start_token_id=0, encoder_layers=2,
@@ -200,8 +200,30 @@ SEQ2SEQ = [Case(name, name.split("-")[0], fields, "seq2seq") for name, fields in
 
 # ---- making, saving and loading them --------------------------------------------------------------------------------
 
-def model(case, seed=0):
+BART_GAINS = [("out_proj.weight", 0.7), ("fc2.weight", 0.7), ("embed_positions", 5.0), ("encoder_attn.q", 2.0),
+              ("encoder_attn.k", 2.0), ("encoder_attn.v", 1.5), ("encoder_attn.out_proj.weight", 1.5), ("bias", 0.3)]
+GAINS = dict(bart=BART_GAINS, mbart=BART_GAINS, marian=BART_GAINS, t5=[
+    ("Attention.q.weight", 0.4), ("EncDecAttention.v", 2.0), ("EncDecAttention.o", 2.0),
+    ("relative_attention_bias", 10.0), ("shared", 8.0)])
+SEEDS = {"t5": 4, "t5-v1.1": 4, "bart": 2, "bart-scaled": 3, "mbart": 4, "mbart-gelu": 1, "marian": 3, "marian-odd": 2}
+
+
+def awaken(oracle, case, seed):
+    """Encoder-decoders of plain noise say one token for ever, whatever they read: louder positions and sources, and a
+    last norm with signs, so that a token is not its own best successor, make them say something."""
+    for name, parameter in oracle.named_parameters():
+        for part, gain in GAINS[case.family]:
+            if part in name and parameter.requires_grad and not (part == "bias" and parameter.ndim > 1):
+                parameter.data *= gain
+    decoder = oracle.decoder if case.family == "t5" else oracle.model.decoder
+    norm = (decoder.final_layer_norm if case.family == "t5" else decoder.layer_norm if case.family == "mbart" else
+            decoder.layers[-1].final_layer_norm)
+    norm.weight.data *= torch.randint(2, norm.weight.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def model(case):
     """A random model in fp32. Each tensor keeps its own mean (norms stay near one or zero) and gets its own noise."""
+    seed = SEEDS.get(case.name, 0)
     config = AutoConfig.for_model(case.family, **copy.deepcopy(case.fields))  # which writes into what it gets
     oracle = AUTO[case.head].from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     if case.family == "t5" and case.fields.get("tie_word_embeddings") is False:
@@ -213,6 +235,8 @@ def model(case, seed=0):
             parameter.data = noise * 0.15 if parameter.ndim > 1 else parameter.data + noise * 0.3
     if hasattr(oracle, "final_logits_bias"):
         oracle.final_logits_bias.normal_(0, 0.5, generator=generator)
+    if case.family in GAINS:
+        awaken(oracle, case, seed)
     return oracle
 
 

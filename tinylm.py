@@ -1719,8 +1719,8 @@ class ByteTokenizer:
     eos_token_id, pad_token_id, size = 256, 257, 258
     specials = ("<|endoftext|>", "<|pad|>")
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        return list(text.encode("utf-8", errors="replace"))
+    def encode(self, text: str, pair: str | None = None, special: bool = True) -> list[int]:
+        return list(text.encode("utf-8", errors="replace")) if pair is None else self.encoding(text, pair).ids
 
     def encoding(self, text: str, pair: str | None = None):
         """What `Tokenizer.encoding` gives; a second text stands behind the end-of-text token."""
@@ -1771,8 +1771,8 @@ class Tokenizer:
         self.eos_token_id, self.pad_token_id = (self.backend.token_to_id(tokens.get(name) or "")
                                                 for name in ("eos_token", "pad_token"))
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=special).ids
+    def encode(self, text: str, pair: str | None = None, special: bool = True) -> list[int]:
+        return self.backend.encode(text, pair, add_special_tokens=special).ids
 
     def encoding(self, text: str, pair: str | None = None):
         """Ids of a text or of two, with `type_ids`, `sequence_ids` (which text; None: special) and `offsets` in it."""

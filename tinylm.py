@@ -1320,43 +1320,35 @@ class TinyLM(Stack):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None,
                  temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
                  min_p: float | None = None, repetition_penalty: float = 1.0, eos_token_id="config", stop=None,
-                 seed: int | None = None, compile: bool = False, num_beams: int | None = None,
-                 length_penalty: float | None = None, early_stopping=None, **options) -> Tensor:
+                 seed: int | None = None, compile: bool = False, **options) -> Tensor:
         """Continue every row of (batch, seq): (batch, seq + new), with the pad id after a row's end; behind an encoder
         (batch, 1 + new), beginning with decoder_start_token_id.
 
         Temperature 0 is greedy. eos_token_id is an id, several, or None to never end; "config" takes the
         checkpoint's; `stop` is a string or a list of them, and ends a row once its new text has one. The same seed
         gives the same text, whatever stands in the other rows. `compile` compiles the decode step (CUDA graphs on
-        CUDA). Above 1, `num_beams` searches for the likeliest text, its log-probability over length^length_penalty;
-        early_stopping False, True or "never" says when it may stop, as in transformers. More options:
-        no_repeat_ngram_size, min_length, bad_words_ids, forced_bos_token_id, forced_eos_token_id,
-        renormalize_logits. What is None or not named is as generation_config.json says. Raises Error for arguments
-        out of range.
+        CUDA). The other `options`, such as num_beams, length_penalty and no_repeat_ngram_size, are those of `Sampling`;
+        what is not given is as generation_config.json says. Raises Error for arguments out of range.
         """
-        given = dict(max_new_tokens=max_new_tokens, num_beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping)
-        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
-        options = self._options(given | options)
-        beams = Beams(*(options.pop(name) for name in ("num_beams", "length_penalty", "early_stopping")))
-        if beams.num_beams > 1:
-            require(not (temperature or stop or compile), f"num_beams = {beams.num_beams} goes with temperature 0, no stop "
+        knobs = self.sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                              repetition_penalty=repetition_penalty, **options)
+        if knobs.num_beams > 1:
+            require(not (temperature or stop or compile), f"num_beams = {knobs.num_beams} goes with temperature 0, no stop "
                     "strings and compile=False")
-            return self.beam_search(input_ids, attention_mask, options.pop("max_new_tokens"), eos_token_id, beams, **sampling | options)
-        steps = list(self.decode(input_ids, attention_mask, options.pop("max_new_tokens"), eos_token_id, stop, seed, compile,
-                                 **sampling | options))
+            return self.beam_search(input_ids, attention_mask, knobs, eos_token_id)
+        steps = list(self.decode(input_ids, attention_mask, knobs, eos_token_id, stop, seed, compile))
         new = torch.stack([token for token, _ in steps], dim=1)
         running = torch.stack([alive for _, alive in steps], dim=1).any(0).sum()  # columns until the last row ended
         return torch.cat((self._prompt(input_ids), new[:, :int(running)]), dim=1)
 
-    def stream(self, text: str | list[int], max_new_tokens: int | None = None, stop=None, eos_token_id="config", **options):
+    def stream(self, text: str | list[int], max_new_tokens: int | None = None, stop=None, eos_token_id="config",
+               seed: int | None = None, compile: bool = False, **options):
         """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string; with
         the options of `generate`, but for beams."""
         require(self.tokenizer, "stream: the checkpoint has no tokenizer.json; use generate with token ids")
-        ends, options = self.ends(eos_token_id), self._options(dict(max_new_tokens=max_new_tokens) | options)
-        for name in ("num_beams", "length_penalty", "early_stopping"):
-            options.pop(name)
+        ends, knobs = self.ends(eos_token_id), self.sampling(max_new_tokens=max_new_tokens, **options)
         ids = (self.tokenizer.encode(text) if isinstance(text, str) else list(text)) or [*ends, 0][:1]
-        steps = self.decode(torch.tensor([ids], device=self.device), None, eos_token_id=ends, **options)
+        steps = self.decode(torch.tensor([ids], device=self.device), None, knobs, ends, None, seed, compile)
         tokens = (int(token) for token, _ in steps)
         return text_pieces(self.tokenizer, (t for t in tokens if t not in ends), stop_strings(stop))
 
@@ -1373,20 +1365,18 @@ class TinyLM(Stack):
         require(all(number(i, -1, 2**31, int) for i in ids), f"eos_token_id = {eos_token_id!r}, expected integers")
         return tuple(ids)
 
-    def _options(self, given: dict) -> dict:
-        """Options of a generation: those given, else those of generation_config.json, else the defaults."""
-        said = {key: value for key, value in given.items() if value is not None}
-        file, longest = self.generation_config, None
+    def sampling(self, **given) -> Sampling:
+        """How to generate: as given, else as generation_config.json says, else plainly."""
+        file = self.generation_config
         for key in UNSUPPORTED & set(file):
             require(file[key] in (None, 0, 1, []), f"generation_config.json: {key} = {file[key]!r} is not supported")
-        if self.encoder is not None and file.get("max_length"):
-            longest = file["max_length"] - 1
-        defaults = {"max_new_tokens": file.get("max_new_tokens") or longest or 128, "num_beams": 1, "length_penalty": 1.0,
-                    "early_stopping": False}
-        for key in (*defaults, *CONSTRAINTS):
-            if key not in said and (value := defaults.get(key) if key == "max_new_tokens" else file.get(key, defaults.get(key))) is not None:
-                said[key] = value
-        return said
+        said = {name: file.get(name) for name in FROM_FILE}
+        if self.encoder is not None and said["max_new_tokens"] is None and file.get("max_length"):
+            said["max_new_tokens"] = file["max_length"] - 1
+        said |= {name: value for name, value in given.items() if value is not None or name not in said}
+        unknown = sorted(set(said) - {f.name for f in fields(Sampling)})
+        require(not unknown, f"{', '.join(unknown)}: no such option of a generation")
+        return Sampling(**{name: value for name, value in said.items() if value is not None or name not in FROM_FILE})
 
     def _prompt(self, input_ids: Tensor) -> Tensor:
         """What a continuation stands behind: the ids, or the start token (batch, 1) behind an encoder."""
@@ -1397,16 +1387,15 @@ class TinyLM(Stack):
         return input_ids.new_full((len(input_ids), 1), start)
 
     @torch.no_grad()
-    def decode(self, input_ids, attention_mask=None, max_new_tokens=128, eos_token_id="config", stop=None, seed=None,
-               compile=False, **sampling):
+    def decode(self, input_ids, attention_mask, knobs: Sampling, eos_token_id="config", stop=None, seed=None, compile=False):
         """Yield, per step, the new ids (batch,) and which rows (batch,) had not ended before it."""
-        knobs, stop = Sampling(**sampling), stop_strings(stop)
+        stop, max_new_tokens = stop_strings(stop), knobs.max_new_tokens
         prompt, mask, context, ends, pad = self._begin(input_ids, attention_mask, max_new_tokens, eos_token_id, compile)
         require(seed is None or number(seed, -2**63, 2**63 - 1, int), f"seed = {seed!r}, expected an integer of 64 bits")
         require(not stop or self.tokenizer, f"stop = {stop!r} needs a tokenizer.json, which the checkpoint lacks")
         (batch, seq), device = prompt.shape, prompt.device
         state, step = self._decoder(batch, seq + max_new_tokens, context, len(ends), compile)
-        state.start(prompt, mask, context, knobs, ends, pad, max_new_tokens, torch.randint(2**31, ()) if seed is None else seed)
+        state.start(prompt, mask, context, knobs, ends, pad, torch.randint(2**31, ()) if seed is None else seed)
         look = 1 if stop or device.type == "cpu" else 16  # steps between looks at the device: a look waits for it
         rows, kind = [[] for _ in range(batch)], knobs.kind()
         self._step(state, prompt, mask, last_column(mask), kind)
@@ -1430,7 +1419,7 @@ class TinyLM(Stack):
     def _begin(self, input_ids, attention_mask, max_new_tokens, eos_token_id, bucketed: bool = False) -> tuple:
         """The checked start of a generation: prompt and its mask, the encoder's context, ids that end and that pad."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self._checked(input_ids, mask, max_new_tokens)
+        self._generates(input_ids, mask, max_new_tokens)
         ends, context = self.ends(eos_token_id), None
         pad = self.generation_config.get("pad_token_id", self.config.pad_token_id)
         if self.encoder is not None:
@@ -1470,10 +1459,10 @@ class TinyLM(Stack):
         return state, self._compiled
 
     @torch.no_grad()
-    def beam_search(self, input_ids, attention_mask, max_new_tokens, eos_token_id, beams: Beams, **sampling) -> Tensor:
-        """The likeliest continuation of each row that a search with `beams` finds, step by step as transformers does it:
+    def beam_search(self, input_ids, attention_mask, knobs: Sampling, eos_token_id) -> Tensor:
+        """The likeliest continuation of each row that a search with beams finds, step by step as transformers does it:
         candidates that end in a step compete, by their score, for as many places as there are beams."""
-        knobs, n = Sampling(**sampling), beams.num_beams
+        n, max_new_tokens, penalty, early = knobs.num_beams, knobs.max_new_tokens, knobs.length_penalty, knobs.early_stopping
         prompt, mask, context, ends, pad = self._begin(input_ids, attention_mask, max_new_tokens, eos_token_id)
         (batch, seq), device, keep = prompt.shape, prompt.device, max(2, 1 + len(ends)) * n
         prompt, mask = prompt.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
@@ -1481,7 +1470,7 @@ class TinyLM(Stack):
             context = [tuple(x.repeat_interleave(n, 0) for x in pair) for pair in context[0]], (
                 None if context[1] is None else context[1].repeat_interleave(n, 0))
         state, _ = self._decoder(batch * n, seq + max_new_tokens, context, len(ends), False)
-        state.start(prompt, mask, context, knobs, ends, pad, max_new_tokens, 0)
+        state.start(prompt, mask, context, knobs, ends, pad, 0)
         running = torch.zeros(batch, n, device=device)      # sums of log-probabilities
         running[:, 1:] = NOTHING                            # all beams begin alike: only the first one counts
         best = torch.full((batch, n), NOTHING, device=device)
@@ -1498,16 +1487,16 @@ class TinyLM(Stack):
             candidates[..., length - 1] = token
             ended = (token[..., None] == state.ends).any(-1) | (length == max_new_tokens)
             running, chosen = (top + ended * NOTHING).topk(n)
-            full = finished.all(-1, keepdim=True) & (beams.early_stopping is True)
-            score = top / length ** beams.length_penalty + (full * NOTHING + ~open_rows * NOTHING + ~(ended & first) * NOTHING)
+            full = finished.all(-1, keepdim=True) & (early is True)
+            score = top / length ** penalty + (full * NOTHING + ~open_rows * NOTHING + ~(ended & first) * NOTHING)
             best, places = torch.cat((best, score), 1).topk(n)
             best_texts = pick(torch.cat((best_texts, candidates), 1), places)
             finished = pick(torch.cat((finished, ended & first), 1), places)
             texts, beam, token = pick(candidates, chosen), pick(beam, chosen), pick(token, chosen)
-            longest = max_new_tokens if beams.early_stopping == "never" and beams.length_penalty > 0 else length
+            longest = max_new_tokens if early == "never" and penalty > 0 else length
             worst = torch.where(finished, best.amin(1, keepdim=True), NOTHING)
-            open_rows = open_rows & (running[:, :1] / longest ** beams.length_penalty > worst).any(-1, keepdim=True)
-            if not open_rows.any() or ended.all() or finished.all() and beams.early_stopping is True:
+            open_rows = open_rows & (running[:, :1] / longest ** penalty > worst).any(-1, keepdim=True)
+            if not open_rows.any() or ended.all() or finished.all() and early is True:
                 break
             state.reorder((beam + n * torch.arange(batch, device=device)[:, None]).flatten(), seq + length - 1)
             state.take(token.flatten())
@@ -1516,12 +1505,11 @@ class TinyLM(Stack):
         end = torch.where((new[..., None] == state.ends).any(-1), places, max_new_tokens).amin(1, keepdim=True).clamp(max=length)
         return torch.cat((self._prompt(input_ids), new.masked_fill(places > end, pad)[:, :int(end.max())]), 1)
 
-    def _checked(self, input_ids, mask, max_new_tokens):
+    def _generates(self, input_ids, mask, max_new_tokens):
         require(self.config.head == "lm" and self.config.causal, f"generate: the checkpoint's head is {self.config.head!r}, "
                 "expected a language model's, 'lm'")
         self._fits(input_ids, mask)
         require(bool(mask.any(-1).all()), "attention_mask: a row has no token")
-        require(number(max_new_tokens, 1, 2**31, int), f"max_new_tokens = {max_new_tokens!r}, expected a positive integer")
         seq, limit = 1 if self.encoder else input_ids.shape[1], self.config.max_position_embeddings
         require(self.config.position not in LIMITED or seq + max_new_tokens <= limit, f"max_new_tokens = {max_new_tokens} after "
                 f"{seq} tokens is more than the model's {limit} positions")
@@ -1842,10 +1830,8 @@ CACHE_BUCKET = 128  # cache lengths are multiples of it, so that a compiled step
 
 
 NOTHING = -1e9        # the score of a beam that does not count
-CONSTRAINTS = ("no_repeat_ngram_size", "min_length", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id",
-               "renormalize_logits")  # options which generation_config.json may give
-
-
+FROM_FILE = ("max_new_tokens", "no_repeat_ngram_size", "min_length", "bad_words_ids", "forced_bos_token_id", "num_beams",
+             "forced_eos_token_id", "renormalize_logits", "length_penalty", "early_stopping")  # if generation_config.json has it
 UNSUPPORTED = {"num_beam_groups", "penalty_alpha", "typical_p", "encoder_no_repeat_ngram_size", "suppress_tokens",
                "begin_suppress_tokens", "exponential_decay_length_penalty", "encoder_repetition_penalty", "sequence_bias",
                "guidance_scale", "min_new_tokens", "epsilon_cutoff", "eta_cutoff", "constraints", "force_words_ids"}
@@ -1853,8 +1839,9 @@ UNSUPPORTED = {"num_beam_groups", "penalty_alpha", "typical_p", "encoder_no_repe
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Constraints and knobs apply in the order of Hugging Face's processors."""
-    temperature: float = 0.0
+    """How a text is generated, in the words of Hugging Face; what changes logits applies in the order of its processors."""
+    max_new_tokens: int = 128
+    temperature: float = 0.0                   # 0: the likeliest
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
@@ -1864,17 +1851,21 @@ class Sampling:
     bad_words_ids: tuple = ()                  # sequences of ids that must not come
     forced_bos_token_id: int | None = None     # what a decoder says after its start token
     forced_eos_token_id: int | None = None     # what it says last
-    renormalize_logits: bool = False           # of beams, after the constraints
+    num_beams: int = 1                         # above 1: the likeliest text that a search with so many finds
+    length_penalty: float = 1.0                # its score is its log-probability over length to the power of this
+    early_stopping: bool | str = False         # the search ends: at first finds | when none better is likely | "never"
+    renormalize_logits: bool = False           # of beams, after what changes logits
 
     def __post_init__(self):
-        for name, low, high in (("temperature", 0, 1e9), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, 2**31),
-                                ("repetition_penalty", 1e-9, 1e9), ("no_repeat_ngram_size", 0, 2**31), ("min_length", 0, 2**31),
-                                ("forced_bos_token_id", 0, 2**31), ("forced_eos_token_id", 0, 2**31)):
-            value = getattr(self, name)
-            kind = (int, float) if name in ("temperature", "top_p", "min_p", "repetition_penalty") else int
-            allowed = value is None and getattr(Sampling, name) is None
-            require(allowed or number(value, low, high, kind), f"{name} = {value!r}, expected "
+        for name, low, high in (("max_new_tokens", 1, 2**31), ("top_k", 0, 2**31), ("no_repeat_ngram_size", 0, 2**31),
+                                ("min_length", 0, 2**31), ("forced_bos_token_id", 0, 2**31), ("num_beams", 1, 2**16),
+                                ("forced_eos_token_id", 0, 2**31), ("temperature", 0.0, 1e9), ("top_p", 0.0, 1), ("min_p", 0.0, 1),
+                                ("repetition_penalty", 1e-9, 1e9), ("length_penalty", -1e3, 1e3)):
+            value, kind = getattr(self, name), int if isinstance(low, int) else (int, float)
+            require(number(value, low, high, kind) or value is None is getattr(Sampling, name), f"{name} = {value!r}, expected "
                     f"{'an integer' if kind is int else 'a number'} from {low:g} to {high:g}")
+        require(self.early_stopping in (True, False, "never"), f"early_stopping = {self.early_stopping!r}, expected true, false "
+                "or 'never'")
         words = self.bad_words_ids
         require(isinstance(words, (list, tuple)) and all(isinstance(w, (list, tuple)) and w and all(
             number(i, 0, 2**31, int) for i in w) for w in words), f"bad_words_ids = {words!r}, expected lists of ids")
@@ -1885,24 +1876,10 @@ class Sampling:
     def kind(self) -> Sampling:
         """The same with all numbers that a compiled step takes from tensors replaced by ones that say only: it is used."""
         used = {name: value if value in (0, 1, None) else 0.5 for name, value in self.values().items()}
-        return replace(self, **used | {"repetition_penalty": 1.0 if self.repetition_penalty == 1 else 2.0})
+        return replace(self, max_new_tokens=1, **used)
 
     def values(self) -> dict:
         return {name: getattr(self, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
-
-
-@dataclass(frozen=True)
-class Beams:
-    """How a beam search goes, in transformers' words."""
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-
-    def __post_init__(self):
-        require(number(self.num_beams, 1, 2**16, int), f"num_beams = {self.num_beams!r}, expected a positive integer")
-        require(number(self.length_penalty, -1e3, 1e3), f"length_penalty = {self.length_penalty!r}, expected a number")
-        require(self.early_stopping in (True, False, "never"), f"early_stopping = {self.early_stopping!r}, expected true, false "
-                "or 'never'")
 
 
 def hash32(x: Tensor) -> Tensor:
@@ -1987,14 +1964,13 @@ class Decoding:
         self.ends, self.pad, self.seed, self.count, self.last = new(ends), new(), new(), new(), new()
         self.values = {name: new(dtype=torch.float32) for name in Sampling().values()}
 
-    def start(self, prompt: Tensor, mask: Tensor, context: tuple | None, knobs: Sampling, ends: tuple, pad: int,
-              max_new_tokens: int, seed):
+    def start(self, prompt: Tensor, mask: Tensor, context: tuple | None, knobs: Sampling, ends: tuple, pad: int, seed):
         self.cache.reset()
         if context is not None:
             for held, given in zip(context_tensors(self.context), context_tensors(context)):
                 held.copy_(given)
         self.done.zero_(), self.count.zero_(), self.seed.copy_(torch.as_tensor(seed))
-        self.pad.fill_(pad), self.last.fill_(max_new_tokens - 1), self.ends.copy_(torch.tensor(ends, dtype=torch.long))
+        self.pad.fill_(pad), self.last.fill_(knobs.max_new_tokens - 1), self.ends.copy_(torch.tensor(ends, dtype=torch.long))
         for name, value in knobs.values().items():
             self.values[name].fill_(1.0 if value is None else value)
         real = mask.bool()

@@ -92,6 +92,7 @@ class OnnxLM:
         require(not asked or self.provider == names[0], f"providers: {names[0]} did not load; onnxruntime fell back to "
                 f"{self.provider}")
         self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        self.outputs = [output.name for output in self.session.get_outputs()]
         self.vocab_size = self.session.get_outputs()[0].shape[-1]
         self._tokenizer = None
 
@@ -103,24 +104,19 @@ class OnnxLM:
         return self._tokenizer
 
     def step(self, input_ids, mask, past=None):
-        """One call of the graph: (logits, present). Ids (batch, seq), mask (batch, past + seq), past as returned, which
-        stays on the provider's device."""
-        binding, device = self.session.io_binding(), "cuda" if self.provider == CUDA else "cpu"
+        """One call of the graph: (logits, present). Ids (batch, seq), mask (batch, past + seq), past as returned."""
+        import onnxruntime as ort
+        if past is None:
+            past = [np.zeros((len(mask), i.shape[1], 0, i.shape[3]), np.float32) for i in self.past]
+            past = [ort.OrtValue.ortvalue_from_numpy(x) for x in past]
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1]:]
-        for name, x in (("input_ids", input_ids), ("attention_mask", mask), ("position_ids", positions)):
-            binding.bind_cpu_input(name, np.ascontiguousarray(x, dtype=np.int64))
-        for i, x in enumerate(self.past):
-            if past is None:
-                binding.bind_cpu_input(x.name, np.zeros((len(mask), x.shape[1], 0, x.shape[3]), np.float32))
-            else:
-                binding.bind_ortvalue_input(x.name, past[i])
-        for output in self.session.get_outputs():
-            binding.bind_output(output.name, "cpu" if output.name == "logits" else device)
+        feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+        feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in feeds.items()}
         try:
-            self.session.run_with_iobinding(binding)
+            logits, *present = self.session.run_with_ort_values(
+                self.outputs, feeds | {i.name: value for i, value in zip(self.past, past)})
         except Exception as error:  # e.g. more tokens than there are learned positions
             raise Error(f"onnxruntime: {first_line(error)}") from None
-        logits, *present = binding.get_outputs()
         return logits.numpy(), present
 
     def __call__(self, input_ids, attention_mask=None) -> np.ndarray:
@@ -156,19 +152,20 @@ class OnnxLM:
                **sampling):
         """Yield the new ids (batch,) of every step, until all rows have ended. The options are those of tinylm's
         `generate`, and the same seed draws the same text: the noise is a function of seed, row, step and token."""
-        knobs, ends, stop = Sampling(**sampling), self.ends(eos_token_id), stop_strings(stop)
+        knobs, ends, stop = Sampling(**sampling), np.array(self.ends(eos_token_id), int), stop_strings(stop)
         input_ids, mask = self._checked(input_ids, attention_mask)
         require(number(max_new_tokens, 1, 2**31, Integral), f"max_new_tokens = {max_new_tokens!r}, expected a positive "
                 "integer")
         require(seed is None or number(seed, -2**63, 2**63, Integral), f"seed = {seed!r}, expected an integer")
         seed = int(np.random.randint(2**31) if seed is None else seed)
         pad = self.config.get("pad_token_id")
-        pad = pad if pad is not None else ends[0] if ends else 0
+        pad = pad if pad is not None else ends[0] if ends.size else 0
         (batch, seq), past, columns = input_ids.shape, None, []
         ended, seen = np.zeros(batch, bool), np.zeros((batch, self.vocab_size), bool)
         rows, real = np.nonzero(mask)
         seen[rows, input_ids[rows, real]] = True
         last = (mask * np.arange(1, seq + 1)).argmax(1)  # each row's last token
+        longest = np.concatenate([mask, np.ones((batch, max_new_tokens), np.int64)], 1)
         for count in range(max_new_tokens):
             logits, past = self.step(input_ids, mask, past)
             logits = logits[np.arange(batch), last]
@@ -177,7 +174,7 @@ class OnnxLM:
                 logits = np.where(seen, punished, logits)
             token = np.where(ended, pad, sample(logits, knobs, seed, count))
             yield token
-            ended |= np.isin(token, ends)
+            ended |= (token[:, None] == ends).any(1)
             columns.append(token)
             for row in range(batch if stop else 0):
                 ended[row] |= any(s in self.tokenizer.decode([c[row] for c in columns[-2 * len(s.encode()) - 8:]])
@@ -185,7 +182,7 @@ class OnnxLM:
             if ended.all():
                 return
             seen[np.arange(batch), token] = True
-            input_ids, mask, last = token[:, None], np.pad(mask, ((0, 0), (0, 1)), constant_values=1), -1
+            input_ids, mask, last = token[:, None], longest[:, :seq + count + 1], -1
 
     def _checked(self, input_ids, mask) -> tuple:
         input_ids = np.asarray(input_ids)

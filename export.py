@@ -361,17 +361,6 @@ def onnx_attend(q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache
     return x
 
 
-@contextlib.contextmanager
-def swapped(module, **functions):
-    """Replace functions of a module for the length of a `with`."""
-    before = {name: getattr(module, name) for name in functions}
-    vars(module).update(functions)
-    try:
-        yield
-    finally:
-        vars(module).update(before)
-
-
 class Past:
     """The cache of an exported graph, in the place of tinylm's KVCache: past comes in, present goes out, longer."""
 
@@ -384,14 +373,11 @@ class Past:
         return self.positions, tinylm.count_positions(mask)[1]
 
 
-def cache_names(prefix: str, layers: int) -> list:
-    return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
-
-
 def trace(lm):
     """The decoder graph of a TinyLM, an onnx_ir.Model."""
     import logging
     import warnings
+    from unittest import mock
     import torch
     import tinylm
 
@@ -412,14 +398,15 @@ def trace(lm):
     b, s, p, t = map(torch.export.Dim, ("batch_size", "sequence_length", "past_sequence_length",
                                         "total_sequence_length"))
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # "no torchvision"
-    leaves = swapped(tinylm, rms_norm=onnx_rms_norm, rotate=onnx_rotate, attend=onnx_attend)
+    leaves = mock.patch.multiple(tinylm, rms_norm=onnx_rms_norm, rotate=onnx_rotate, attend=onnx_attend)
+    names = [f"{i}.{part}" for i in range(layers) for part in ("key", "value")]
     with torch.no_grad(), leaves, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that axes share names, as they should, and torch's own deprecations
         program = torch.onnx.export(
             Graph().eval(), arguments, dynamo=True, opset_version=OPSET, verbose=False,
             dynamic_shapes=({0: b, 1: s}, {0: b, 1: t}, {0: b, 1: s}, [{0: b, 2: p}] * len(past)),
-            input_names=["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", layers)],
-            output_names=["logits", *cache_names("present", layers)])
+            input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)],
+            output_names=["logits", *(f"present.{n}" for n in names)])
     return tidy(program.model)
 
 
@@ -502,13 +489,11 @@ def verify(lm, folder: Path, precision: str, new_tokens: int = 32) -> dict:
     found = {"prefill": difference(onnx_lm(ids), expected)}
     _, past = onnx_lm.step(ids[:, :-1], mask[:, :-1])
     found["decode"] = difference(onnx_lm.step(ids[:, -1:], mask, past)[0], expected[:, -1:])
-    gap = np.zeros((1, long - short), np.int64)
-    for side, order in (("left", (gap, other)), ("right", (other, gap))):
-        padded = np.concatenate([ids, np.concatenate(order, 1)])
-        real = np.concatenate([mask, np.concatenate([np.ones_like(x) if x is other else x for x in order], 1)])
+    for side, columns in (("left", slice(long - short, long)), ("right", slice(short))):
+        padded, real = np.repeat(ids, 2, 0), np.repeat(mask, 2, 0)
+        real[1], real[1, columns], padded[1, columns] = 0, 1, other
         logits = onnx_lm(padded, real)
-        found[f"{side} padding"] = max(difference(logits[:1], expected),
-                                       difference(logits[1:, real[1] == 1], reference(other)))
+        found[f"{side} padding"] = max(difference(logits[:1], expected), difference(logits[1:, columns], reference(other)))
     for name, value in found.items():
         require(value <= TOLERANCE, f"verify: {precision} {name} differs from torch by {value:.1e} of the largest logit, "
                 f"expected at most {TOLERANCE:.0e}")
@@ -606,10 +591,7 @@ def genai_config(lm) -> dict:
         "outputs": {"logits": "logits"} | {f"present_{part}_names": f"present.%d.{part}" for part in ("key", "value")},
     }
     begin = config.bos_token_id if config.bos_token_id is not None else ends[0] if ends else 0
-    search = {"do_sample": False, "early_stopping": True, "max_length": config.max_position_embeddings,
-              "min_length": 0, "num_beams": 1, "num_return_sequences": 1, "past_present_share_buffer": False,
-              "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 1, "top_p": 1.0, "length_penalty": 1.0,
-              "no_repeat_ngram_size": 0, "diversity_penalty": 0.0}
+    search = {"do_sample": False, "max_length": config.max_position_embeddings, "past_present_share_buffer": False}
     return {"model": {"type": "decoder", "vocab_size": config.vocab_size, "bos_token_id": begin,
                       "context_length": config.max_position_embeddings, "eos_token_id": list(ends) or [pad],
                       "pad_token_id": pad, "decoder": decoder}, "search": search}

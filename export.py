@@ -33,7 +33,6 @@ MARK = ".tinylm-export"                                # this file says: the nex
 OPSET = 23                                             # the first with Attention, RotaryEmbedding, RMSNormalization
 TOLERANCE = 2e-4                                       # largest difference of logits, relative to the largest logit
 EXTERNAL_ABOVE = 2**31 - 2**26                         # bytes; a protobuf file ends at 2 GiB
-SPIN = "200"                                           # microseconds that an idle thread waits awake for more work
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
@@ -78,7 +77,6 @@ class OnnxLM:
         self.config |= read_json(generation) if generation.exists() else {}
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN)  # the default starves busy machines
         asked, providers = providers, providers or ([CUDA, CPU] if has_cuda(ort) else [CPU])
         names = [provider if isinstance(provider, str) else provider[0] for provider in providers]  # or (name, options)
         for name in names:
@@ -91,7 +89,7 @@ class OnnxLM:
         self.provider = self.session.get_providers()[0]
         require(not asked or self.provider == names[0], f"providers: {names[0]} did not load; onnxruntime fell back to "
                 f"{self.provider}")
-        self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        self.past = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.vocab_size = self.session.get_outputs()[0].shape[-1]
         self._tokenizer = None
@@ -107,14 +105,13 @@ class OnnxLM:
         """One call of the graph: (logits, present). Ids (batch, seq), mask (batch, past + seq), past as returned."""
         import onnxruntime as ort
         if past is None:
-            past = [np.zeros((len(mask), i.shape[1], 0, i.shape[3]), np.float32) for i in self.past]
-            past = [ort.OrtValue.ortvalue_from_numpy(x) for x in past]
+            past = [ort.OrtValue.ortvalue_from_numpy(np.zeros((len(mask), heads, 0, width), np.float32))
+                    for _, heads, _, width in self.past.values()]
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1]:]
         feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
         feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in feeds.items()}
         try:
-            logits, *present = self.session.run_with_ort_values(
-                self.outputs, feeds | {i.name: value for i, value in zip(self.past, past)})
+            logits, *present = self.session.run_with_ort_values(self.outputs, feeds | dict(zip(self.past, past)))
         except Exception as error:  # e.g. more tokens than there are learned positions
             raise Error(f"onnxruntime: {first_line(error)}") from None
         return logits.numpy(), present

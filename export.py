@@ -14,18 +14,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import json
 import os
 import shutil
 import sys
 import time
+from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped beside this file
 FILES = {"fp32": "model.onnx"}                         # precision -> file in the folder's onnx/
+MARK = ".tinylm-export"                                # this file says: the next export may replace the folder
 OPSET = 23                                             # the first with Attention, RotaryEmbedding, RMSNormalization
 TOLERANCE = 2e-4                                       # largest difference of logits, relative to the largest logit
 EXTERNAL_ABOVE = 2**31 - 2**26                         # bytes; a protobuf file ends at 2 GiB
@@ -41,19 +45,18 @@ def require(ok, message: str):
         raise Error(message)
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def number(value, low, high, kind=Real) -> bool:
+    """Is it a number from low to high (not a bool, which Python counts among the ints)?"""
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Running an exported folder: no torch from here on
+# Running an exported folder: no torch here
 # ---------------------------------------------------------------------------------------------------------------------
-
-class Bytes:
-    """The byte tokenizer of tinylm, for a folder whose `tokenizers` library is missing."""
-
-    def encode(self, text):
-        return list(text.encode("utf-8", errors="replace"))
-
-    def decode(self, ids):
-        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
-
 
 class OnnxLM:
     """An exported decoder under ONNX Runtime: numpy in, numpy out.
@@ -69,9 +72,9 @@ class OnnxLM:
         self.folder = Path(folder)
         path = self.folder / "onnx" / FILES[precision]
         require(path.exists(), f"{path}: no such file; write it with `python export.py FOLDER --onnx`")
-        self.config = read_json(self.folder / "config.json")
         generation = self.folder / "generation_config.json"
-        self.generation_config = read_json(generation) if generation.exists() else {}
+        self.config = read_json(self.folder / "config.json")
+        self.config |= read_json(generation) if generation.exists() else {}
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         asked, providers = providers, providers or ([CUDA, CPU] if has_cuda(ort) else [CPU])
@@ -82,12 +85,12 @@ class OnnxLM:
         try:
             self.session = ort.InferenceSession(path, options, providers=providers)
         except Exception as error:  # onnxruntime's own exceptions have no common base
-            raise Error(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from None
+            raise Error(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
         self.provider = self.session.get_providers()[0]
         require(not asked or self.provider == names[0], f"providers: {names[0]} did not load; onnxruntime fell back to "
                 f"{self.provider}")
-        self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
-        self.names = [o.name for o in self.session.get_outputs()]
+        self.past = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
+        self.outputs = [output.name for output in self.session.get_outputs()]
         self.vocab_size = self.session.get_outputs()[0].shape[-1]
         self._tokenizer = None
 
@@ -95,98 +98,90 @@ class OnnxLM:
     def tokenizer(self):
         """`encode(text)` and `decode(ids)` of the folder's tokenizer.json."""
         if self._tokenizer is None:
-            path = self.folder / "tokenizer.json"
-            require(path.exists(), f"{path}: no such file; use generate with token ids")
-            content = read_json(path)["model"]
-            try:
-                from tokenizers import Tokenizer
-                backend = Tokenizer.from_file(str(path))
-                self._tokenizer = SimpleTokenizer(backend)
-            except ImportError:
-                require(not content.get("merges") and len(content.get("vocab", ())) == 256,
-                        f"{path}: reading it needs `pip install tokenizers`")
-                self._tokenizer = Bytes()
+            self._tokenizer = Tokenizer(self.folder / "tokenizer.json")
         return self._tokenizer
 
     def step(self, input_ids, mask, past=None):
         """One call of the graph: (logits, present). Ids (batch, seq), mask (batch, past + seq), past as returned."""
         import onnxruntime as ort
-        batch, seq = input_ids.shape
         if past is None:
-            past = [ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32))
-                    for i in self.past]
-        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -seq:]
+            past = [ort.OrtValue.ortvalue_from_numpy(np.zeros((len(mask), heads, 0, width), np.float32))
+                    for _, heads, _, width in self.past.values()]
+        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1]:]
         feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
-        feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x, dtype=np.int64))
-                 for name, x in feeds.items()}
-        feeds |= {i.name: value for i, value in zip(self.past, past)}
-        logits, *present = self.session.run_with_ort_values(self.names, feeds)
+        feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in feeds.items()}
+        try:
+            logits, *present = self.session.run_with_ort_values(self.outputs, feeds | dict(zip(self.past, past)))
+        except Exception as error:  # e.g. more tokens than there are learned positions
+            raise Error(f"onnxruntime: {first_line(error)}") from None
         return logits.numpy(), present
 
     def __call__(self, input_ids, attention_mask=None) -> np.ndarray:
         """Logits (batch, seq, vocab) for ids (batch, seq); the mask marks padding on either side."""
-        input_ids, mask = self._checked(input_ids, attention_mask)
-        return self.step(input_ids, mask)[0]
+        return self.step(*self._checked(input_ids, attention_mask))[0]
 
-    def generate(self, input_ids, attention_mask=None, max_new_tokens: int = 128, stop=None, **options) -> np.ndarray:
+    def generate(self, input_ids, attention_mask=None, max_new_tokens: int = 128, **options) -> np.ndarray:
         """Continue every row: (batch, seq + new), with the pad id after a row's end. Options as in `decode`."""
-        input_ids, mask = self._checked(input_ids, attention_mask)
-        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        ended, columns = np.zeros(len(input_ids), bool), []
-        for token in self.decode(input_ids, mask, max_new_tokens, ended=ended, **options):
-            columns.append(token)
-            for row in range(len(token) if stop else 0):
-                text = self.tokenizer.decode(np.stack(columns, 1)[row])
-                ended[row] |= any(s in text for s in stop)
-        return np.concatenate([input_ids, np.stack(columns, 1)], axis=1)
+        new = [*self.decode(input_ids, attention_mask, max_new_tokens, **options)]
+        return np.stack([*np.asarray(input_ids).T, *new], axis=1)
 
-    def stream(self, text: str, max_new_tokens: int = 128, stop=None, **options):
-        """The continuation of a text, piece by piece, whole characters only, up to a stop string."""
-        ids = self.tokenizer.encode(text) or [*self.ends(), 0][:1]
-        ends = self.ends(options.get("eos_token_id", "config"))
-        tokens = (int(t[0]) for t in self.decode(np.array([ids], np.int64), np.ones((1, len(ids)), np.int64),
-                                                 max_new_tokens, **options))
-        return text_pieces(self.tokenizer, (t for t in tokens if t not in ends),
-                           (stop,) if isinstance(stop, str) else tuple(stop or ()))
+    def stream(self, text, max_new_tokens: int = 128, stop=None, **options):
+        """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string."""
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        return text_pieces(self.tokenizer, self.tokens(ids, max_new_tokens, **options), stop_strings(stop), ids)
+
+    def tokens(self, ids: list, max_new_tokens: int = 128, eos_token_id="config", **options):
+        """The new ids after those of one row, one by one, without the one that ends the text."""
+        ends = self.ends(eos_token_id)
+        for token, in self.decode([ids or [*ends, 0][:1]], None, max_new_tokens, ends, **options):
+            if token not in ends:
+                yield int(token)
 
     def ends(self, eos_token_id="config") -> tuple:
-        """Ids that end a text."""
-        if eos_token_id == "config":
-            eos_token_id = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
-        return () if eos_token_id is None else tuple(np.ravel(eos_token_id).tolist())
+        """Ids that end a text: those given; for "config" those of the folder."""
+        if isinstance(eos_token_id, str) and eos_token_id == "config":
+            eos_token_id = self.config.get("eos_token_id")
+        ids = () if eos_token_id is None else tuple(np.ravel(eos_token_id).tolist())
+        require(all(number(i, -1, 2**31, Integral) for i in ids), f"eos_token_id = {eos_token_id!r}, expected integers")
+        return ids
 
-    def decode(self, input_ids, mask, max_new_tokens, temperature=0.0, top_k=None, top_p=None, min_p=None,
-               repetition_penalty=1.0, eos_token_id="config", seed=None, ended=None):
-        """Yield the new ids (batch,) of every step, until all rows have ended. The same seed draws the same text here
-        and in tinylm: the noise is a function of seed, row, step and token."""
-        require(max_new_tokens >= 1, f"max_new_tokens = {max_new_tokens!r}, expected a positive integer")
-        require(temperature >= 0, f"temperature = {temperature!r}, expected a number from 0")
-        batch, seq = input_ids.shape
-        ends = self.ends(eos_token_id)
-        pad = self.generation_config.get("pad_token_id", self.config.get("pad_token_id"))
-        pad = pad if pad is not None else ends[0] if ends else 0
-        seed = int(np.random.randint(2**31)) if seed is None else seed
-        ended = np.zeros(batch, bool) if ended is None else ended
-        seen = np.zeros((batch, self.vocab_size), bool)
-        rows, columns = np.nonzero(mask)
-        seen[rows, input_ids[rows, columns]] = True
-        logits, past = self.step(input_ids, mask)
-        logits = logits[np.arange(batch), (mask * np.arange(1, seq + 1)).argmax(1)]
+    def decode(self, input_ids, attention_mask=None, max_new_tokens=128, eos_token_id="config", stop=None, seed=None,
+               **sampling):
+        """Yield the new ids (batch,) of every step, until all rows have ended. The options are those of tinylm's
+        `generate`, and the same seed draws the same text: the noise is a function of seed, row, step and token."""
+        knobs, ends, stop = Sampling(**sampling), np.array(self.ends(eos_token_id), int), stop_strings(stop)
+        input_ids, mask = self._checked(input_ids, attention_mask)
+        require(number(max_new_tokens, 1, 2**31, Integral), f"max_new_tokens = {max_new_tokens!r}, expected a positive "
+                "integer")
+        require(seed is None or number(seed, -2**63, 2**63, Integral), f"seed = {seed!r}, expected an integer")
+        seed = int(np.random.randint(2**31) if seed is None else seed)
+        pad = self.config.get("pad_token_id")
+        pad = pad if pad is not None else ends[0] if ends.size else 0
+        (batch, seq), past, columns = input_ids.shape, None, []
+        ended, seen = np.zeros(batch, bool), np.zeros((batch, self.vocab_size), bool)
+        rows, real = np.nonzero(mask)
+        seen[rows, input_ids[rows, real]] = True
+        last = (mask * np.arange(1, seq + 1)).argmax(1)  # each row's last token
+        longest = np.concatenate([mask, np.ones((batch, max_new_tokens), np.int64)], 1)
         for count in range(max_new_tokens):
-            if repetition_penalty != 1:
-                punished = np.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+            logits, past = self.step(input_ids, mask, past)
+            logits = logits[np.arange(batch), last]
+            if knobs.repetition_penalty != 1:
+                punished = np.where(logits > 0, logits / knobs.repetition_penalty, logits * knobs.repetition_penalty)
                 logits = np.where(seen, punished, logits)
-            token = np.where(ended, pad, sample(logits, temperature, top_k, top_p, min_p, seed, count))
-            ended |= np.isin(token, ends)
+            token = np.where(ended, pad, sample(logits, knobs, seed, count))
             yield token
-            if ended.all() or count + 1 == max_new_tokens:
+            ended |= (token[:, None] == ends).any(1)
+            columns.append(token)
+            for row in range(batch if stop else 0):
+                ended[row] |= any(s in self.tokenizer.decode([c[row] for c in columns[-2 * len(s.encode()) - 8:]])
+                                  for s in stop)
+            if ended.all():
                 return
             seen[np.arange(batch), token] = True
-            mask = np.concatenate([mask, np.ones((batch, 1), np.int64)], axis=1)
-            logits, past = self.step(token[:, None], mask, past)
-            logits = logits[:, -1]
+            input_ids, mask, last = token[:, None], longest[:, :seq + count + 1], -1
 
-    def _checked(self, input_ids, mask):
+    def _checked(self, input_ids, mask) -> tuple:
         input_ids = np.asarray(input_ids)
         require(input_ids.ndim == 2 and input_ids.size and np.issubdtype(input_ids.dtype, np.integer),
                 f"input_ids: {input_ids.dtype} of shape {input_ids.shape}, expected ids (batch, seq)")
@@ -194,21 +189,47 @@ class OnnxLM:
         require(mask.shape == input_ids.shape and mask.any(1).all(), f"attention_mask: shape {mask.shape}, expected "
                 f"{input_ids.shape} and a token in every row")
         require(0 <= input_ids.min() and input_ids.max() < self.vocab_size, f"input_ids: ids {input_ids.min()} to "
-                f"{input_ids.max()}, expected ids below vocab_size = {self.vocab_size}")
+                f"{input_ids.max()}, expected 0 to vocab_size - 1 = {self.vocab_size - 1}")
         return input_ids.astype(np.int64), mask.astype(np.int64)
 
 
-class SimpleTokenizer:
-    """A `tokenizers` tokenizer with plain lists."""
+class Tokenizer:
+    """A tokenizer.json, run by the `tokenizers` library."""
 
-    def __init__(self, backend):
-        self.backend = backend
+    def __init__(self, path: Path):
+        require(path.exists(), f"{path}: no such file; use generate with token ids")
+        try:
+            from tokenizers import Tokenizer as Backend
+            self.backend = Backend.from_file(str(path))
+        except ImportError:
+            raise Error(f"{path}: reading it needs `pip install tokenizers`") from None
+        except Exception as error:  # the library raises plain Exception
+            raise Error(f"{path}: not a readable tokenizer ({error})") from None
+        self.backend.no_truncation(), self.backend.no_padding()  # settings of somebody's training, stored along
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text).ids
 
     def decode(self, ids) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """tinylm's `Sampling`: how a token is drawn, in the order penalty, temperature, top-k, top-p, min-p."""
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        for name, low, high in (("temperature", 0, 1e9), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, 2**31),
+                                ("repetition_penalty", 1e-9, 1e9)):
+            value, kind = getattr(self, name), Integral if name == "top_k" else Real
+            optional = value is None and getattr(Sampling, name) is None
+            require(optional or number(value, low, high, kind), f"{name} = {value!r}, expected "
+                    f"{'an integer' if kind is Integral else 'a number'} from {low:g} to {high:g}")
 
 
 def has_cuda(ort) -> bool:
@@ -222,24 +243,24 @@ def has_cuda(ort) -> bool:
     return False
 
 
-def sample(logits, temperature, top_k, top_p, min_p, seed: int, step: int) -> np.ndarray:
+def sample(logits, knobs: Sampling, seed: int, step: int) -> np.ndarray:
     """One id per row of logits (batch, vocab): tinylm's `sample` in numpy."""
-    if temperature == 0:
+    if knobs.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / np.float32(temperature)
-    if top_k:
-        least = np.sort(logits, axis=-1)[:, -min(int(top_k), logits.shape[-1])]
+    logits = logits / np.float32(knobs.temperature)
+    if knobs.top_k:
+        least = np.sort(logits, axis=-1)[:, -min(int(knobs.top_k), logits.shape[-1])]
         logits = np.where(logits < least[:, None], -np.inf, logits)
-    if top_p is not None and top_p < 1:
+    if knobs.top_p is not None and knobs.top_p < 1:
         order = np.argsort(-logits, axis=-1, kind="stable")
         p = softmax(np.take_along_axis(logits, order, -1))
-        outside = p.cumsum(-1) - p >= top_p
+        outside = p.cumsum(-1) - p >= knobs.top_p
         outside[:, 0] = False
         rows = np.arange(len(logits))[:, None]
         logits[rows, order] = np.where(outside, -np.inf, logits[rows, order])
-    if min_p:
+    if knobs.min_p:
         p = softmax(logits)
-        logits = np.where(p < min_p * p.max(-1, keepdims=True), -np.inf, logits)
+        logits = np.where(p < knobs.min_p * p.max(-1, keepdims=True), -np.inf, logits)
     return (logits - np.log(-np.log(uniform(seed, step, *logits.shape)))).argmax(-1)
 
 
@@ -261,16 +282,28 @@ def uniform(seed: int, step: int, batch: int, vocab: int) -> np.ndarray:
     return ((bits >> 9).astype(np.float32) + np.float32(0.5)) / np.float32(2**23)
 
 
-def text_pieces(tokenizer, tokens, stop: tuple = ()):
-    """tinylm's `text_pieces`: whole characters only, and nothing from a stop string on."""
-    ids, done, shown, held = [], 0, 0, ""
+def stop_strings(stop) -> tuple:
+    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    require(all(isinstance(s, str) and s for s in stop), f"stop = {stop!r}, expected strings that are not empty")
+    return stop
+
+
+def text_pieces(tokenizer, tokens, stop: tuple = (), prompt=()):
+    """tinylm's `text_pieces`: the text of ids after those of a prompt, whole characters only, and nothing from a stop
+    string on. What is new is what a text has more than one without the newest ids: a decoder may strip a text's first
+    space, so that ids alone do not say their text."""
+    ids, done, shown, held = list(prompt), 0, len(prompt), ""
+
+    def more():
+        return tokenizer.decode(ids[done:])[len(tokenizer.decode(ids[done:shown])):]
+
     for token in tokens:
         ids.append(token)
-        text = tokenizer.decode(ids[done:])
-        if text.endswith("\ufffd"):
+        new = more()
+        if new.endswith("\ufffd"):  # a character whose bytes are not all there
             continue
-        held += text[len(tokenizer.decode(ids[done:shown])):]
-        done, shown = shown, len(ids)
+        done, shown = shown if new else done, len(ids)  # ids without a text are no beginning to compare with
+        held += new
         cut = min((held.find(s) for s in stop if s in held), default=-1)
         if cut >= 0:
             yield held[:cut]
@@ -279,8 +312,7 @@ def text_pieces(tokenizer, tokens, stop: tuple = ()):
         if len(held) > keep:
             yield held[:len(held) - keep]
             held = held[len(held) - keep:]
-    rest = held + tokenizer.decode(ids[done:])[len(tokenizer.decode(ids[done:shown])):]
-    if rest:
+    if rest := held + more():
         yield rest
 
 
@@ -326,17 +358,6 @@ def onnx_attend(q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache
     return x
 
 
-@contextlib.contextmanager
-def swapped(module, **functions):
-    """Replace functions of a module for the length of a `with`."""
-    before = {name: getattr(module, name) for name in functions}
-    vars(module).update(functions)
-    try:
-        yield
-    finally:
-        vars(module).update(before)
-
-
 class Past:
     """The cache of an exported graph, in the place of tinylm's KVCache: past comes in, present goes out, longer."""
 
@@ -349,14 +370,11 @@ class Past:
         return self.positions, tinylm.count_positions(mask)[1]
 
 
-def cache_names(prefix: str, layers: int) -> list:
-    return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
-
-
 def trace(lm):
     """The decoder graph of a TinyLM, an onnx_ir.Model."""
     import logging
     import warnings
+    from unittest import mock
     import torch
     import tinylm
 
@@ -377,14 +395,15 @@ def trace(lm):
     b, s, p, t = map(torch.export.Dim, ("batch_size", "sequence_length", "past_sequence_length",
                                         "total_sequence_length"))
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # "no torchvision"
-    leaves = swapped(tinylm, rms_norm=onnx_rms_norm, rotate=onnx_rotate, attend=onnx_attend)
+    leaves = mock.patch.multiple(tinylm, rms_norm=onnx_rms_norm, rotate=onnx_rotate, attend=onnx_attend)
+    names = [f"{i}.{part}" for i in range(layers) for part in ("key", "value")]
     with torch.no_grad(), leaves, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that axes share names, as they should, and torch's own deprecations
         program = torch.onnx.export(
             Graph().eval(), arguments, dynamo=True, opset_version=OPSET, verbose=False,
             dynamic_shapes=({0: b, 1: s}, {0: b, 1: t}, {0: b, 1: s}, [{0: b, 2: p}] * len(past)),
-            input_names=["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", layers)],
-            output_names=["logits", *cache_names("present", layers)])
+            input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)],
+            output_names=["logits", *(f"present.{n}" for n in names)])
     return tidy(program.model)
 
 
@@ -397,9 +416,12 @@ def tidy(model):
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
         if node.op_type == "MatMul" and node.inputs[1].is_initializer() and scopes:
             rename(graph, node.inputs[1], ast.literal_eval(scopes)[-2] + ".weight")
+        if node.op_type == "RMSNormalization":
+            fuse_norm(graph, node)
     for value in list(graph.initializers.values()):
         rename(graph, value, value.name.removeprefix("lm."))
     passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
     passes.ClearMetadataAndDocStringPass()(model)
     for thing in (model, graph, *graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)):
         thing.metadata_props.clear()
@@ -407,6 +429,22 @@ def tidy(model):
     for node in graph:
         node.name = node.outputs[0].name
     return model
+
+
+def fuse_norm(graph, norm):
+    """The sum of the residual stream and the norm after it as one operator, which ONNX Runtime has on CPU and CUDA
+    (its own optimizer finds it for layer norms only). A sum with a bias, which has one axis, is none."""
+    import onnx_ir as ir
+    add = norm.inputs[0].producer()
+    if add is None or add.op_type != "Add" or any(x.shape is None or len(x.shape) != 3 for x in add.inputs):
+        return
+    names = norm.outputs[0].name, "", "", add.outputs[0].name
+    outputs = [ir.Value(name=name, type=norm.outputs[0].type, shape=norm.outputs[0].shape) for name in names]
+    graph.opset_imports["com.microsoft"] = 1
+    graph.insert_before(norm, ir.Node("com.microsoft", "SkipSimplifiedLayerNormalization", [*add.inputs, norm.inputs[1]],
+                                      [norm.attributes["epsilon"]], outputs=outputs))
+    ir.convenience.replace_all_uses_with([norm.outputs[0], add.outputs[0]], outputs[::3])
+    graph.remove([norm, add], safe=True)
 
 
 def rename(graph, value, name: str):
@@ -448,13 +486,11 @@ def verify(lm, folder: Path, precision: str, new_tokens: int = 32) -> dict:
     found = {"prefill": difference(onnx_lm(ids), expected)}
     _, past = onnx_lm.step(ids[:, :-1], mask[:, :-1])
     found["decode"] = difference(onnx_lm.step(ids[:, -1:], mask, past)[0], expected[:, -1:])
-    gap = np.zeros((1, long - short), np.int64)
-    for side, order in (("left", (gap, other)), ("right", (other, gap))):
-        padded = np.concatenate([ids, np.concatenate(order, 1)])
-        real = np.concatenate([mask, np.concatenate([np.ones_like(x) if x is other else x for x in order], 1)])
+    for side, columns in (("left", slice(long - short, long)), ("right", slice(short))):
+        padded, real = np.repeat(ids, 2, 0), np.repeat(mask, 2, 0)
+        real[1], real[1, columns], padded[1, columns] = 0, 1, other
         logits = onnx_lm(padded, real)
-        found[f"{side} padding"] = max(difference(logits[:1], expected),
-                                       difference(logits[1:, real[1] == 1], reference(other)))
+        found[f"{side} padding"] = max(difference(logits[:1], expected), difference(logits[1:, columns], reference(other)))
     for name, value in found.items():
         require(value <= TOLERANCE, f"verify: {precision} {name} differs from torch by {value:.1e} of the largest logit, "
                 f"expected at most {TOLERANCE:.0e}")
@@ -471,38 +507,38 @@ def verify(lm, folder: Path, precision: str, new_tokens: int = 32) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, log=None) -> dict:
-    """Write the folder `out` from a TinyLM or a checkpoint folder: config and tokenizer, model.safetensors, and
-    onnx/model.onnx with genai_config.json. Returns what `verify` found. The folder appears whole, after its check, or
-    not at all; an earlier export in its place is replaced.
+    """Write the folder `out` from a TinyLM or a checkpoint folder: config, tokenizer and model.safetensors in the stored
+    dtype, and onnx/model.onnx in fp32 with genai_config.json. Returns what `verify` found. The folder appears whole,
+    after its check, or not at all; an earlier export in its place is replaced.
 
     Raises Error (or tinylm's) where the checkpoint cannot be read or a check fails.
     """
     import torch
     import tinylm
-    out, log, found = Path(out), log or (lambda text: None), {}
-    require(not out.exists() or out.is_dir() and (not any(out.iterdir()) or (out / "genai_config.json").exists()),
+    out, log, found = Path(out).resolve(), log or (lambda text: None), {}
+    require(not out.exists() or out.is_dir() and (not any(out.iterdir()) or (out / MARK).exists()),
             f"{out}: exists and is no ONNX export; name another folder with --out")
     if isinstance(lm_or_folder, tinylm.TinyLM):
-        lm = lm_or_folder
+        lm = copy.deepcopy(lm_or_folder)
     else:
-        require(out.resolve() != Path(lm_or_folder).resolve(), f"{out}: is the checkpoint itself; name another folder")
+        require(out != Path(lm_or_folder).resolve(), f"{out}: is the checkpoint itself; name another folder")
         log(f"loading {lm_or_folder}")
-        lm = tinylm.TinyLM.from_pretrained(lm_or_folder, dtype=torch.float32)
-    training = lm.training
-    lm.eval()
-    work, old = (out.with_name(f".{out.name}.{os.getpid()}.{part}") for part in ("new", "old"))
+        lm = tinylm.TinyLM.from_pretrained(lm_or_folder)
+    work = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
         work.mkdir(parents=True)
         lm.save_pretrained(work)
+        (work / MARK).write_text("")
         log(f"model.safetensors {megabytes(work / 'model.safetensors')}")
         if onnx:
+            lm = lm.to("cpu", torch.float32).eval()
             path = work / "onnx" / FILES["fp32"]
             path.parent.mkdir()
             log(f"tracing {sum(p.numel() for p in lm.parameters()):,} parameters")
             try:
                 write_graph(trace(lm), path)
             except Exception as error:  # the exporter's own have no common base
-                raise Error(f"onnx: the trace failed ({(str(error).splitlines() or [repr(error)])[0]})") from error
+                raise Error(f"onnx: the trace failed ({first_line(error)})") from error
             log(f"onnx/{path.name} {megabytes(path)}")
             tinylm.write_json(work / "genai_config.json", genai_config(lm))
             found = verify(lm, work, "fp32")
@@ -510,14 +546,24 @@ def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, 
                                                        f"{value} {name} equal" for name, value in found.items()))
         if not safetensors:
             (work / "model.safetensors").unlink()
-        if out.exists():
-            os.replace(out, old)
-        os.replace(work, out)
+        put(work, out)
     finally:
-        for folder in (work, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        lm.train(training)
+        shutil.rmtree(work, ignore_errors=True)
     return found
+
+
+def put(work: Path, out: Path):
+    """Rename a folder; what had the name before goes, unless the renaming fails."""
+    old = work.with_suffix(".old")
+    if out.exists():
+        os.replace(out, old)
+    try:
+        os.replace(work, out)
+    except BaseException:
+        if old.exists():
+            os.replace(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def megabytes(path: Path) -> str:
@@ -542,10 +588,7 @@ def genai_config(lm) -> dict:
         "outputs": {"logits": "logits"} | {f"present_{part}_names": f"present.%d.{part}" for part in ("key", "value")},
     }
     begin = config.bos_token_id if config.bos_token_id is not None else ends[0] if ends else 0
-    search = {"do_sample": False, "early_stopping": True, "max_length": config.max_position_embeddings,
-              "min_length": 0, "num_beams": 1, "num_return_sequences": 1, "past_present_share_buffer": False,
-              "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 1, "top_p": 1.0, "length_penalty": 1.0,
-              "no_repeat_ngram_size": 0, "diversity_penalty": 0.0}
+    search = {"do_sample": False, "max_length": config.max_position_embeddings, "past_present_share_buffer": False}
     return {"model": {"type": "decoder", "vocab_size": config.vocab_size, "bos_token_id": begin,
                       "context_length": config.max_position_embeddings, "eos_token_id": list(ends) or [pad],
                       "pad_token_id": pad, "decoder": decoder}, "search": search}
@@ -575,21 +618,29 @@ def main(argv: list | None = None) -> int:
         if options.onnx:
             sampled = {} if options.prompt else {"temperature": 0.7, "seed": 1}
             show(OnnxLM(options.out), options.prompt or "ROMEO:", options.max_new_tokens, **sampled)
-    except (ValueError, OSError) as error:
-        print(f"tinylm-export: error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # whatever it is, of whichever library: one line
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        print(f"tinylm-export: error: {kind}{first_line(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
 def show(lm: OnnxLM, prompt: str, max_new_tokens: int, **options):
-    """Print a continuation as it comes, then its speed after the first piece."""
+    """Print a continuation as it comes, then its speed after the first token."""
+    if not (lm.folder / "tokenizer.json").exists():
+        return print("no sample: the checkpoint has no tokenizer.json")
     print(f"\n{prompt}", end="", flush=True)
-    times = []
-    for piece in lm.stream(prompt, max_new_tokens, **options):
+    times, ids = [], lm.tokenizer.encode(prompt)
+
+    def timed():
+        for token in lm.tokens(ids, max_new_tokens, **options):
+            times.append(time.monotonic())
+            yield token
+
+    for piece in text_pieces(lm.tokenizer, timed(), prompt=ids):
         print(piece, end="", flush=True)
-        times.append(time.monotonic())
     speed = f", {(len(times) - 1) / (times[-1] - times[0]):.0f} tokens/s" if len(times) > 1 else ""
     print(f"\n\n{lm.provider}{speed}")
 

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -63,11 +65,13 @@ def test_graph_has_single_operators_and_each_weight_once(case, folder, exported)
     graph = onnx.load(path).graph
     onnx.checker.check_model(path, full_check=True)
     found, layers = Counter(node.op_type for node in graph.node), lm.config.num_hidden_layers
-    assert {node.domain for node in graph.node} == {""}
+    skip = found["SkipSimplifiedLayerNormalization"]  # a sum of the residual stream and the norm after it
+    assert {node.op_type for node in graph.node if node.domain} <= {"SkipSimplifiedLayerNormalization"}
+    assert lm.config.norm == "layer" or lm.config.norm_position == "output" or skip == 2 * layers
     assert found["Attention"] == layers and not found["Softmax"]
     assert found["RotaryEmbedding"] == (2 * layers if lm.config.position == "rope" else 0)
     norms = sum(name.endswith("norm.weight") for name in lm.state_dict())
-    assert found["RMSNormalization" if lm.config.norm == "rms" else "LayerNormalization"] == norms
+    assert skip + found["RMSNormalization" if lm.config.norm == "rms" else "LayerNormalization"] == norms
     stored = sum(np.prod(tensor.dims) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
     assert stored == pytest.approx(sum(p.numel() for p in lm.parameters()), rel=0.01)
 
@@ -169,6 +173,58 @@ def test_bad_arguments_are_named(arguments, words, small):
         OnnxLM(small[2], **arguments)
 
 
+@pytest.mark.parametrize("options", [
+    dict(temperature=-1), dict(temperature=True), dict(temperature="hot"), dict(top_k=-1), dict(top_k=2.5), dict(top_p=1.5),
+    dict(min_p=-0.1), dict(repetition_penalty=0), dict(seed=1.5), dict(stop=""), dict(stop=[3]), dict(max_new_tokens=0),
+    dict(max_new_tokens=1.5), dict(eos_token_id="end"), dict(eos_token_id=[0.5])], ids=str)
+def test_bad_options_are_named_as_torch_names_them(options, small):
+    """Guards options that numpy takes silently, or fails over somewhere inside."""
+    lm, onnx_lm, _ = small
+    (name, _), = options.items()
+    with pytest.raises(ValueError, match=f"^{name} = .*expected ") as ours:
+        onnx_lm.generate(np.array([[1, 2]]), **options)
+    with pytest.raises(ValueError) as theirs:
+        lm.generate(torch.tensor([[1, 2]]), **options)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_too_many_tokens_for_learned_positions_is_one_line(exported):
+    """Guards an exception of onnxruntime's own from the middle of a generation."""
+    case = next(case for case in FAMILIES if case.family == "gpt2")
+    lm = OnnxLM(exported(case), providers=CPU)
+    with pytest.raises(ValueError, match="^onnxruntime: .*Gather.*$"):
+        lm.generate(np.ones((1, 3), np.int64), max_new_tokens=5000, eos_token_id=())
+
+
+def metaspace(folder, vocab):
+    """A tokenizer as SentencePiece's: a space is part of the word after it, and the first one of a text is stripped. It
+    has the settings of somebody's training, too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    words = {"<unk>": 0} | {f"\u2581w{i}" if i % 2 else f"x{i}": i for i in range(1, vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9, pad_id=1)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_stream_keeps_the_first_space_and_the_whole_prompt(small, tmp_path):
+    """Guards a first space lost to decoders that strip it, and a prompt cut or padded as tokenizer.json says."""
+    out = shutil.copytree(small[2], tmp_path / "out")
+    metaspace(out, 320)
+    lm = OnnxLM(out, providers=CPU)
+    ids = [1, 3, 5, 7, 9]
+    assert lm.tokenizer.encode("w1 w3 w5 w7 w9") == ids
+    spaces = 0
+    for seed in range(4):
+        options = dict(max_new_tokens=6, temperature=1.5, seed=seed, eos_token_id=())
+        whole = lm.generate(np.array([ids]), **options)[0]
+        text = lm.tokenizer.decode(whole)
+        assert text == "w1 w3 w5 w7 w9" + "".join(lm.stream("w1 w3 w5 w7 w9", **options))
+        spaces += whole[5] % 2
+    assert spaces  # of what was to be lost
+
+
 @pytest.mark.parametrize("ids, words", [
     (np.zeros((1, 0), np.int64), "input_ids"), (np.zeros(3, np.int64), "input_ids"), (np.array([[320]]), "vocab_size"),
     (np.array([[0.5]]), "input_ids")], ids=str)
@@ -258,6 +314,75 @@ def test_safetensors_alone_and_an_export_again(folder, tmp_path):
     with torch.no_grad():
         ids = prompts(FAMILIES[1], 1, 9)
         assert difference(load_oracle(out)(ids).logits, load_oracle(source)(ids).logits) == 0
+
+
+def test_safetensors_twice_replaces_the_first(folder, tmp_path):
+    """Guards an export without a graph that is not recognised as one; a checkpoint of somebody's is none."""
+    source, out = folder(FAMILIES[1]), tmp_path / "out"
+    for _ in range(2):
+        assert export.main([str(source), "--safetensors", "--out", str(out)]) == 0
+    mine = shutil.copytree(source, tmp_path / "mine")
+    assert export.main([str(source), "--safetensors", "--out", str(mine)]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_stored_as_it_is_and_traced_in_fp32(dtype, small, tmp_path):
+    """Guards a trace in half precision, which failed, and a model.safetensors twice as large as the checkpoint's."""
+    import copy
+    lm = copy.deepcopy(small[0]).to(dtype).train()
+    export_onnx(lm, tmp_path / "one")
+    assert lm.dtype == dtype and lm.training
+    export_onnx(tmp_path / "one", tmp_path / "two")
+    for out in (tmp_path / "one", tmp_path / "two"):
+        back = TinyLM.from_pretrained(out)
+        assert back.dtype == dtype and all(torch.equal(a, b) for a, b in zip(back.parameters(), lm.parameters(), strict=True))
+        ids = torch.tensor([[1, 2, 3]])
+        assert difference(torch.from_numpy(OnnxLM(out, providers=CPU)(ids.numpy())), back.float()(ids).detach()) < 1e-4
+
+
+def test_a_checkpoint_without_tokenizer_is_exported(folder, tmp_path, capsys):
+    """Guards exit code 1 after a good export, for want of a text to show."""
+    source, _ = folder(FAMILIES[1]), capsys.readouterr()
+    assert not (source / "tokenizer.json").exists()
+    assert export.main([str(source), "--onnx", "--out", str(tmp_path / "out")]) == 0
+    assert "no tokenizer.json" in capsys.readouterr().out and (tmp_path / "out" / "onnx" / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no room\nfor it"), KeyError("x")], ids=repr)
+def test_any_error_is_one_line(error, folder, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise error
+    monkeypatch.setattr(export, "verify", broken)
+    source, _ = folder(FAMILIES[1]), capsys.readouterr()
+    assert export.main([str(source), "--onnx", "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr().err
+    assert type(error).__name__ in printed and printed.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_rename_keeps_the_earlier_export(folder, tmp_path, monkeypatch):
+    """Guards an export moved out of the way for one that then does not get its place."""
+    source, out, replace = folder(FAMILIES[1]), tmp_path / "out", os.replace
+    export_onnx(source, out, onnx=False)
+    (out / "note").write_text("the first")
+
+    def failing(a, b):
+        if str(a).endswith(".new"):
+            raise OSError("no such luck")
+        replace(a, b)
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no such luck"):
+        export_onnx(source, out, onnx=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "note").read_text() == "the first"
+
+
+def test_the_speed_counts_tokens(small, tmp_path, monkeypatch, capsys):
+    """Guards pieces of text taken for tokens: a character of four bytes is one piece."""
+    lm = OnnxLM(small[2], providers=CPU)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(export.time, "monotonic", lambda: next(clock))  # one second from token to token
+    monkeypatch.setattr(lm, "tokens", lambda *_, **__: iter("\U0001f600".encode() * 9))
+    export.show(lm, "hi", 36)
+    assert "\U0001f600" in (text := capsys.readouterr().out) and text.endswith(", 1 tokens/s\n")
 
 
 def test_smollm2_is_exported_verified_and_knows_paris(smollm2, tmp_path):

@@ -347,7 +347,7 @@ def onnx_rotate(x, cos, sin, head_dim):
     return operator("RotaryEmbedding", (x, cos, sin), x, num_heads=x.shape[-1] // head_dim, **part)
 
 
-def onnx_attend(q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache=None, layer=0):
+def onnx_attend(q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache=None, layer=0, causal=True):
     """With heads folded, as the model has them: the operator unfolds them, and appends to the past, by itself."""
     past = cache.past[2 * layer:2 * layer + 2]
     longer = (*past[0].shape[:2], past[0].shape[2] + k.shape[1], head_dim)

@@ -1016,11 +1016,12 @@ def last_column(mask: Tensor) -> Tensor:
 
 
 def pooled_column(input_ids: Tensor, mask: Tensor | None, config: Config) -> Tensor:
-    """The column (batch, 1) whose state stands for the text: the last real token's, in an encoder the first's."""
+    """The column (batch, 1) whose state stands for the text: that of the last real token, in an encoder of the first."""
+    real = torch.ones_like(input_ids) if mask is None else mask
     if not config.causal:
-        return (torch.ones_like(input_ids) if mask is None else mask.long()).argmax(-1, keepdim=True)
-    # Without a mask, padding is what has the pad id.
-    return last_column(mask if mask is not None else input_ids != (-1 if config.pad_token_id is None else config.pad_token_id))
+        return real.long().argmax(-1, keepdim=True)
+    # As transformers has it, the pad id is padding wherever it stands, whatever the mask says of it.
+    return last_column(real if config.pad_token_id is None else real.bool() & (input_ids != config.pad_token_id))
 
 
 def relative_buckets(distance: Tensor, config: Config) -> Tensor:

@@ -132,6 +132,13 @@ def test_decoders_classify_by_the_last_real_token(case, masked, folder, oracle):
     assert difference(ours(ids[:1]), ours(ids[:1, :6])) < 1e-5
 
 
+@every(CLASSIFIERS)
+@torch.no_grad()
+def test_a_row_of_pads_alone_is_classified_as_transformers_does(case, folder, oracle):
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    assert difference(TinyLM.from_pretrained(folder(case))(ids), output(oracle(case), ids)) < 1e-5
+
+
 @torch.no_grad()
 def test_half_precision_is_close(folder, oracle):
     ids, case = prompts(CLASSIFY, 2, LENGTH), CLASSIFY

@@ -1351,7 +1351,8 @@ class TinyLM(Stack):
         ids = (self.tokenizer.encode(text) if isinstance(text, str) else list(text)) or [*ends, 0][:1]
         steps = self.decode(torch.tensor([ids], device=self.device), None, knobs, ends, None, seed, compile)
         tokens = (int(token) for token, _ in steps)
-        return text_pieces(self.tokenizer, (t for t in tokens if t not in ends), stop_strings(stop))
+        return text_pieces(self.tokenizer, (t for t in tokens if t not in ends), stop_strings(stop),
+                           () if self.encoder else ids)
 
     def chat(self, messages: list[dict], **options):
         """The answer to a conversation of {"role", "content"}, as `stream` gives it."""
@@ -2017,16 +2018,24 @@ def stop_strings(stop) -> tuple:
     return stop
 
 
-def text_pieces(tokenizer, tokens, stop: tuple = ()):
-    """The text of a stream of ids: whole characters only, and nothing from a stop string on."""
-    ids, done, shown, held = [], 0, 0, ""
+def text_pieces(tokenizer, tokens, stop: tuple = (), prompt=()):
+    """The text of a stream of ids after those of a prompt: whole characters only, and nothing from a stop string on.
+
+    New text is what a text has more than the same without its newest ids: a decoder may strip the first space of what
+    it is given, so that ids alone do not say their text.
+    """
+    ids, done, shown, held = list(prompt), 0, len(prompt), ""
+
+    def more():
+        return tokenizer.decode(ids[done:])[len(tokenizer.decode(ids[done:shown])):]
+
     for token in tokens:
         ids.append(token)
-        text = tokenizer.decode(ids[done:])
-        if text.endswith("\ufffd"):  # a character whose bytes are not all there
+        new = more()
+        if new.endswith("\ufffd"):  # a character whose bytes are not all there
             continue
-        held += text[len(tokenizer.decode(ids[done:shown])):]
-        done, shown = shown, len(ids)
+        done, shown = shown if new else done, len(ids)  # ids without a text are no beginning to compare with
+        held += new
         cut = min((held.find(s) for s in stop if s in held), default=-1)
         if cut >= 0:
             yield held[:cut]
@@ -2035,8 +2044,7 @@ def text_pieces(tokenizer, tokens, stop: tuple = ()):
         if len(held) > keep:
             yield held[:len(held) - keep]
             held = held[len(held) - keep:]
-    rest = held + tokenizer.decode(ids[done:])[len(tokenizer.decode(ids[done:shown])):]
-    if rest:
+    if rest := held + more():
         yield rest
 
 

@@ -18,13 +18,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import hashlib
+import importlib.util
+import io
+import itertools
 import json
 import math
 import os
 import signal
+import string
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1798,7 +1806,7 @@ def load_tokenizer(folder: Path):
         raise Error(f"{folder / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
 
 
-def chat_prompt(tokenizer, messages: list[dict]) -> str:
+def chat_prompt(tokenizer, messages: list[dict], answer: bool = True) -> str:
     """Messages ({"role", "content"}) as text, through the checkpoint's own chat template in jinja2's sandbox."""
     files = getattr(tokenizer, "files", {})
     config = json.loads(files.get("tokenizer_config.json", b"{}"))
@@ -1818,7 +1826,7 @@ def chat_prompt(tokenizer, messages: list[dict]) -> str:
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True,
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=answer,
                                                         **special_tokens(files))
     except TemplateError as error:
         raise Error(f"chat: the checkpoint's chat template failed ({error})") from None
@@ -2049,68 +2057,144 @@ def text_pieces(tokenizer, tokens, stop: tuple = (), prompt=()):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
+# Training: options, optimizers, losses, a step
 # ---------------------------------------------------------------------------------------------------------------------
+
+def option(default, help: str, low=None, high=None):
+    """A field of TrainOptions: what the command line says of it, and the least and the most that it may be."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high))
+
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of `tinylm.py train`; the command line is made of these fields."""
-    out: str = field(default="out", metadata=dict(help="folder for the checkpoints `best` and `last`"))
-    size: str = field(default="small", metadata=dict(help="nano, small, medium or large"))
-    steps: int = field(default=1000, metadata=dict(help="optimizer steps"))
-    batch: int = field(default=16, metadata=dict(help="sequences per step"))
-    block: int = field(default=256, metadata=dict(help="tokens per sequence"))
-    vocab: int = field(default=0, metadata=dict(help="train a byte-level BPE of this many tokens; 0: bytes"))
-    lr: float = field(default=0.02, metadata=dict(help="peak learning rate of Muon (matrices)"))
-    adam_lr: float = field(default=4e-3, metadata=dict(help="peak learning rate of AdamW (all else)"))
-    weight_decay: float = field(default=0.1, metadata=dict(help="of the matrices"))
-    dropout: float = field(default=0.0, metadata=dict(help="of what each sub-layer adds"))
-    warmup: float = field(default=0.02, metadata=dict(help="share of the steps in which the rates rise"))
-    decay: float = field(default=0.6, metadata=dict(help="share of the steps in which they fall to zero, at the end"))
-    clip: float = field(default=1.0, metadata=dict(help="largest norm of the gradient"))
-    accumulate: int = field(default=1, metadata=dict(help="parts in which a step's batch is run, to save memory"))
-    held_back: float = field(default=0.1, metadata=dict(help="share of the text, at its end, kept for validation"))
-    eval_every: int = field(default=250, metadata=dict(help="steps between validations, checkpoints and samples"))
-    seed: int = field(default=0, metadata=dict(help="of weights, data order and dropout"))
-    device: str = field(default="", metadata=dict(help="cpu, cuda, ...; cuda where there is one"))
-    bf16: bool = field(default=False, metadata=dict(help="bfloat16 autocast on the CPU too (on CUDA it is always on)"))
-    compile: bool = field(default=False, metadata=dict(help="torch.compile the model"))
+    """Options of `tinylm.py train`; the command line is made of these fields. None is what `TASKS` and `STARTS` say."""
+    task: str = option("lm", "lm, classify, tokens, qa, seq2seq or mlm")
+    init: str = option("", "checkpoint to fine-tune; without one, a model from scratch")
+    out: str = option("out", "folder for the checkpoints `best` and `last`")
+    val: str = option("", "file to validate on; without one, the held-back tail")
+    text: str = option("", "column of the text, of its words, or of the source; by default its usual name")
+    pair: str = option("", "column of a second text to classify with the first")
+    label: str = option("", "column of the label, a list of labels, a number, or a tag for each word")
+    target: str = option("", "column of the text to write")
+    question: str = option("", "column of the question")
+    context: str = option("", "column of the text that has the answer")
+    answer: str = option("", "column of the answer")
+    problem: str = option("", "single, multi or regression, if the labels do not show it")
+    size: str = option("small", "nano, small, medium or large, from scratch")
+    epochs: float | None = option(None, "passes over the data, in place of --steps", 1e-6, 1e6)
+    steps: int | None = option(None, "optimizer steps", 1, 2**31)
+    batch: int = option(16, "sequences per step", 1, 2**31)
+    block: int = option(256, "tokens per sequence, at most", 1, 2**31)
+    vocab: int | None = option(None, "train a byte-level BPE of this many tokens; 0: bytes", 0, 2**31)
+    lr: float | None = option(None, "peak learning rate: from scratch Muon's (matrices), else the pretrained body's", 1e-12, 1e12)
+    adam_lr: float | None = option(None, "peak learning rate of AdamW (all else), in fine-tuning of a new head", 1e-12, 1e12)
+    weight_decay: float | None = option(None, "of the matrices", 0, 1e3)
+    dropout: float | None = option(None, "of what each sub-layer adds (attention's is lowered to it); else as the config says", 0, 0.99)
+    warmup: float | None = option(None, "share of the steps in which the rates rise", 0, 0.99)
+    decay: float | None = option(None, "share of the steps in which they fall to zero, at the end", 0, 0.99)
+    clip: float = option(1.0, "largest norm of the gradient", 1e-12, 1e12)
+    accumulate: int = option(1, "parts in which a step's batch is run, to save memory", 1, 2**31)
+    lora: int = option(0, "train adapters of this rank and a new head only; merged on save, and beside it for PEFT", 0, 2**16)
+    lora_alpha: float | None = option(None, "scale of the adapters, times their rank; twice the rank", 1e-6, 1e6)
+    freeze: str = option("", "what stays as it is: embeddings, body (all but the head), or them and the first N layers")
+    class_weights: bool = option(False, "rare classes count as much as frequent ones")
+    patience: int = option(0, "stop after so many validations without a better one; 0: never", 0, 2**31)
+    held_back: float = option(0.1, "share of the data, at its end (of each class), kept for validation", 0, 0.99)
+    eval_every: int | None = option(None, "steps between validations and checkpoints; else an epoch's", 1, 2**31)
+    seed: int = option(0, "of weights, data order and dropout", 0, 2**31)
+    device: str = option("", "cpu, cuda, ...; cuda where there is one")
+    bf16: bool = option(False, "bfloat16 autocast on the CPU too (on CUDA it is always on)")
+    compile: bool = option(False, "torch.compile the model")
 
     def __post_init__(self):
-        for names, low, high in ((("steps", "batch", "block", "accumulate", "eval_every"), 1, 2**31),
-                                 (("dropout", "warmup", "decay", "held_back"), 0, 0.99),
-                                 (("lr", "adam_lr", "clip"), 1e-12, 1e12), (("weight_decay",), 0, 1e3)):
-            for name in names:
-                require(number(getattr(self, name), low, high), f"--{name.replace('_', '-')} {getattr(self, name)}: "
-                        f"expected a number from {low:g} to {high:g}")
-        require(self.size in SIZES, f"--size {self.size}: expected one of {', '.join(SIZES)}")
-        require(self.vocab == 0 or self.vocab >= ByteTokenizer.size, f"--vocab {self.vocab}: expected at least "
+        for f in fields(self):
+            value, (low, high) = getattr(self, f.name), (f.metadata["low"], f.metadata["high"])
+            require(low is None or value is None or number(value, low, high), f"{flag(f.name)} {value}: expected a number "
+                    f"from {low} to {high}")
+        for name, known in (("task", TRAINABLE), ("size", SIZES), ("problem", ("", *PROBLEMS))):
+            require(getattr(self, name) in known, f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(known)}")
+        require(not self.vocab or self.vocab >= ByteTokenizer.size, f"--vocab {self.vocab}: expected at least "
                 f"{ByteTokenizer.size} (all bytes and two specials), or 0 for bytes")
         require(self.batch % self.accumulate == 0, f"--accumulate {self.accumulate}: expected a divisor of --batch "
                 f"{self.batch}")
+        require(self.freeze in ("", "embeddings", "body") or self.freeze.isdecimal(), f"--freeze {self.freeze}: expected "
+                "embeddings, body or a number of layers")
+        require(not self.lora or self.init, f"--lora {self.lora}: expected a pretrained model, --init FOLDER")
+        require(not (self.lora and self.freeze), f"--freeze {self.freeze}: --lora freezes all but the adapters by itself")
+        require(self.steps is None or self.epochs is None, f"--epochs {self.epochs}: expected it or --steps, not both")
+
+    def filled(self) -> TrainOptions:
+        """With what the start (from scratch, pretrained, adapters) and the task say of the options that are None."""
+        start = "lora" if self.lora else "init" if self.init else "scratch"
+        said = STARTS[start] | TASKS[self.task].defaults.get(start, {})
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        length = {"steps", "epochs"}
+        said = {name: value for name, value in said.items() if name not in length or not length & set(given)}
+        return replace(self, **said | given)
 
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+STARTS = {  # where a training starts -> its defaults
+    "scratch": dict(steps=1000, lr=0.02, adam_lr=4e-3, weight_decay=0.1, warmup=0.02, decay=0.6, dropout=0.0, vocab=0),
+    "init": dict(epochs=3, lr=1e-4, adam_lr=5e-4, weight_decay=0.01, warmup=0.06, decay=0.94),
+    "lora": dict(epochs=3, lr=1e-3, adam_lr=1e-3, weight_decay=0.0, warmup=0.06, decay=0.94),
+}
 SIZES = {
-    "nano": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256),
-    "small": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=3, intermediate_size=512),
+    "nano": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4),
+    "small": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=3),
     "medium": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4),
     "large": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4),
 }
+NEW_HEADS = ("classify", "tokens", "qa")  # heads that fine-tuning begins at random
+
+
+def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
+    """The nearest matrix of orthogonal rows or columns, about: Newton-Schulz in Jordan's quintic (2024). In bfloat16 on a
+    GPU; processors without it would take ten times as long as in float32."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = x.shape[0] <= x.shape[1]
+    y = (x if wide else x.t()).to(torch.bfloat16 if x.is_cuda else torch.float32)
+    y = y / y.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = y @ y.t()
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y if wide else y.t()).to(x.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of each matrix is made orthogonal (Jordan 2024); the same as torch.optim.Muon, but that
+    `orthogonal` chooses its precision."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                update = orthogonal(p.grad.lerp(average, momentum))
+                p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
 class MuonAdamW:
-    """Muon (Jordan 2024) for the matrices of the layers, AdamW for embeddings, head, norms and biases, as one."""
+    """Muon for the matrices of the layers, AdamW for embeddings, head, norms and biases, as one optimizer."""
 
     def __init__(self, model: nn.Module, lr: float = 0.02, adam_lr: float = 4e-3, weight_decay: float = 0.1):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name and "head" not in name]
         others = [p for p in named.values() if not any(p is m for m in matrices)]
-        fused = others[0].device.type in ("cuda", "cpu")
-        self.names = {p: name for name, p in named.items()}
-        self.parts = [torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0,
-                                        fused=fused)]
-        if matrices:
-            self.parts.append(torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay))
+        parts = [torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0, fused=True)]
+        self.join(named, parts + [Muon(matrices, lr, weight_decay=weight_decay)] * bool(matrices))
+
+    def join(self, named: dict, parts: list):
+        self.names, self.parts = {p: name for name, p in named.items()}, parts
         for group in self.param_groups:
             group["peak_lr"] = group["lr"]
 
@@ -2139,32 +2223,76 @@ class MuonAdamW:
                                  if key.startswith(prefix)}
 
 
+class FineTuning(MuonAdamW):
+    """AdamW with one rate for what was pretrained and another for a new head; only matrices decay."""
+
+    def __init__(self, model: TinyLM, lr: float, adam_lr: float, weight_decay: float):
+        named, groups = {name: p for name, p in model.named_parameters() if p.requires_grad}, {}
+        require(named, "--freeze: nothing is left to train")
+        for name, p in named.items():
+            new = name.startswith("head.") and model.config.head in NEW_HEADS
+            groups.setdefault((adam_lr if new else lr, weight_decay if p.ndim == 2 else 0.0), []).append(p)
+        self.join(named, [torch.optim.AdamW([dict(params=params, lr=rate, weight_decay=decay) for (rate, decay), params
+                                             in groups.items()], fused=True)])
+
+
 def next_token_labels(batch: dict) -> Tensor:
-    """What a model should say after each token but the last (batch, seq - 1); -100 where it does not matter."""
-    labels, mask = batch.get("labels", batch["input_ids"]), batch.get("attention_mask")
-    if mask is not None and "labels" not in batch:
-        labels = labels.masked_fill(mask == 0, -100)
-    return labels[:, 1:]
+    """What a decoder should say after each token but the last (batch, seq - 1); -100 where it does not matter: at padding
+    and behind it, where nothing stands that the first token could follow from."""
+    mask, labels = batch.get("attention_mask"), batch.get("labels", batch["input_ids"])[:, 1:]
+    return labels if mask is None else labels.masked_fill(mask[:, 1:] * mask[:, :-1] == 0, -100)
 
 
-def next_token_loss(model: nn.Module, batch: dict, bf16: bool = False) -> Tensor:
-    """Sum of the cross-entropies, in nats, of the next tokens of a batch: `input_ids` and, where needed,
-    `attention_mask` and `labels` (batch, seq; not shifted, -100 is ignored, as in Hugging Face)."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
+def target_labels(model: TinyLM, batch: dict) -> Tensor:
+    """What the model's outputs are compared with."""
+    return next_token_labels(batch) if model.config.head == "lm" and model.encoder is None else batch["labels"]
+
+
+def label_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """What a sum of losses is divided by: so many labels that count, or their classes' weights."""
+    if labels.is_floating_point():
+        return labels.new_tensor(labels.numel())
+    labels = labels[labels != -100]
+    return labels.new_tensor(len(labels)) if class_weights is None else class_weights[labels].sum()
+
+
+def loss_sum(model: TinyLM, batch: dict, class_weights: Tensor | None = None, bf16: bool = False) -> Tensor:
+    """Sum over a batch's labels of the loss that goes with the model's head.
+
+    input_ids (batch, seq), attention_mask where there is padding, token_type_ids, decoder_input_ids and labels as in
+    Hugging Face, where -100 is ignored: of a decoder (batch, seq), not shifted, and by default the input; behind an
+    encoder (batch, target); of a masked model and of tokens (batch, seq); of a classifier (batch,), or floats (batch,
+    classes) of several classes, or floats (batch,) of a regression; of an answer (batch, 2), its first and last column.
+    """
+    config, ids, mask, labels, columns = (model.config, batch["input_ids"], batch.get("attention_mask"),
+                                          target_labels(model, batch), None)
+    if config.head == "lm" and model.encoder is None:
+        ids, mask = ids[:, :-1], None if mask is None else mask[:, :-1]
+    if config.head in ("lm", "mlm") and model.encoder is None and "labels" in batch:  # spare the head what does not matter
+        most = int((labels != -100).sum(1).max().clamp(min=1))
+        columns = (labels != -100).int().topk(most).indices
+        labels = labels.gather(1, columns)
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16 or ids.device.type == "cuda"):
-        logits = model(ids[:, :-1], None if mask is None else mask[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), next_token_labels(batch).flatten(), reduction="sum")
+        logits = model(ids, mask, batch.get("token_type_ids"), batch.get("decoder_input_ids"), columns=columns).float()
+    if labels.is_floating_point():
+        loss = F.mse_loss if config.problem_type == "regression" else F.binary_cross_entropy_with_logits
+        return loss(logits.reshape(labels.shape), labels, reduction="sum")
+    if config.head == "qa":  # a distribution over columns, for the start and for the end
+        logits = logits.transpose(1, 2)
+        logits = logits if mask is None else logits.masked_fill(mask[:, None] == 0, -math.inf)
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), class_weights, reduction="sum")
 
 
-def train_step(model: nn.Module, optimizer, batch, max_grad_norm: float = 1.0, accumulate: int = 1,
-               bf16: bool = False) -> Tensor:
-    """One update on a batch of ids (batch, seq), or on a dict as `next_token_loss` takes it, run in `accumulate` parts.
-    Returns the mean loss per token, a detached scalar. The optimizer is `MuonAdamW` or any of torch.optim."""
+def train_step(model: TinyLM, optimizer, batch, max_grad_norm: float = 1.0, accumulate: int = 1, bf16: bool = False,
+               class_weights: Tensor | None = None) -> Tensor:
+    """One update on a batch of ids (batch, seq), or on a dict as `loss_sum` takes it, run in `accumulate` parts.
+    Returns the mean loss per label, a detached scalar. The optimizer is `MuonAdamW` or any of torch.optim."""
     model.train()
     batch = batch if isinstance(batch, dict) else {"input_ids": batch}
-    count, total = (next_token_labels(batch) != -100).sum().clamp(min=1), 0.0
+    batch = {name: tensor for name, tensor in batch.items() if tensor is not None}
+    weight, total = label_weight(target_labels(model, batch), class_weights).clamp(min=1e-9), 0.0
     for rows in zip(*(tensor.chunk(accumulate) for tensor in batch.values())):
-        loss = next_token_loss(model, dict(zip(batch, rows)), bf16) / count
+        loss = loss_sum(model, dict(zip(batch, rows)), class_weights, bf16) / weight
         loss.backward()
         total += loss.detach()
     nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -2173,77 +2301,222 @@ def train_step(model: nn.Module, optimizer, batch, max_grad_norm: float = 1.0, a
     return total
 
 
-class Corpus:
-    """Token ids of a text file, a jsonl file with a `text` field, or a folder of these: `train`, and `val` the tail."""
+class LoRA(Linear):
+    """A frozen projection, and for each part fused in it a trained one of low rank: W x + B A x alpha / rank (Hu et al.
+    2021). Its state dict is the merged projection's, so that a checkpoint needs no adapters."""
 
-    def __init__(self, path, options: TrainOptions, tokenizer=None):
-        texts = read_texts(Path(path))
-        kept, tail = split_tail(texts, options.held_back)
-        self.tokenizer = tokenizer or (train_bpe(kept, options.vocab) if options.vocab else ByteTokenizer())
-        self.seed, self.block, self.batch, self.epoch = options.seed, options.block, options.batch, None
-        self.train, self.val = self.ids(kept), self.ids(tail)
-        self.val_bytes = sum(len(text.encode("utf-8", errors="replace")) for text in tail)
-        require(len(self.train) > self.block, f"{path}: {len(self.train)} tokens to train on, expected more than "
-                f"--block {self.block}")
+    def __init__(self, base: Linear, sizes: tuple, rank: int, alpha: float):
+        nn.Module.__init__(self)
+        self.weight, self.sizes, self.scale = base.weight, sizes, alpha / rank
+        self.register_parameter("bias", base.bias)
+        self.a = nn.Parameter(torch.randn(len(sizes) * rank, base.in_features) * base.in_features ** -0.5)
+        self.b = nn.Parameter(torch.zeros(sum(sizes), rank))
 
-    def ids(self, texts: list) -> Tensor:
-        """One row of ids; texts end with the end-of-text token, but for the last."""
-        end, out = [self.tokenizer.eos_token_id], []
-        for i, text in enumerate(texts):
-            out += end * (i > 0) + self.tokenizer.encode(text)
-        return torch.tensor(out, dtype=torch.int32)
+    def parts(self) -> list:
+        """(A, B) of each part."""
+        return list(zip(self.a.chunk(len(self.sizes)), self.b.split(self.sizes)))
 
-    def draw(self, step: int) -> Tensor:
-        """Windows (batch, block + 1) of a step. An epoch is a shuffle of consecutive blocks from a random first
-        token; all of it depends on seed and step alone, so that a resumed run goes on."""
-        blocks = max((len(self.train) - 1) // self.block - 1, 1)
-        starts = []
-        for i in range(step * self.batch, (step + 1) * self.batch):
-            if i // blocks != self.epoch:
-                self.epoch, order = i // blocks, torch.Generator().manual_seed(self.seed * 1_000_003 + i // blocks)
-                first = torch.randint(min(self.block, len(self.train) - self.block), (), generator=order)
-                self.order = first + self.block * torch.randperm(blocks, generator=order)
-            starts.append(self.order[i % blocks])
-        return self.train[torch.stack(starts)[:, None] + torch.arange(self.block + 1)].long()
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(x, self.a).chunk(len(self.sizes), dim=-1)
+        added = torch.cat([F.linear(part, b) for part, (_, b) in zip(low, self.parts())], dim=-1)
+        return super().forward(x) + added * self.scale
 
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, device, most: int = 2**18) -> tuple[float, float]:
-        """Loss on the tail's first `most` tokens in consecutive blocks: (nats per token, bits per byte)."""
-        model.eval()
-        ids = torch.cat((self.train[-1:], self.val))[:most + 1].long()
-        total = 0.0
-        for rows in range(0, len(ids) - 1, self.block * self.batch):
-            chunk = ids[rows:rows + self.block * self.batch + 1]
-            whole = (len(chunk) - 1) // self.block
-            windows = [chunk[:whole * self.block + 1].unfold(0, self.block + 1, self.block)] if whole else []
-            windows += [chunk[None, whole * self.block:]] if (len(chunk) - 1) % self.block else []
-            total += sum(next_token_loss(model, {"input_ids": w.to(device)}).item() for w in windows)
-        count = len(ids) - 1
-        return total / count, total / (self.val_bytes * count / len(self.val)) / math.log(2)
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        merged = self.weight + torch.cat([b @ a for a, b in self.parts()]) * self.scale
+        destination[prefix + "weight"] = merged if keep_vars else merged.detach()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
 
-def read_texts(path: Path) -> list:
-    """The texts of a file or, sorted by name, of a folder's .txt, .md and .jsonl files."""
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl"))
-        require(files, f"{path}: no .txt, .md or .jsonl file in this folder")
-        return [text for file in files for text in read_texts(file)]
+def add_adapters(lm: TinyLM, rank: int, alpha: float):
+    """Freeze all but a new head, and give every projection of the layers an adapter."""
+    for name, p in lm.named_parameters():
+        p.requires_grad_(name.startswith("head.") and lm.config.head in NEW_HEADS)
+    for name, module in list(lm.named_modules()):
+        if isinstance(module, Linear) and "layers." in name:
+            fused = len(sources(name + ".weight", lm.config.model_type, lm.config.head)[0]) > 1
+            sizes = fused_sizes(name + ".weight", lm.config) if fused else (module.out_features,)
+            parent, _, child = name.rpartition(".")
+            setattr(lm.get_submodule(parent), child, LoRA(module, sizes, rank, alpha))
+
+
+def save_adapter(folder: Path, lm: TinyLM, base: str):
+    """adapter_config.json and adapter_model.safetensors as PEFT names them, after the family's own modules."""
+    config, tensors, targets = lm.config, {}, set()
+    adapters = {name: module for name, module in lm.named_modules() if isinstance(module, LoRA)}
+    for name, module in adapters.items():
+        for theirs, pair in zip(sources(name + ".weight", config.model_type, config.head)[0], module.parts()):
+            theirs = theirs.removesuffix(".weight")
+            targets.add(theirs.split(f".{next(part for part in theirs.split('.') if part.isdigit())}.", 1)[1])
+            tensors |= {f"{theirs}.lora_{kind}.weight": tensor for kind, tensor in zip("AB", pair)}
+    head = {f"head.{name}": p for name, p in lm.head.named_parameters() if p.requires_grad}
+    head = to_checkpoint(head, config, config.model_type)
+    first = next(iter(adapters.values()))
+    kinds = {"lm": "SEQ_2_SEQ_LM" if config.num_encoder_layers else "CAUSAL_LM", "classify": "SEQ_CLS",
+             "tokens": "TOKEN_CLS", "qa": "QUESTION_ANS"}
+    rank = first.b.shape[1]
+    transposed = any(sources(name + ".weight", config.model_type, config.head)[1] is Transposed for name in adapters)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "adapter_model.safetensors",
+                  {f"base_model.model.{name}": tensor for name, tensor in (tensors | head).items()}, {"format": "pt"})
+    write_json(folder / "adapter_config.json", dict(
+        peft_type="LORA", task_type=kinds.get(config.head), base_model_name_or_path=base, inference_mode=True, r=rank,
+        lora_alpha=first.scale * rank, lora_dropout=0.0, bias="none", fan_in_fan_out=transposed,
+        target_modules=sorted(targets), modules_to_save=sorted({name.rpartition(".")[0] for name in head}) or None))
+
+
+def freeze(lm: TinyLM, what: str):
+    """Keep embeddings as they are; and, if `what` is a number, the first layers of each stack; if body, all but the head."""
+    layers = 0 if what == "embeddings" else 2**31 if what == "body" else int(what)
+    for name, p in lm.named_parameters():
+        parts = name.split(".")
+        layer = next((int(part) for part in parts if part.isdigit()), -1)
+        p.requires_grad_(not ("embed" in name or layer in range(layers) or what == "body" and parts[0] != "head"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: files to rows, rows to examples, examples to batches. A row maps roles (text, label, ...) to values; an example is
+# a dict of a model's inputs and labels, one text's, without padding.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def as_text(value) -> str:
+    if isinstance(value, list):
+        value = " ".join(value)
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def as_list(value) -> list:
+    return [str(item) for item in (value.split() if isinstance(value, str) else [*value])]
+
+
+def as_label(value):
+    """A class's name, a list of them, or a number that is no class: one with a decimal point."""
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    if isinstance(value, str):
+        return float(value) if value.count(".") == 1 and value.replace(".", "").lstrip("-").isdecimal() else value
+    return value if isinstance(value, float) else str(int(value))
+
+
+def as_answers(value) -> list:
+    """[(text, where it starts or None)] of SQuAD's answers, of {"text": [...], "answer_start": [...]}, or of plain text."""
+    if isinstance(value, dict):
+        value = [{"text": text, "answer_start": start} for text, start in zip(value["text"], value["answer_start"])]
+    value = [value] if isinstance(value, str) else value
+    return [(item, None) if isinstance(item, str) else (as_text(item["text"]), item["answer_start"]) for item in value]
+
+
+def as_messages(value) -> list:
+    return [{"role": as_text(message["role"]), "content": as_text(message["content"])} for message in value]
+
+
+ROLES = {  # role -> (the option that names its column, the usual names, how it reads, what that is)
+    "messages": ("messages", "messages conversations", as_messages, "a list of role and content"),
+    "text": ("text", "text sentence review content sentence1 premise question1 comment tweet document", as_text, "a string"),
+    "pair": ("pair", "sentence2 hypothesis question2", as_text, "a string"),
+    "words": ("text", "tokens words text sentence", as_list, "a list of words"),
+    "source": ("text", "source text document article dialogue input abstract", as_text, "a string"),
+    "label": ("label", "label labels class category sentiment stars rating score", as_label, "a label or a list of them"),
+    "tags": ("label", "ner_tags tags pos_tags labels label", as_list, "a list of tags"),
+    "target": ("target", "target summary translation tldr highlights output", lambda value: as_text(
+        value[0] if isinstance(value, list) else value), "a string"),
+    "question": ("question", "question query", as_text, "a string"),
+    "context": ("context", "context passage paragraph document text", as_text, "a string"),
+    "answer": ("answer", "answers answer", as_answers, "an answer"),
+    "start": ("", "answer_start start", int, "an integer"),
+}
+OPTIONAL = ("messages", "pair", "start")
+READ_ALOUD = ("text", "pair", "source", "target", "question", "context")  # what a tokenizer is trained on
+
+
+def records(file: Path):
+    """(place, record) of a file: of jsonl, csv, tsv, of SQuAD's json, or one of a plain text."""
     try:
-        content = path.read_text(encoding="utf-8", errors="replace")
+        content = file.read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
-        raise Error(f"{path}: {error.strerror or error}") from None
-    if path.suffix != ".jsonl":
-        return [content]
-    texts = []
-    for n, line in enumerate(content.splitlines(), 1):
+        raise Error(f"{file}: {error.strerror or error}") from None
+    if file.suffix == ".jsonl":
+        for n, line in enumerate(content.split("\n"), 1):  # and at no other end of line: JSON may hold U+2028 in a string
+            if line.strip():
+                try:
+                    yield f"{file}, line {n}", json.loads(line)
+                except ValueError:
+                    raise Error(f"{file}, line {n}: {line[:60]!r}, expected a JSON object") from None
+    elif file.suffix in (".csv", ".tsv"):
+        csv.field_size_limit(2**31 - 1)
+        table = csv.DictReader(io.StringIO(content, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",")
+        for record in table:
+            yield f"{file}, line {table.line_num}", record
+    elif file.suffix == ".json":
+        for article in read_json(file).get("data", ()):
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    yield f"{file}, question {question.get('id')}", question | {"context": paragraph["context"]}
+    else:
+        yield str(file), {"text": content}
+
+
+def read_rows(path: Path, options: TrainOptions) -> list:
+    """Rows of a file or, sorted by name, of a folder's files, with the roles that the task needs.
+
+    Raises Error where a column is missing or has something else in it.
+    """
+    suffixes = (".txt", ".md", ".jsonl", ".csv", ".tsv", ".json")
+    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes) if path.is_dir() else [path]
+    require(files, f"{path}: no {', '.join(suffixes)} file in this folder")
+    rows = []
+    for file in files:
         try:
-            row = json.loads(line) if line.strip() else {"text": ""}
-        except ValueError:
-            row = None
-        require(isinstance(row, dict) and isinstance(row.get("text"), str), f"{path}, line {n}: {line[:60]!r}, expected "
-                "an object with a string `text`")
-        texts += [row["text"]] if row["text"] else []
-    return texts
+            for where, record in records(file):
+                rows.append(read_row(where, record, options))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Error(f"{file}: expected SQuAD's json: data, paragraphs, qas ({error!r})") from None
+    require(rows, f"{path}: no rows")
+    return rows
+
+
+def read_row(where: str, record, options: TrainOptions) -> dict:
+    require(isinstance(record, dict), f"{where}: {str(record)[:60]!r}, expected an object")
+    columns, row = {str(name).lower(): name for name in record}, {}
+    for role in TASKS[options.task].roles:
+        option, names, read, kind = ROLES[role]
+        given = getattr(options, option, "")
+        column = given if given else next((columns[name] for name in names.split() if name in columns), None)
+        if column is None and (role in OPTIONAL or "messages" in row):
+            continue
+        require(column in record, f"{where}: no column {given or ' or '.join(names.split())} for the {role} (columns: "
+                f"{', '.join(map(str, record))[:200]})" + (f"; {flag(option)} names it" if option and not given else ""))
+        try:
+            row[role] = read(record[column])
+        except (TypeError, ValueError, KeyError):
+            raise Error(f"{where}: {column} = {str(record[column])[:60]!r}, expected {kind}") from None
+    if "start" in row:
+        row["answer"] = [(text, row["start"]) for text, _ in row["answer"]]
+    return row
+
+
+def digest(*paths) -> str:
+    """Of all bytes below the paths: a run is gone on with on the data that it began with."""
+    total = hashlib.sha256()
+    for path in map(Path, paths):
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+def split_rows(rows: list, share: float) -> tuple[list, list]:
+    """Rows before and after the point that leaves `share` of them behind it: of their characters where they are texts, of
+    each class where they have one label."""
+    if set(rows[0]) == {"text"}:
+        kept, tail = split_tail([row["text"] for row in rows], share)
+        return [{"text": text} for text in kept], [{"text": text} for text in tail]
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["label"] if isinstance(row.get("label"), str) else None, []).append(row)
+    cuts = [(group, len(group) - round(len(group) * share)) for group in groups.values()]
+    return [row for group, cut in cuts for row in group[:cut]], [row for group, cut in cuts for row in group[cut:]]
 
 
 def split_tail(texts: list, share: float) -> tuple[list, list]:
@@ -2257,42 +2530,630 @@ def split_tail(texts: list, share: float) -> tuple[list, list]:
     return kept, []
 
 
-def train_bpe(texts: list, vocab: int) -> Tokenizer:
-    """A byte-level BPE of `vocab` tokens, trained by the `tokenizers` library."""
+def limit(lm: TinyLM, block: int) -> int:
+    """Tokens that a text may have."""
+    return min(block, lm.config.max_position_embeddings) if lm.config.position in LIMITED else block
+
+
+def text_example(lm: TinyLM, block: int, text: str, pair: str | None = None) -> tuple:
+    """A text, or two, as (example, its encoding, which of its columns are kept): specials, and as much as fits, cut at
+    the end of the longer text."""
+    encoding = lm.tokenizer.encoding(text, pair)
+    parts = {part: [c for c, p in enumerate(encoding.sequence_ids) if p == part] for part in (None, 0, 1)}
+    texts = [parts[0], parts[1]]
+    for _ in range(len(encoding.ids) - limit(lm, block)):
+        max(texts, key=len).pop()
+    kept = sorted(parts[None] + texts[0] + texts[1])
+    return columns_example(lm, encoding, kept), encoding, kept
+
+
+def columns_example(lm: TinyLM, encoding, kept: list) -> dict:
+    example = {"input_ids": [encoding.ids[c] for c in kept] or [*lm.ends(), 0][:1]}
+    if lm.config.type_vocab_size > 1:
+        example["token_type_ids"] = [encoding.type_ids[c] for c in kept] or [0]
+    return example
+
+
+def collate(lm: TinyLM, examples: list, seed: int = 0) -> dict:
+    """Examples as a batch, padded on the right to the longest; what a masked model is to guess depends on the seed."""
+    pad, batch = lm.config.pad_token_id or 0, {}
+    for name, padding in dict(input_ids=pad, token_type_ids=0, decoder_input_ids=pad, labels=-100).items():
+        values = [torch.as_tensor(example[name]) for example in examples if name in example]
+        if values:
+            stacked = values[0].ndim == 0
+            batch[name] = torch.stack(values) if stacked else nn.utils.rnn.pad_sequence(values, True, padding)
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    if lengths.min() < lengths.max():
+        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    if "guess" in examples[0]:
+        batch |= masked(lm, batch["input_ids"], torch.Generator().manual_seed(seed))
+    return {name: (tensor.long() if not tensor.is_floating_point() else tensor).to(lm.device)
+            for name, tensor in batch.items()}
+
+
+def masked(lm: TinyLM, ids: Tensor, generator: torch.Generator) -> dict:
+    """15% of the tokens to be guessed: 80% of them masked, 10% replaced, 10% as they are (Devlin et al. 2019)."""
+    ids = ids.long()
+    special = torch.isin(ids, torch.tensor([*lm.tokenizer.encode(""), lm.config.pad_token_id or 0]))
+    dice, chosen = torch.rand(ids.shape, generator=generator), torch.rand(ids.shape, generator=generator) < 0.15
+    chosen &= ~special
+    other = torch.randint(lm.tokenizer.size, ids.shape, generator=generator)
+    shown = torch.where(dice < 0.8, torch.full_like(ids, mask_token(lm)[1]), torch.where(dice < 0.9, other, ids))
+    return {"input_ids": torch.where(chosen, shown, ids), "labels": ids.masked_fill(~chosen, -100)}
+
+
+def mask_token(lm: TinyLM) -> tuple[str, int]:
+    """Text and id of the token that hides another."""
+    text = special_tokens(lm.tokenizer.files).get("mask_token")
+    found = lm.tokenizer.backend.token_to_id(text) if text else None
+    require(found is not None, "tokenizer_config.json: no mask_token")
+    return text, found
+
+
+class Batches:
+    """An epoch's examples in batches of similar length, shuffled twice; all of it depends on seed and step alone, so that
+    a resumed run goes on."""
+
+    def __init__(self, lm: TinyLM, epoch, batch: int, seed: int):
+        self.lm, self.epoch, self.batch, self.seed, self.number = lm, epoch, batch, seed, None
+        self.per_epoch = -(-len(epoch(torch.Generator())) // batch)
+
+    def draw(self, step: int) -> dict:
+        number, i = divmod(step, self.per_epoch)
+        if number != self.number:
+            self.number, generator = number, torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            examples = self.epoch(generator)
+            order = torch.randperm(len(examples), generator=generator).tolist()
+            order.sort(key=lambda j: len(examples[j]["input_ids"]))  # equal lengths stay shuffled
+            parts = [order[j:j + self.batch] for j in range(0, len(order), self.batch)]
+            self.batches = [[examples[j] for j in parts[k]] for k in torch.randperm(len(parts), generator=generator)]
+        return collate(self.lm, self.batches[i], self.seed * 1_000_003 + step)
+
+
+def similar(examples: list, batch: int) -> list:
+    """Indices of examples in batches of similar length, the longest first."""
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
+    return [order[i:i + batch] for i in range(0, len(order), batch)]
+
+
+@torch.no_grad()
+def outputs(lm: TinyLM, examples: list, batch: int = 32) -> list:
+    """What the head says of each example, on the CPU and without padding."""
+    found = [None] * len(examples)
+    for indices in similar(examples, batch):
+        inputs = collate(lm.eval(), [examples[i] for i in indices])
+        said = lm(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("token_type_ids")).float().cpu()
+        for i, row in zip(indices, said):
+            found[i] = row if lm.config.head == "classify" else row[:len(examples[i]["input_ids"])]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks: how rows become examples, what their figures are, and how a model answers. What makes examples returns a function
+# of a random generator that gives an epoch's; without one, all of them in order.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def lm_examples(lm: TinyLM, rows: list, block: int):
+    """Blocks of the texts, one after the other with the end-of-text token between them; or chats, where the assistant's
+    words are learnt."""
+    if "messages" in rows[0]:
+        chats = [chat_example(lm, row["messages"], block) for row in rows]
+        return lambda generator: chats
+    end, ids, texts = [*lm.ends()][:1], [], [row["text"] for row in rows if row["text"]]
+    for i, text in enumerate(texts):
+        ids += end * (i > 0) + lm.tokenizer.encode(text)
+    cut, share = blocks(ids, limit(lm, block), 1), text_bytes(texts) / max(len(ids), 1)
+    return lambda generator: [{"input_ids": part, "bytes": share * (len(part) - 1)} for part in cut(generator)]
+
+
+def mlm_examples(lm: TinyLM, rows: list, block: int):
+    """Blocks of the texts, one after the other, with the tokenizer's specials around each block."""
+    special = torch.tensor(lm.tokenizer.encode(""), dtype=torch.long)
+    ids = [token for row in rows for token in lm.tokenizer.encode(row["text"], special=False)]
+    cut = blocks(ids, limit(lm, block) - len(special))
+    return lambda generator: [{"input_ids": torch.cat((special[:1], part, special[1:])), "guess": True}
+                              for part in cut(generator)]
+
+
+def text_bytes(texts: list) -> int:
+    return sum(len(text.encode("utf-8", errors="replace")) for text in texts)
+
+
+def blocks(ids: list, step: int, more: int = 0):
+    """A function of a random generator: consecutive blocks from a random first token on, or all of them without one. Each
+    has `more` tokens of the next."""
+    ids, count = torch.tensor(ids, dtype=torch.long), max(len(ids) - more, 0) // step
+
+    def cut(generator) -> list:
+        first, last = 0, len(ids) - more
+        if generator is not None and count:
+            first = int(torch.randint(min(step, len(ids) - step), (), generator=generator)) if len(ids) > step else 0
+            last = first + max(count - 1, 1) * step
+        return [ids[i:min(i + step, last) + more] for i in range(first, last, step)] if count or generator is None else []
+
+    return cut
+
+
+def chat_example(lm: TinyLM, messages: list, block: int) -> dict:
+    ids, labels, done = [], [], ""
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt, whole = (chat_prompt(lm.tokenizer, messages[:i + n], n == 0) for n in (0, 1))
+            require(prompt.startswith(done) and whole.startswith(prompt), "messages: the chat template does not write a "
+                    "conversation as the beginning of a longer one")
+            asked, said = (lm.tokenizer.encode(text, special=False) for text in (prompt[len(done):], whole[len(prompt):]))
+            ids, labels, done = ids + asked + said, labels + [-100] * len(asked) + said, whole
+    require(ids, f"messages: {str(messages)[:60]!r} has nothing that the assistant says")
+    return {"input_ids": ids[:limit(lm, block)], "labels": labels[:limit(lm, block)]}
+
+
+def classify_examples(lm: TinyLM, rows: list, block: int):
+    examples, kind = [], lm.config.problem_type
+    for row in rows:
+        example, label = text_example(lm, block, row["text"], row.get("pair"))[0], row.get("label")
+        if label is not None and kind == "regression":
+            example["labels"] = label_number(label)
+        elif label is not None and kind == "multi_label_classification":
+            ids = {label_id(lm, name) for name in ([label] if isinstance(label, str) else label)}
+            example["labels"] = [float(i in ids) for i in range(lm.config.num_labels)]
+        elif label is not None:
+            example["labels"] = label_id(lm, label)
+        examples.append(example)
+    return lambda generator: examples
+
+
+def label_number(label) -> float:
     try:
-        from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
+        return float(label)
+    except (TypeError, ValueError):
+        raise Error(f"label {label!r}: expected a number, as the model is a regression") from None
+
+
+def label_id(lm: TinyLM, name) -> int:
+    ids = {label: i for i, label in lm.config.id2label.items()}
+    require(str(name) in ids, f"label {name!r}: expected one of {', '.join(ids)[:200]}")
+    return ids[str(name)]
+
+
+def label_changes(rows: list, options: TrainOptions, known: dict | None) -> dict:
+    """id2label and problem_type as the labels are, for a Config; labels that a checkpoint knows keep their numbers."""
+    labels = [row["label"] for row in rows if "label" in row]
+    looks = "multi" if any(isinstance(label, list) for label in labels) else \
+        "regression" if any(isinstance(label, float) for label in labels) else "single"
+    problem = PROBLEMS[options.problem or looks] if labels else None
+    if problem == "regression":
+        return dict(id2label={0: "LABEL_0"}, problem_type=problem)
+    names = {str(name) for label in labels for name in (label if isinstance(label, list) else [label])}
+    names |= {tag for row in rows for tag in row.get("tags", ())}
+    if not names <= set((known or {}).values()):
+        known = dict(enumerate(sorted(names, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))))
+    return dict(id2label=known, problem_type=problem) if names else {}
+
+
+def class_weights(config: Config, examples: list) -> Tensor:
+    """Weights (labels,) by which all classes count alike, whatever their share of the examples."""
+    labels = torch.cat([torch.as_tensor(example["labels"]).flatten() for example in examples])
+    require(config.problem_type in (None, PROBLEMS["single"]) and config.id2label, "--class-weights: expected one label of each "
+            "text or word")
+    counts = torch.bincount(labels[labels != -100], minlength=config.num_labels)
+    return counts.sum() / (len(counts) * counts.clamp(min=1)).float()
+
+
+def tokens_examples(lm: TinyLM, rows: list, block: int):
+    """Words joined by spaces; the first token of each word has its tag."""
+    examples = []
+    for row in rows:
+        words, tags = row["words"], row.get("tags")
+        require(tags is None or len(tags) == len(words), f"{len(tags or ())} tags for the {len(words)} words "
+                f"{' '.join(words)[:60]!r}")
+        example, encoding, kept = text_example(lm, block, " ".join(words))
+        example["row"], word_at = row, [i for i, word in enumerate(words) for _ in word + " "]
+        example["first"] = firsts = {}  # word -> its first column
+        for c, column in enumerate(kept):
+            start, end = encoding.offsets[column]
+            if encoding.sequence_ids[column] is not None and end > start:  # a token may begin with the space before it
+                firsts.setdefault(word_at[end - 1], c)
+        if tags is not None:
+            example["labels"] = [-100] * len(kept)
+            for word, c in firsts.items():
+                example["labels"][c] = label_id(lm, tags[word])
+        examples.append(example)
+    return lambda generator: examples
+
+
+def qa_examples(lm: TinyLM, rows: list, block: int):
+    """Question and context; a long context in windows that overlap. The label of a window without the answer is its first
+    column twice."""
+    examples = []
+    for i, row in enumerate(rows):
+        encoding = lm.tokenizer.encoding(row["question"], row["context"])
+        inside = [c for c, part in enumerate(encoding.sequence_ids) if part == 1]
+        before = [c for c in range(len(encoding.ids)) if not inside or c < inside[0]]
+        after = [c for c in range(len(encoding.ids)) if inside and c > inside[-1]]
+        room = limit(lm, block) - len(before) - len(after)
+        require(room > 1, f"question {row['question'][:60]!r}: {len(before)} tokens leave no room for the context in {block}")
+        shared = min(128, room // 2)
+        for first in range(0, max(len(inside) - overlap, 1), room - overlap):
+            kept = before + inside[first:first + room] + after
+            offsets = [encoding.offsets[c] if encoding.sequence_ids[c] == 1 else None for c in kept]
+            example = columns_example(lm, encoding, kept) | dict(row=row, number=i, offsets=offsets)
+            if "answer" in row:
+                example["labels"] = answer_columns(offsets, row)
+            examples.append(example)
+    return lambda generator: examples
+
+
+def answer_columns(offsets: list, row: dict) -> list:
+    """First and last column of a row's first answer, if the window has the whole of it."""
+    text, start = row["answer"][0] if row["answer"] else ("", -1)
+    start = row["context"].find(text) if start is None else start
+    shown = [offset for offset in offsets if offset]
+    inside = [c for c, offset in enumerate(offsets) if offset and offset[1] > start and offset[0] < start + len(text)]
+    whole = start >= 0 and inside and shown[0][0] <= start and start + len(text) <= shown[-1][1]
+    return [inside[0], inside[-1]] if whole else [0, 0]
+
+
+def seq2seq_examples(lm: TinyLM, rows: list, block: int):
+    examples, end, start = [], [*lm.ends()][:1], int(lm._prompt(torch.zeros(1, 1, dtype=torch.long)))
+    for row in rows:
+        example = text_example(lm, block, row["source"])[0] | {"row": row}
+        if "target" in row:
+            labels = lm.tokenizer.encode(row["target"])
+            labels = labels[:-1] if labels[-1:] == end else labels
+            example["labels"] = labels[:limit(lm, block) - 1] + end
+            example["decoder_input_ids"] = [start, *example["labels"][:-1]]
+        examples.append(example)
+    return lambda generator: examples
+
+
+def text_figures(lm: TinyLM, examples: list, batch: int) -> dict:
+    total = weight = 0.0
+    for i, indices in enumerate(similar(examples, batch)):
+        inputs = collate(lm.eval(), [examples[j] for j in indices], seed=i)
+        with torch.no_grad():
+            total += loss_sum(lm, inputs).item()
+        weight += label_weight(target_labels(lm, inputs)).item()
+    nats, size = total / max(weight, 1), sum(example.get("bytes", 0) for example in examples)
+    figures = {"nats/token": nats} | ({"bits/byte": total / size / math.log(2)} if size and lm.config.head == "lm" else {})
+    return figures | {"perplexity": math.exp(min(nats, 700))}
+
+
+def f1(right: float, said: float, true: float) -> float:
+    return 2 * right / (said + true) if said + true else 0.0
+
+
+def macro_f1(said: Tensor, true: Tensor) -> float:
+    """Mean over the classes that occur of the F1 of said and true, (texts, classes) each."""
+    scores = [f1(*counts) for counts in zip((said & true).sum(0).tolist(), said.sum(0).tolist(), true.sum(0).tolist())
+              if counts[1] + counts[2]]
+    return sum(scores) / max(len(scores), 1)
+
+
+def classify_figures(lm: TinyLM, examples: list, batch: int) -> dict:
+    logits, kind = torch.stack(outputs(lm, examples, batch)), lm.config.problem_type
+    labels = torch.tensor([example["labels"] for example in examples])
+    if kind == "regression":
+        pair = torch.stack((logits.flatten(), labels.flatten()))
+        return {"mean squared error": F.mse_loss(*pair).item(), "correlation": pair.corrcoef()[0, 1].item()}
+    if kind == "multi_label_classification":
+        said, true = logits > 0, labels > 0
+    else:
+        said, true = (F.one_hot(classes, lm.config.num_labels).bool() for classes in (logits.argmax(-1), labels))
+    return {"accuracy": (said == true).all(-1).float().mean().item(), "macro F1": macro_f1(said, true)}
+
+
+def spans(tags: list) -> list:
+    """(kind, first, behind the last) of each run of tags of one kind; B- begins another."""
+    found, last = [], None
+    for i, tag in enumerate(tags):
+        kind = tag[2:] if tag[:2] in ("B-", "I-") else tag
+        if kind == last and tag[:2] != "B-":
+            found[-1] = (*found[-1][:2], i + 1)
+        else:
+            found.append((kind, i, i + 1))
+        last = kind
+    return [span for span in found if span[0] != "O"]
+
+
+def tokens_figures(lm: TinyLM, examples: list, batch: int) -> dict:
+    right = words = both = said_spans = true_spans = 0
+    for example, logits in zip(examples, outputs(lm, examples, batch)):
+        said = [lm.config.id2label[int(logits[c].argmax())] for c in example["first"].values()]
+        true = [example["row"]["tags"][word] for word in example["first"]]
+        right, words = right + sum(map(str.__eq__, said, true)), words + len(true)
+        said, true = set(spans(said)), set(spans(true))
+        both, said_spans, true_spans = both + len(said & true), said_spans + len(said), true_spans + len(true)
+    return {"entity F1": f1(both, said_spans, true_spans), "accuracy": right / max(words, 1)}
+
+
+def best_spans(lm: TinyLM, examples: list, batch: int, longest: int = 30) -> list:
+    """The likeliest answer of each question over its windows: {answer, score, start, end}. The score is the probability of
+    its first column times that of its last, among the context's columns and the first one, which stands for none."""
+    best = {}
+    for example, logits in zip(examples, outputs(lm, examples, batch)):
+        context, offsets = example["row"]["context"], example["offsets"]
+        inside = torch.tensor([offset is not None for offset in offsets])
+        shown = inside.clone()
+        shown[0] = True
+        p = logits.masked_fill(~shown[:, None], -math.inf).softmax(0) * inside[:, None]
+        scores = (p[:, :1] * p[:, 1]).triu().tril(longest - 1)
+        first, last = divmod(int(scores.argmax()), len(offsets))
+        (start, _), (_, end) = offsets[first] or (0, 0), offsets[last] or (0, 0)
+        while 0 < start < end and context[start - 1:start + 1].isalnum():  # whole words
+            start -= 1
+        while start < end < len(context) and context[end - 1:end + 1].isalnum():
+            end += 1
+        found = dict(answer=context[start:end].strip(), score=scores[first, last].item(), start=start, end=end)
+        best[example["number"]] = max(found, best.get(example["number"], found), key=lambda answer: answer["score"])
+    return [best[number] for number in sorted(best)]
+
+
+def plain(text: str) -> list:
+    """Words without case, punctuation and articles, as SQuAD compares them (Rajpurkar et al. 2016)."""
+    text = "".join(char for char in text.lower() if char not in string.punctuation)
+    return [word for word in text.split() if word not in ("a", "an", "the")]
+
+
+def overlap(said: str, true: str) -> float:
+    """F1 of the words of two answers."""
+    said, true = plain(said), plain(true)
+    return f1((Counter(said) & Counter(true)).total(), len(said), len(true)) if said and true else float(said == true)
+
+
+def qa_figures(lm: TinyLM, examples: list, batch: int) -> dict:
+    rows = {example["number"]: example["row"] for example in examples}
+    pairs = [(found["answer"], [text for text, _ in row["answer"]] or [""])
+             for found, row in zip(best_spans(lm, examples, batch), rows.values())]
+    return {"span F1": sum(max(overlap(said, text) for text in true) for said, true in pairs) / len(pairs),
+            "exact match": sum(any(plain(said) == plain(text) for text in true) for said, true in pairs) / len(pairs)}
+
+
+def written_figures(lm: TinyLM, examples: list, batch: int) -> dict:
+    """Perplexity; and BLEU and ROUGE of what the model writes, each if its library is installed."""
+    figures, true = text_figures(lm, examples, batch), [example["row"]["target"] for example in examples]
+    bleu, rouge = (importlib.util.find_spec(name) for name in ("sacrebleu", "rouge_score"))
+    said = continuations(lm, examples, batch) if bleu or rouge else []
+    if bleu:
+        import sacrebleu
+        figures["BLEU"] = sacrebleu.corpus_bleu(said, [true]).score
+    if rouge:
+        from rouge_score.rouge_scorer import RougeScorer
+        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+        scores = [scorer.score(*pair) for pair in zip(true, said)]
+        figures |= {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in scores[0]}
+    return figures
+
+
+def continuations(lm: TinyLM, examples: list, batch: int, max_new_tokens: int | None = None) -> list:
+    """What a language model writes behind each text."""
+    texts, ends = [""] * len(examples), lm.ends()
+    for indices in similar(examples, batch):
+        inputs = collate(lm.eval(), [examples[i] for i in indices])
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        new = lm.generate(ids, mask, max_new_tokens=max_new_tokens)[:, 1 if lm.encoder is not None else ids.shape[1]:].tolist()
+        for i, row in zip(indices, new):
+            texts[i] = lm.tokenizer.decode(row[:next((k for k, token in enumerate(row) if token in ends), len(row))])
+    return texts
+
+
+def text_answers(lm: TinyLM, texts: list, options) -> list:
+    examples = [columns_example(lm, encoding, list(range(len(encoding.ids)))) for encoding in map(lm.tokenizer.encoding, texts)]
+    return [[{"generated_text": text}] for text in continuations(lm, examples, options.batch, options.max_new_tokens)]
+
+
+def classify_answers(lm: TinyLM, texts: list, options) -> list:
+    """Classes and their scores, the best first. A tab divides a text from a second one."""
+    examples = [text_example(lm, LONGEST, *text.split("\t", 1))[0] for text in texts]
+    one = lm.config.num_labels == 1 or lm.config.problem_type == "multi_label_classification"
+    score = (lambda x: x) if lm.config.problem_type == "regression" else torch.sigmoid if one else lambda x: x.softmax(-1)
+    found = [score(logits).tolist() for logits in outputs(lm, examples, options.batch)]
+    return [sorted(({"label": lm.config.id2label[i], "score": s} for i, s in enumerate(scores)), key=lambda a: -a["score"])
+            [:options.top_k] for scores in found]
+
+
+def tokens_answers(lm: TinyLM, texts: list, options) -> list:
+    """Entities: neighbouring tokens of one kind, with the mean of their scores."""
+    parts, found = [text_example(lm, LONGEST, text) for text in texts], []
+    for text, (_, encoding, kept), logits in zip(texts, parts, outputs(lm, [part[0] for part in parts], options.batch)):
+        columns = [c for c, column in enumerate(kept) if encoding.sequence_ids[column] is not None]
+        scores, tags = logits.softmax(-1)[columns].max(-1) if columns else (torch.zeros(0), torch.zeros(0))
+        places = [encoding.offsets[kept[c]] for c in columns]
+        found.append([dict(entity_group=kind, word=text[places[first][0]:places[end - 1][1]].strip(),
+                           score=scores[first:end].mean().item(), start=places[first][0], end=places[end - 1][1])
+                      for kind, first, end in spans([lm.config.id2label[int(tag)] for tag in tags])])
+    return found
+
+
+def qa_answers(lm: TinyLM, texts: list, options) -> list:
+    """A tab divides a question from its context, if all have not the same one."""
+    pairs = [[text, options.context] if options.context else text.split("\t", 1) for text in texts]
+    for text, pair in zip(texts, pairs):
+        require(len(pair) == 2, f"{text[:60]!r}: expected --context, or the question, a tab and the context")
+    examples = qa_examples(lm, [dict(zip(("question", "context"), pair)) for pair in pairs], 384)(None)
+    return [[answer] for answer in best_spans(lm, examples, options.batch)]
+
+
+def mlm_answers(lm: TinyLM, texts: list, options) -> list:
+    """The likeliest tokens in the place of each <mask> (or what the tokenizer calls it)."""
+    name, mask = mask_token(lm)
+    examples = [text_example(lm, LONGEST, text.replace("<mask>", name))[0] for text in texts]
+    found = []
+    for text, example, logits in zip(texts, examples, outputs(lm, examples, options.batch)):
+        ids = example["input_ids"]
+        require(mask in ids, f"{text[:60]!r}: expected {name} or <mask> in it")
+        top = [(c, *pair) for c in range(len(ids)) if ids[c] == mask
+               for pair in zip(*(x.tolist() for x in logits[c].softmax(-1).topk(options.top_k)))]
+        found.append([dict(token_str=lm.tokenizer.decode([token]), score=score,
+                           sequence=lm.tokenizer.decode(ids[:c] + [token] + ids[c + 1:])) for c, score, token in top])
+    return found
+
+
+POOLINGS = {  # of sentence-transformers -> states (seq, hidden) as one vector
+    "pooling_mode_cls_token": lambda states: states[0],
+    "pooling_mode_mean_tokens": lambda states: states.mean(0),
+    "pooling_mode_max_tokens": lambda states: states.amax(0),
+    "pooling_mode_mean_sqrt_len_tokens": lambda states: states.sum(0) / len(states) ** 0.5,
+    "pooling_mode_lasttoken": lambda states: states[-1],
+}
+
+
+def embeddings(lm: TinyLM, texts: list, options) -> list:
+    """Vectors as the files of sentence-transformers say: pooled, and normalised where modules.json has it; else the mean."""
+    read = lambda name: read_json(options.folder / name) if (options.folder / name).exists() else {}  # noqa: E731
+    chosen = [pool for name, pool in POOLINGS.items() if read("1_Pooling/config.json").get(name)] or [POOLINGS[
+        "pooling_mode_mean_tokens"]]
+    longest, modules = read("sentence_bert_config.json").get("max_seq_length") or LONGEST, options.folder / "modules.json"
+    unit = modules.exists() and "Normalize" in modules.read_text(encoding="utf-8")
+    found = []
+    for states in outputs(lm, [text_example(lm, longest, text)[0] for text in texts], options.batch):
+        vector = torch.cat([pool(states) for pool in chosen])
+        found.append([{"embedding": (F.normalize(vector, dim=0) if unit else vector).tolist()}])
+    return found
+
+
+@dataclass(frozen=True)
+class Task:
+    head: str | None
+    family: str | None          # of a model from scratch
+    roles: tuple                # of its rows
+    examples: Callable | None   # (lm, rows, block) -> a function of a random generator
+    figures: Callable | None    # (lm, examples, batch) -> {name: figure}, the one that chooses the best first
+    answers: Callable           # (lm, texts, options of `run`) -> for each text a list of dicts
+    report: Callable | None = None                # as figures, where `eval` has more time
+    defaults: dict = field(default_factory=dict)  # start -> what differs from STARTS
+
+
+SCRATCH = dict(steps=None, epochs=20, vocab=4096, dropout=0.3, lr=0.01, adam_lr=2e-3)
+TASKS = {
+    "lm": Task("lm", "qwen3", ("messages", "text"), lm_examples, text_figures, text_answers, defaults={
+        "scratch": dict(eval_every=250)}),
+    "mlm": Task("mlm", "bert", ("text",), mlm_examples, text_figures, mlm_answers, defaults={"scratch": SCRATCH | dict(dropout=0.0)}),
+    "classify": Task("classify", "bert", ("text", "pair", "label"), classify_examples, classify_figures, classify_answers, defaults={
+        "scratch": SCRATCH}),
+    "tokens": Task("tokens", "bert", ("words", "tags"), tokens_examples, tokens_figures, tokens_answers, defaults={"scratch": SCRATCH}),
+    "qa": Task("qa", "bert", ("question", "context", "answer", "start"), qa_examples, qa_figures, qa_answers, defaults={
+        "scratch": SCRATCH, "init": dict(lr=3e-4, epochs=6)}),
+    "seq2seq": Task("lm", "t5", ("source", "target"), seq2seq_examples, text_figures, text_answers, written_figures, {
+        "scratch": SCRATCH | dict(dropout=0.1)}),
+    "embed": Task(None, None, (), None, None, embeddings),
+}
+TRAINABLE = tuple(name for name, task in TASKS.items() if task.examples)
+PROBLEMS = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
+LEAST = ("nats/token", "mean squared error")  # figures of which less is better
+LONGEST = 512  # tokens of a text that `run` reads, where the model has no limit of its own
+
+
+def task_of(config: Config) -> str:
+    return "seq2seq" if config.num_encoder_layers else config.head or "embed"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+def train_bpe(texts: list, vocab: int, encoder: bool = False) -> Tokenizer:
+    """A byte-level BPE of `vocab` tokens, trained by the `tokenizers` library; an encoder's has BERT's specials."""
+    try:
+        from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, processors, trainers
     except ImportError:
-        raise Error("--vocab needs `pip install tokenizers`; without it, tokens are bytes") from None
+        raise Error("a tokenizer for this needs `pip install tokenizers`; without it, tokens of decoders are bytes") from None
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=encoder)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(ByteTokenizer.specials), show_progress=False,
+    special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"] if encoder else list(ByteTokenizer.specials)
+    trainer = trainers.BpeTrainer(vocab_size=max(vocab, 256 + len(special)), special_tokens=special, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(texts, trainer)
+    named = json.loads(tokenizer_config(*((special[2], special[0]) if encoder else special)))
+    if encoder:
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+        named |= dict(cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
     return Tokenizer({"tokenizer.json": backend.to_str().encode("utf-8"),
-                      "tokenizer_config.json": tokenizer_config(*ByteTokenizer.specials)})
+                      "tokenizer_config.json": json.dumps(named, indent=2).encode("utf-8")})
 
 
-def rate(step: int, options: TrainOptions) -> float:
+def new_model(rows: list, options: TrainOptions) -> TinyLM:
+    """A model of the task's family for the rows; what adds to the residual stream starts at zero, so that training
+    starts smoothly."""
+    task = TASKS[options.task]
+    encoder, row = task.family == "bert", FAMILIES[task.family]
+    texts = [" ".join(row[role]) if role == "words" else row[role] for row in rows for role in READ_ALOUD if role in row]
+    tokenizer = train_bpe(texts, options.vocab, encoder) if options.vocab or encoder else ByteTokenizer()
+    size = SIZES[options.size]
+    ours = size | dict(
+        vocab_size=-(-tokenizer.size // 64) * 64, num_encoder_layers=size["num_hidden_layers"], tie_word_embeddings=True,
+        head_dim=size["hidden_size"] // size["num_attention_heads"], max_position_embeddings=max(options.block, 1024),
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id)
+    raw = {keys(row.fields[name])[0]: value for name, value in ours.items() if name in row.fields}
+    config = config_from_hf({"model_type": task.family} | raw, head=task.head)
+    torch.manual_seed(options.seed)
+    lm = TinyLM(replace(config, **label_changes(rows, options, None), **dropouts(config, options.dropout)))
+    for block in (module for module in lm.modules() if isinstance(module, Block)):
+        nn.init.zeros_(block.attention.o.weight), nn.init.zeros_(block.mlp.down.weight)
+    if config.scale_logits:  # then an embedding is as large as a state
+        nn.init.normal_(lm.embed.weight)
+    lm.tokenizer = tokenizer
+    return lm
+
+
+def dropouts(config: Config, p: float | None) -> dict:
+    """Changes of a Config; attention's own, which keeps the fast kernels out, is never raised."""
+    return {} if p is None else dict(hidden_dropout=p, embedding_dropout=p, head_dropout=p,
+                                     attention_dropout=min(p, config.attention_dropout))
+
+
+def opened_model(folder: Path, rows: list, options: TrainOptions) -> TinyLM:
+    """A checkpoint in fp32, with the task's head and the rows' labels."""
+    head = TASKS[options.task].head
+    config = config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"), "config" if head == "lm" else head)
+    torch.manual_seed(options.seed)  # of a new head
+    changes = label_changes(rows, options, config.id2label) | dropouts(config, options.dropout)
+    lm = TinyLM.from_pretrained(folder, torch.float32, head="config" if head == "lm" else head, **changes)
+    require(task_of(lm.config) == options.task, f"{folder}: a model for {task_of(lm.config)}, expected one for "
+            f"--task {options.task}")
+    require(lm.tokenizer, f"{folder / 'tokenizer.json'}: no such file")
+    if lm.config.causal and lm.config.pad_token_id is None:  # by which a classifier finds a text's end
+        pad = lm.tokenizer.pad_token_id
+        lm.config = replace(lm.config, pad_token_id=pad if pad is not None else [*lm.ends(), 0][0])
+    return lm
+
+
+def prepared_model(rows: list, options: TrainOptions, resume: bool) -> tuple:
+    """The model, with what is to be trained of it, and its optimizer."""
+    if options.init or resume:
+        lm = opened_model(Path(options.init or Path(options.out) / "last"), rows, options)
+    else:
+        lm = new_model(rows, options)
+    lm.to(usable_device(options.device))
+    if options.freeze:
+        freeze(lm, options.freeze)
+    if options.lora:
+        add_adapters(lm, options.lora, options.lora_alpha or 2.0 * options.lora)
+        lm.to(lm.device)
+    return lm, (FineTuning if options.init else MuonAdamW)(lm, options.lr, options.adam_lr, options.weight_decay)
+
+
+def rate(step: int, steps: int, options: TrainOptions) -> float:
     """Share of the peak learning rate: linear warm-up, then stable, then linear decay to zero."""
-    warmup, decay = options.warmup * options.steps, options.decay * options.steps
-    return min(1.0, (step + 1) / max(warmup, 1), (options.steps - step) / max(decay, 1))
+    return min(1.0, (step + 1) / max(options.warmup * steps, 1), (steps - step) / max(options.decay * steps, 1))
 
 
 class Progress:
     """A live line on a terminal; elsewhere a plain one now and then. The loss is fetched only when a line is due."""
 
-    def __init__(self, steps: int, first: int, tokens: int):
-        self.steps, self.first, self.tokens, self.live = steps, first, tokens, sys.stderr.isatty()
+    def __init__(self, steps: int, first: int):
+        self.steps, self.first, self.tokens, self.live = steps, first, 0, sys.stderr.isatty()
         self.begin, self.shown, self.width = time.monotonic(), -math.inf, 0
 
-    def line(self, step: int, loss: Tensor, lr: float):
-        now = time.monotonic()
+    def line(self, step: int, loss: Tensor, lr: float, tokens: int):
+        now, self.tokens = time.monotonic(), self.tokens + tokens
         if now - self.shown < (0.2 if self.live else 10) and step + 1 < self.steps:
             return
         self.shown, done, spent = now, step + 1 - self.first, now - self.begin
         eta = int(spent / done * (self.steps - step - 1))
-        text = (f"step {step + 1}/{self.steps}  loss {loss.item():.3f}  lr {lr:.2e}  {done * self.tokens / spent:,.0f} "
+        text = (f"step {step + 1}/{self.steps}  loss {loss.item():.3f}  lr {lr:.2e}  {self.tokens / spent:,.0f} "
                 f"tok/s  ETA {eta // 60}:{eta % 60:02d}")
         if self.live:
             print("\r" + text.ljust(self.width), end="", file=sys.stderr, flush=True)
@@ -2305,26 +3166,19 @@ class Progress:
         print("\r".ljust(self.width + 1) + "\r" + text if self.live else text, file=sys.stderr, flush=True)
 
 
-def new_model(corpus: Corpus, options: TrainOptions) -> TinyLM:
-    """A Qwen3 for the corpus; what adds to the residual stream starts at zero, so that training starts smoothly."""
-    tokenizer = corpus.tokenizer
-    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    torch.manual_seed(options.seed)
-    lm = TinyLM(Config(vocab_size=-(-tokenizer.size // 64) * 64, max_position_embeddings=max(options.block, 1024),
-                       hidden_dropout=options.dropout, model_type="qwen3", **SIZES[options.size], **ids))
-    for block in lm.layers:
-        nn.init.zeros_(block.attention.o.weight), nn.init.zeros_(block.mlp.down.weight)
-    lm.tokenizer = tokenizer
-    return lm
-
-
 def save_training(folder: Path, lm: TinyLM, optimizer: MuonAdamW, progress: dict, options: TrainOptions, data: str):
     """A checkpoint for everyone, and beside it all that `--resume` needs, in one file that is replaced at once."""
-    lm.save_pretrained(folder)
-    tensors = {f"model/{name}": t for name, t in lm.state_dict().items()}
+    save_trained(folder, lm, options)
+    tensors = {f"model/{name}": p for name, p in lm.named_parameters() if p.requires_grad}
     tensors |= {f"optimizer/{name}": t for name, t in optimizer.tensors().items()}
-    meta = json.dumps({"progress": progress, "options": asdict(options), "data": str(data)})
+    meta = json.dumps({"progress": progress, "options": asdict(options), "data": data})
     write_tensors(folder / "training.safetensors", tensors, {"training": meta})
+
+
+def save_trained(folder: Path, lm: TinyLM, options: TrainOptions):
+    lm.save_pretrained(folder)
+    if options.lora:
+        save_adapter(folder / "adapter", lm, options.init)
 
 
 def load_training(folder: Path) -> tuple[dict, dict]:
@@ -2335,68 +3189,98 @@ def load_training(folder: Path) -> tuple[dict, dict]:
     return {name: file.get_tensor(name) for name in file.keys()}, notes
 
 
+def restore(lm: TinyLM, optimizer: MuonAdamW, tensors: dict):
+    with torch.no_grad():
+        for name, p in lm.named_parameters():
+            if p.requires_grad:
+                p.copy_(tensors[f"model/{name}"])
+    optimizer.load_tensors({name.removeprefix("optimizer/"): tensor.to(lm.device) for name, tensor in tensors.items()
+                            if name.startswith("optimizer/")})
+
+
+def same_run(notes: dict, options: TrainOptions, data: str):
+    """Raises Error if a run was begun with other options or other data."""
+    mine = asdict(options)
+    for name, value in notes["options"].items():
+        require(name == "out" or mine.get(name) == value, f"--resume: {flag(name)} was {value}, not {mine.get(name)}, in "
+                "the run to go on with")
+    require(notes["data"] == data, "--resume: the data is not that of the run to go on with")
+
+
 def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
-    """Train from scratch on `data` (see `Corpus`), or go on where `options.out`/last stopped: bit for bit the run
-    that was not interrupted, since data order and dropout depend on seed and step alone."""
-    out, device = Path(options.out), usable_device(options.device)
+    """Train on `data` (see `read_rows`) from scratch or from `options.init`; or go on where `options.out`/last stopped: bit
+    for bit the run that was not interrupted, since data order and dropout depend on seed and step alone."""
+    out, task, asked, options = Path(options.out), TASKS[options.task], options, options.filled()
     tensors, notes = load_training(out / "last") if resume else ({}, None)
-    if notes and notes["options"] != (mine := asdict(options)) | {"out": notes["options"]["out"]}:
-        name = next(k for k, v in notes["options"].items() if mine.get(k) != v and k != "out")
-        raise Error(f"--resume: --{name.replace('_', '-')} was {notes['options'][name]}, not {mine.get(name)}, in the "
-                    "run to go on with")
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file, expected a folder")
-    corpus = Corpus(data, options, load_tokenizer(out / "last") if resume else None)
-    out.mkdir(parents=True, exist_ok=True)
-    lm = new_model(corpus, options).to(device)
-    optimizer = MuonAdamW(lm, options.lr, options.adam_lr, options.weight_decay)
-    at = {"step": 0, "best": None}
+    rows, held = read_rows(Path(data), options), read_rows(Path(options.val), options) if options.val else None
+    hashed = digest(data, *[options.val] * bool(options.val))
+    if resume:
+        same_run(notes, asked, hashed)
+    if held is None:
+        rows, held = split_rows(rows, options.held_back)
+    lm, optimizer = prepared_model(rows, options, resume)
+    batches = Batches(lm, task.examples(lm, rows, options.block), options.batch, options.seed)
+    require(batches.per_epoch, f"{data}: expected more than --block {options.block} tokens to train on")
+    held = task.examples(lm, held, options.block)(None) if held else []
+    weights = class_weights(lm.config, batches.epoch(None)).to(lm.device) if options.class_weights else None
+    steps = options.steps or math.ceil(options.epochs * batches.per_epoch)
+    every, at = options.eval_every or min(batches.per_epoch, steps), {"step": 0, "best": None, "stale": 0}
     if resume:
         at = notes["progress"]
-        lm.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
-        optimizer.load_tensors({k.removeprefix("optimizer/"): v.to(device) for k, v in tensors.items()
-                                if k.startswith("optimizer/")})
+        restore(lm, optimizer, tensors)
+    out.mkdir(parents=True, exist_ok=True)
     if options.compile:
         lm.compile(fullgraph=True)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.set_flush_denormal(True)  # a CPU takes a hundred times as long over them
-    progress = Progress(options.steps, at["step"], options.batch * options.block)
-    progress.note(f"{sum(p.numel() for p in lm.parameters()):,} parameters; {len(corpus.train):,} tokens to train on, "
-                  f"{len(corpus.val):,} held back; {device}")
+    progress = Progress(steps, at["step"])
+    sizes = [sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True)]
+    progress.note(f"{sizes[0]:,} parameters, {sizes[1]:,} of them trained; {batches.per_epoch:,} batches to train on, "
+                  f"{len(held):,} sequences held back; {lm.device}")
     with interruptible() as interrupted:
-        for step in range(at["step"], options.steps):
+        for step in range(at["step"], steps):
+            if options.patience and at["stale"] >= options.patience:
+                progress.note(f"stopped at step {step}: no better validation in the last {at['stale']}")
+                break
             torch.manual_seed(options.seed * 1_000_003 + step)
-            scale = rate(step, options)
+            scale = rate(step, steps, options)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
-            batch = corpus.draw(step).to(device)
-            loss = train_step(lm, optimizer, batch, options.clip, options.accumulate, options.bf16)
+            batch = batches.draw(step)
+            loss = train_step(lm, optimizer, batch, options.clip, options.accumulate, options.bf16, weights)
             at["step"] = step + 1
-            progress.line(step, loss, options.lr * scale)
-            due = at["step"] % options.eval_every == 0 or at["step"] == options.steps
+            progress.line(step, loss, options.lr * scale, batch["input_ids"].numel())
+            due = at["step"] % every == 0 or at["step"] == steps
             if due:
-                validate(lm, corpus, at, out, progress, device)
+                validate(lm, held, at, options, progress)
             if due or interrupted.is_set():
-                save_training(out / "last", lm, optimizer, at, options, data)
-            if interrupted.is_set() and at["step"] < options.steps:
+                save_training(out / "last", lm, optimizer, at, asked, hashed)
+            if interrupted.is_set() and at["step"] < steps:
                 progress.note(f"stopped at step {at['step']}; {out / 'last'} is saved; --resume goes on")
                 break
     return lm.eval()
 
 
-def validate(lm: TinyLM, corpus: Corpus, at: dict, out: Path, progress: Progress, device):
-    """Score the held-back tail, keep the best, show a sample."""
-    if len(corpus.val):
-        nats, bits = corpus.evaluate(lm, device)
-        best = at["best"] is None or nats < at["best"]
-        progress.note(f"step {at['step']}  validation {nats:.4f} nats/token  {bits:.4f} bits/byte" + "  best" * best)
-        if best:
-            at["best"] = nats
-            lm.save_pretrained(out / "best")
-    else:
-        lm.save_pretrained(out / "best")
-    text = corpus.tokenizer.decode(corpus.train[:1].tolist())
-    text += "".join(lm.eval().stream(text, 120, temperature=0.8, top_p=0.95, seed=at["step"]))
-    progress.note("  | " + text.replace("\n", "\n  | "))
+def validate(lm: TinyLM, held: list, at: dict, options: TrainOptions, progress: Progress):
+    """Score what was held back, keep the best, show a sample of what a decoder writes."""
+    better, task = True, TASKS[options.task]
+    if held:
+        figures = task.figures(lm, held, options.batch)
+        name, figure = next(iter(figures.items()))
+        better = at["best"] is None or (figure < at["best"] if name in LEAST else figure > at["best"])
+        at["best"], at["stale"] = (figure, 0) if better else (at["best"], at["stale"] + 1)
+        progress.note(f"step {at['step']}  validation " + figures_line(figures) + "  best" * better)
+    if better:
+        save_trained(Path(options.out) / "best", lm, options)
+    if task.head == "lm" and lm.encoder is None and held:
+        text = lm.tokenizer.decode(held[0]["input_ids"][:1])
+        text += "".join(lm.eval().stream(text, 120, temperature=0.8, top_p=0.95, seed=at["step"]))
+        progress.note("  | " + text.replace("\n", "\n  | "))
+
+
+def figures_line(figures: dict) -> str:
+    return "  ".join(f"{figure:.4f} {name}" for name, figure in figures.items())
 
 
 @contextlib.contextmanager
@@ -2424,18 +3308,44 @@ def interruptible():
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped beside this file
 
 
+COLUMNS = ("text", "pair", "label", "target", "question", "context", "answer")
+
+
+def add_options(parser, names=None):
+    """TrainOptions, or those named, as options of a command."""
+    for f in fields(TrainOptions):
+        if names is None or f.name in names:
+            kind = {"int": int, "float": float, "str": str, "bool": None}[f.type.split(" ")[0]]
+            kind = dict(type=kind, metavar=f.name.upper()) if kind else dict(action="store_true")
+            shown = "" if f.default in (None, "", False) else f" (default: {f.default})"
+            parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f.metadata["help"] + shown, **kind)
+
+
 def main(argv: list | None = None) -> int:
-    """`tinylm.py train | sample | chat`; an Error is one line on stderr and exit code 1."""
+    """`tinylm.py train | eval | run | sample | chat`; an Error is one line on stderr and exit code 1."""
     parser = argparse.ArgumentParser(prog="tinylm", description="A whole language-model library in one file.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    sub = commands.add_parser("train", help="train a model from scratch on text")
-    sub.add_argument("data", help="a text file, a .jsonl with a `text` field, or a folder of these")
-    for f in fields(TrainOptions):
-        kind = dict(action="store_true") if f.default is False else dict(type=type(f.default), metavar=f.name.upper())
-        sub.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                         help=f.metadata["help"] + ("" if f.default in ("", False) else f" (default: {f.default})"))
+    sub = commands.add_parser("train", help="train a model from scratch, or fine-tune one, for a task")
+    sub.add_argument("data", help="text, jsonl, csv, tsv or SQuAD's json, or a folder of these")
+    add_options(sub)
     sub.add_argument("--resume", action="store_true", help="go on where --out/last stopped, with its options")
+
+    sub = commands.add_parser("eval", help="the figures of a checkpoint's task on data")
+    sub.add_argument("folder", help="a checkpoint")
+    sub.add_argument("data", help="as for train")
+    add_options(sub, (*COLUMNS, "batch", "block", "device"))
+    sub.add_argument("--json", action="store_true", help="print them as JSON")
+
+    sub = commands.add_parser("run", help="whatever a checkpoint's head is for: labels, spans, answers, texts, embeddings")
+    sub.add_argument("folder", help="a checkpoint")
+    sub.add_argument("inputs", nargs="*", help="texts; without any, or for a -, the lines of standard input")
+    sub.add_argument("--context", help="the text in which all questions find their answer")
+    sub.add_argument("--top-k", type=int, default=5, help="so many labels or words (default: 5)")
+    sub.add_argument("--max-new-tokens", type=int, help="of a text")
+    sub.add_argument("--batch", type=int, default=32, help="texts at once (default: 32)")
+    sub.add_argument("--json", action="store_true", help="an object per line")
+    sub.add_argument("--device", help="cpu, cuda, ...; cuda where there is one")
 
     for name, text in (("sample", "continue a prompt"), ("chat", "talk with an instruction-tuned model")):
         sub = commands.add_parser(name, help=text)
@@ -2456,9 +3366,14 @@ def main(argv: list | None = None) -> int:
         sub.add_argument("--compile", action="store_true", help="torch.compile the decode step")
         sub.add_argument("--device", help="cpu, cuda, ...; cuda where there is one")
 
-    options = vars(parser.parse_args(argv))
+    known, more = parser.parse_known_args(argv)
+    options = vars(known)
+    if more and (known.command != "run" or any(text.startswith("-") and text != "-" for text in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # inputs behind options
+        options["inputs"] += more
     try:
-        {"train": run_train, "sample": run_sample, "chat": run_chat}[options.pop("command")](options)
+        COMMANDS[options.pop("command")](options)
     except (Error, OSError) as error:
         print(f"tinylm: error: {error}", file=sys.stderr)
         return 1
@@ -2473,6 +3388,45 @@ def run_train(options: dict):
         saved = load_training(Path(options.get("out", TrainOptions.out)) / "last")[1]["options"]
         options = saved | options
     train(data, TrainOptions(**options), resume)
+
+
+def run_eval(options: dict):
+    as_json, folder, data = options.pop("json"), options.pop("folder"), options.pop("data")
+    lm = TinyLM.from_pretrained(folder, device=usable_device(options.get("device")))
+    name = task_of(lm.config)
+    require(name in TRAINABLE and lm.tokenizer, f"{folder}: expected a model with a task's head and a tokenizer.json")
+    options = TrainOptions(task=name, **options)
+    examples = TASKS[name].examples(lm, read_rows(Path(data), options), options.block)(None)
+    figures = (TASKS[name].report or TASKS[name].figures)(lm, examples, options.batch)
+    print(json.dumps(figures) if as_json else "\n".join(f"{name}  {figure:.4f}" for name, figure in figures.items()))
+
+
+def run_run(options: dict):
+    """A line for each input: what the head says, the likeliest first, with scores."""
+    options = SimpleNamespace(**options, folder=Path(options.pop("folder")))
+    for name, value in (("top_k", options.top_k), ("batch", options.batch), ("max_new_tokens", options.max_new_tokens or 1)):
+        require(value > 0, f"{flag(name)} {value}: expected a positive number")
+    lm = TinyLM.from_pretrained(options.folder, device=usable_device(options.device))
+    require(lm.tokenizer, f"{options.folder / 'tokenizer.json'}: no such file")
+    texts = iter(texts_of(options.inputs))
+    while some := list(itertools.islice(texts, options.batch)):
+        for text, answers in zip(some, TASKS[task_of(lm.config)].answers(lm, some, options)):
+            if options.json:
+                print(json.dumps({"input": text, "output": answers}, ensure_ascii=False), flush=True)
+            else:
+                print("  ".join(answer_line(answer) for answer in answers), flush=True)
+
+
+def texts_of(inputs: list):
+    """The inputs; lines of standard input for a -, or where there are none."""
+    for text in inputs or ["-"]:
+        yield from (line.rstrip("\r\n") for line in sys.stdin) if text == "-" else [text]
+
+
+def answer_line(answer: dict) -> str:
+    """What an answer says, and its score; or its numbers."""
+    texts = [value for name, value in answer.items() if isinstance(value, str) and name != "sequence"]
+    return " ".join(texts + [f"{answer[name]:.4f}" for name in ("score",) if name in answer]) or json.dumps(*answer.values())
 
 
 def run_sample(options: dict):
@@ -2505,6 +3459,8 @@ def show(pieces) -> str:
     print()
     return text
 
+
+COMMANDS = {"train": run_train, "eval": run_eval, "run": run_run, "sample": run_sample, "chat": run_chat}
 
 if __name__ == "__main__":
     sys.exit(main())

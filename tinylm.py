@@ -2773,7 +2773,7 @@ def qa_examples(lm: TinyLM, rows: list, block: int):
         room = limit(lm, block) - len(before) - len(after)
         require(room > 1, f"question {row['question'][:60]!r}: {len(before)} tokens leave no room for the context in {block}")
         shared = min(128, room // 2)
-        for first in range(0, max(len(inside) - overlap, 1), room - overlap):
+        for first in range(0, max(len(inside) - shared, 1), room - shared):
             kept = before + inside[first:first + room] + after
             offsets = [encoding.offsets[c] if encoding.sequence_ids[c] == 1 else None for c in kept]
             example = columns_example(lm, encoding, kept) | dict(row=row, number=i, offsets=offsets)
@@ -3403,7 +3403,7 @@ def run_eval(options: dict):
 
 def run_run(options: dict):
     """A line for each input: what the head says, the likeliest first, with scores."""
-    options = SimpleNamespace(**options, folder=Path(options.pop("folder")))
+    options = SimpleNamespace(**options | {"folder": Path(options["folder"])})
     for name, value in (("top_k", options.top_k), ("batch", options.batch), ("max_new_tokens", options.max_new_tokens or 1)):
         require(value > 0, f"{flag(name)} {value}: expected a positive number")
     lm = TinyLM.from_pretrained(options.folder, device=usable_device(options.device))

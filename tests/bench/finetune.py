@@ -1,0 +1,144 @@
+"""Fine-tuning MiniLM on rt-polarity, tinylm's command against a plain transformers loop, in one run: time and accuracy.
+Then a classifier from scratch, and answers in xquad against baselines that train nothing.
+
+    python tests/bench/finetune.py [sentiment] [scratch] [qa]
+
+The last tenth of each file of rt-polarity, and the last fifth of xquad's paragraphs, are held out.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+
+from conftest import fetch_minilm
+
+DATA = ROOT.parent / "shared" / "data"
+
+
+def rt_polarity(folder):
+    """Rows in jsonl, to train on and held out."""
+    parts = {"train": [], "test": []}
+    for label in ("pos", "neg"):
+        lines = (DATA / "rt-polarity" / f"rt-polarity.{label}").read_text(encoding="latin-1").strip().split("\n")
+        cut = len(lines) - len(lines) // 10
+        for part, some in (("train", lines[:cut]), ("test", lines[cut:])):
+            parts[part] += [json.dumps({"text": line.strip(), "label": label}) for line in some]
+    return [write(folder / f"{name}.jsonl", "\n".join(rows)) for name, rows in parts.items()]
+
+
+def xquad(folder):
+    """Paragraphs in SQuAD's json: four fifths, and the last fifth."""
+    paragraphs = [p for article in json.loads((DATA / "xquad" / "xquad.en.json").read_text())["data"]
+                  for p in article["paragraphs"]]
+    cut = len(paragraphs) * 4 // 5
+    return [write(folder / f"xquad-{name}.json", json.dumps({"data": [{"paragraphs": some}]}))
+            for name, some in (("train", paragraphs[:cut]), ("test", paragraphs[cut:]))]
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def tinylm(*arguments):
+    """Seconds, and what the command printed."""
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, ROOT / "tinylm.py", *map(str, arguments)], capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    return time.perf_counter() - start, run.stdout + run.stderr
+
+
+def last(figure, log):
+    """Its last value, as training ("0.8 accuracy") or `eval` ("accuracy  0.8") prints it."""
+    return float(next(filter(None, re.findall(rf"([\d.]+) {figure}|{figure}  ([\d.]+)", log)[-1])))
+
+
+def transformers_loop(minilm, train, test, batch=32, lr=1e-4):
+    """One epoch of AdamW with a linear schedule and batches of similar length; (seconds, accuracy)."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    start = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2)
+    sets = []
+    for path in (train, test):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")]
+        ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=256)["input_ids"]
+        sets.append(sorted(zip(ids, (int(row["label"] == "pos") for row in rows)), key=lambda pair: len(pair[0])))
+    cut = [[pairs[i:i + batch] for i in range(0, len(pairs), batch)] for pairs in sets]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(cut[0]))
+
+    def padded(pairs):
+        return tokenizer.pad({"input_ids": [ids for ids, _ in pairs]}, return_tensors="pt"), torch.tensor([y for _, y in pairs])
+
+    model.train()
+    for i in torch.randperm(len(cut[0])).tolist():
+        inputs, labels = padded(cut[0][i])
+        model(**inputs, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        right = sum((model(**inputs).logits.argmax(-1) == labels).sum().item() for inputs, labels in map(padded, cut[1]))
+    return time.perf_counter() - start, right / len(sets[1])
+
+
+def sentiment(folder):
+    minilm, (train, test) = fetch_minilm(), rt_polarity(folder)
+    ours, log = tinylm("train", train, "--task", "classify", "--init", minilm, "--val", test, "--epochs", 1, "--batch", 16,
+                       "--dropout", 0, "--freeze", "embeddings", "--out", folder / "sentiment")
+    print(f"tinylm, MiniLM, one epoch: {ours:.0f} s, accuracy {last('accuracy', log):.4f}", flush=True)
+    theirs, accuracy = transformers_loop(minilm, train, test)
+    print(f"transformers, MiniLM, one epoch: {theirs:.0f} s, accuracy {accuracy:.4f}; tinylm takes {ours / theirs:.2f} of it")
+
+
+def scratch(folder):
+    train, test = rt_polarity(folder)
+    seconds, log = tinylm("train", train, "--task", "classify", "--val", test, "--out", folder / "scratch")
+    best = max(float(value) for value in re.findall(r"validation ([\d.]+) accuracy", log))
+    print(f"tinylm, from scratch: {seconds:.0f} s, accuracy {best:.4f}")
+
+
+def lexical(test):
+    """Span F1 of the sentence that shares most words with the question."""
+    from tinylm import overlap, plain
+    scores = []
+    for paragraph in (p for article in json.loads(test.read_text())["data"] for p in article["paragraphs"]):
+        sentences = re.split(r"(?<=[.!?])\s+", paragraph["context"])
+        for qa in paragraph["qas"]:
+            asked = set(plain(qa["question"]))
+            said = max(sentences, key=lambda sentence: len(asked & set(plain(sentence))))
+            scores.append(max(overlap(said, answer["text"]) for answer in qa["answers"]))
+    return sum(scores) / len(scores)
+
+
+def qa(folder):
+    minilm, (train, test) = fetch_minilm(), xquad(folder)
+    tinylm("train", train, "--task", "qa", "--init", minilm, "--steps", 1, "--lr", 1e-12, "--adam-lr", 1e-12, "--out",
+           folder / "untrained")
+    untrained = last("span F1", tinylm("eval", folder / "untrained" / "last", test)[1])
+    seconds, log = tinylm("train", train, "--task", "qa", "--init", minilm, "--val", test, "--out", folder / "qa")
+    _, log = tinylm("eval", folder / "qa" / "best", test)
+    _, german = tinylm("eval", folder / "qa" / "best", DATA / "xquad" / "xquad.de.json")
+    print(f"tinylm, MiniLM on xquad: {seconds:.0f} s, span F1 {last('span F1', log):.4f}, exact match "
+          f"{last('exact match', log):.4f}; untrained head {untrained:.4f}, sentence that shares most words "
+          f"{lexical(test):.4f}; German {last('span F1', german):.4f}")
+
+
+if __name__ == "__main__":
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
+    for name in sys.argv[1:] or ("sentiment", "scratch", "qa"):
+        with tempfile.TemporaryDirectory() as work:
+            {"sentiment": sentiment, "scratch": scratch, "qa": qa}[name](Path(work))

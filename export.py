@@ -348,12 +348,20 @@ def onnx_rotate(x, cos, sin, head_dim):
 
 
 def onnx_attend(q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache=None, layer=0, causal=True):
-    """With heads folded, as the model has them: the operator unfolds them, and appends to the past, by itself."""
+    """With heads folded, as the model has them: the operator unfolds them, and appends to the past, by itself. Keys of
+    a source come unfolded, as they are kept between calls."""
+    from einops import rearrange
+    mask = None if mask is None else mask.expand(*mask.shape[:2], q.shape[1], mask.shape[3])
+    options = dict(scale=scale, **({"softcap": softcap} if softcap else {}))
+    if k.ndim == 4:
+        q = rearrange(q, "b s (h d) -> b h s d", d=head_dim)
+        return rearrange(operator("Attention", (q, k, v, mask), q, **options), "b h s d -> b s (h d)")
+    options |= dict(q_num_heads=q.shape[-1] // head_dim, kv_num_heads=k.shape[-1] // head_dim)
+    if cache is None:
+        return operator("Attention", (q, k, v, mask), q, **options)
     past = cache.past[2 * layer:2 * layer + 2]
     longer = (*past[0].shape[:2], past[0].shape[2] + k.shape[1], head_dim)
-    x, *present = operator("Attention", (q, k, v, mask, *past), q, longer, longer, scale=scale,
-                           q_num_heads=q.shape[-1] // head_dim, kv_num_heads=k.shape[-1] // head_dim,
-                           **({"softcap": softcap} if softcap else {}))
+    x, *present = operator("Attention", (q, k, v, mask, *past), q, longer, longer, **options)
     cache.present += present
     return x
 
@@ -361,49 +369,124 @@ def onnx_attend(q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache
 class Past:
     """The cache of an exported graph, in the place of tinylm's KVCache: past comes in, present goes out, longer."""
 
-    def __init__(self, past: list, positions):
+    def __init__(self, past: list, positions=None):
         self.past, self.positions, self.present = past, positions, []
 
     def extend(self, mask):
-        """The mask spans past and new tokens; so do the key positions."""
+        """Positions of the queries and of the keys. The mask spans past and new tokens, or, where no positions are
+        given, the new ones, none of which is padding."""
+        import torch
         import tinylm
-        return self.positions, tinylm.count_positions(mask)[1]
+        if self.positions is not None:
+            return self.positions, tinylm.count_positions(mask)[1]
+        old = self.past[0].shape[2]
+        keys = torch.arange(old + mask.shape[1])[None]
+        return keys[:, old:], keys
 
 
-def trace(lm):
-    """The decoder graph of a TinyLM, an onnx_ir.Model."""
+@dataclass(frozen=True)
+class Graph:
+    """A graph to trace: `forward(lm, inputs by name)` lists its outputs."""
+    stem: str      # of its file
+    forward: object
+    inputs: dict   # name -> dtype and axes: sizes, or names where the size varies
+    outputs: list
+
+
+def key_values(config, prefix: str, sides: dict) -> dict:
+    """Names of keys and values -> dtype and axes; sides: what the names say of whose they are -> the name of their axis."""
+    return {f"{prefix}.{layer}{side}.{part}": ("float32", "batch_size", config.num_key_value_heads, length, config.head_dim)
+            for layer in range(config.num_hidden_layers) for side, length in sides.items() for part in ("key", "value")}
+
+
+IDS = ("int64", "batch_size", "sequence_length")
+SOURCE_IDS = ("int64", "batch_size", "encoder_sequence_length")
+
+
+def decoder_graph(config) -> list:
+    """With a cache: the mask spans past and new tokens."""
+    past = key_values(config, "past_key_values", {"": "past_sequence_length"})
+
+    def forward(lm, feed):
+        cache = Past([feed[name] for name in past], feed["position_ids"])
+        return [lm(feed["input_ids"], feed["attention_mask"], cache=cache), *cache.present]
+
+    inputs = {"input_ids": IDS, "attention_mask": ("int64", "batch_size", "total_sequence_length"), "position_ids": IDS}
+    return [Graph("model", forward, inputs | past, ["logits", *key_values(config, "present", {"": ""})])]
+
+
+def encoder_graph(config) -> list:
+    """Whatever reads a text in one call: no cache."""
+    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * bool(config.type_vocab_size)
+
+    def forward(lm, feed):
+        outputs = lm(**feed)
+        return list(outputs.unbind(-1)) if config.head == "qa" else [outputs]
+
+    outputs = {"qa": ["start_logits", "end_logits"], None: ["last_hidden_state"]}.get(config.head, ["logits"])
+    return [Graph("model", forward, dict.fromkeys(names, IDS), outputs)]
+
+
+def encoder_decoder_graphs(config) -> list:
+    """The encoder, and the decoder with two caches: of what it said, and of the source, filled by the first call."""
+    import torch
+    from einops import rearrange
+    sides = {".decoder": "past_sequence_length", ".encoder": "encoder_sequence_length"}
+    past, outputs = key_values(config, "past_key_values", sides), [*key_values(config, "present", sides)]
+
+    def encode(lm, feed):
+        return [lm.encoder.states(lm.embed(feed["input_ids"]), feed["attention_mask"])]
+
+    def decode(lm, feed):
+        own, kept = ([feed[name] for name in past if side in name] for side in sides)
+
+        def source():
+            parts = (part for block in lm.layers for part in block.cross_attention.keys_values(feed["encoder_hidden_states"]))
+            return [rearrange(part, "b s (h d) -> b h s d", d=config.head_dim).contiguous() for part in parts]
+
+        kept = torch.cond(feed["use_cache_branch"], lambda: [x.clone() for x in kept], source)
+        cache, mask = Past(own), feed["encoder_attention_mask"].bool()[:, None, None, :]
+        logits = lm(feed["input_ids"], cache=cache, context=(list(zip(kept[::2], kept[1::2])), mask))
+        present = dict(zip([n for n in outputs if ".decoder." in n], cache.present))
+        present |= zip([n for n in outputs if ".encoder." in n], kept)
+        return [logits, *map(present.get, outputs)]
+
+    states = ("float32", "batch_size", "encoder_sequence_length", config.hidden_size)
+    inputs = {"encoder_attention_mask": SOURCE_IDS, "input_ids": IDS, "encoder_hidden_states": states} | past
+    return [Graph("encoder_model", encode, {"input_ids": SOURCE_IDS, "attention_mask": SOURCE_IDS}, ["last_hidden_state"]),
+            Graph("decoder_model_merged", decode, inputs | {"use_cache_branch": ("bool", 1)}, ["logits", *outputs])]
+
+
+def trace(lm, graph: Graph):
+    """An onnx_ir.Model."""
     import logging
     import warnings
     from unittest import mock
     import torch
     import tinylm
 
-    class Graph(torch.nn.Module):
+    class Traced(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.lm = lm
 
-        def forward(self, input_ids, attention_mask, position_ids, past):
-            cache = Past(past, position_ids)
-            return self.lm(input_ids, attention_mask, cache=cache), cache.present
+        def forward(self, tensors):
+            return graph.forward(self.lm, dict(zip(graph.inputs, tensors)))
 
-    config, layers = lm.config, lm.config.num_hidden_layers
-    batch, seq, old = 2, 3, 5  # different, and neither 0 nor 1, so that no size is taken for a constant
-    past = [torch.zeros(batch, config.num_key_value_heads, old, config.head_dim) for _ in range(2 * layers)]
-    arguments = (torch.zeros(batch, seq, dtype=torch.long), torch.ones(batch, old + seq, dtype=torch.long),
-                 torch.arange(old, old + seq).repeat(batch, 1), past)
-    b, s, p, t = map(torch.export.Dim, ("batch_size", "sequence_length", "past_sequence_length",
-                                        "total_sequence_length"))
+    limit = lm.config.max_position_embeddings
+    dims, sizes = {}, {}
+    for axis in {axis for _, *axes in graph.inputs.values() for axis in axes if isinstance(axis, str)}:
+        dims[axis], sizes[axis] = torch.export.Dim(axis), len(axis)  # different, so that no size is taken for another
+    arguments = [torch.ones([sizes.get(axis, axis) for axis in axes], dtype=getattr(torch, dtype))
+                 for dtype, *axes in graph.inputs.values()]
+    shapes = [{i: dims[axis] for i, axis in enumerate(axes) if axis in dims} for _, *axes in graph.inputs.values()]
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # "no torchvision"
     leaves = mock.patch.multiple(tinylm, rms_norm=onnx_rms_norm, rotate=onnx_rotate, attend=onnx_attend)
-    names = [f"{i}.{part}" for i in range(layers) for part in ("key", "value")]
     with torch.no_grad(), leaves, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that axes share names, as they should, and torch's own deprecations
         program = torch.onnx.export(
-            Graph().eval(), arguments, dynamo=True, opset_version=OPSET, verbose=False,
-            dynamic_shapes=({0: b, 1: s}, {0: b, 1: t}, {0: b, 1: s}, [{0: b, 2: p}] * len(past)),
-            input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)],
-            output_names=["logits", *(f"present.{n}" for n in names)])
+            Traced().eval(), (arguments,), dynamo=True, opset_version=OPSET, verbose=False, dynamic_shapes=(shapes,),
+            input_names=[*graph.inputs], output_names=graph.outputs)
     return tidy(program.model)
 
 

@@ -21,19 +21,20 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped beside this file
-FILES = {"fp32": "model.onnx"}                         # precision -> file in the folder's onnx/
+SUFFIX = {"fp32": ""}                                  # precision -> what the names of its files in onnx/ end with
 MARK = ".tinylm-export"                                # this file says: the next export may replace the folder
 OPSET = 23                                             # the first with Attention, RotaryEmbedding, RMSNormalization
 TOLERANCE = 2e-4                                       # largest difference of logits, relative to the largest logit
 EXTERNAL_ABOVE = 2**31 - 2**26                         # bytes; a protobuf file ends at 2 GiB
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+POOLING = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
 
 
 class Error(ValueError):
@@ -58,23 +59,47 @@ def number(value, low, high, kind=Real) -> bool:
 # Running an exported folder: no torch here
 # ---------------------------------------------------------------------------------------------------------------------
 
-class OnnxLM:
-    """An exported decoder under ONNX Runtime: numpy in, numpy out.
+class Session:
+    """One graph under ONNX Runtime: arrays or OrtValues in, OrtValues out."""
 
-    folder: what `export_onnx` wrote; precision: a key of FILES; providers: ONNX Runtime's names, tried in order (None:
+    def __init__(self, path: Path, options, providers: list):
+        import onnxruntime as ort
+        try:
+            self.session = ort.InferenceSession(path, options, providers=providers)
+        except Exception as error:  # onnxruntime's own exceptions have no common base
+            raise Error(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
+        self.value, self.provider = ort.OrtValue.ortvalue_from_numpy, self.session.get_providers()[0]
+        self.inputs = {i.name: i.shape for i in self.session.get_inputs()}
+        self.outputs = {o.name: o.shape for o in self.session.get_outputs()}
+        self.limit = int(self.session.get_modelmeta().custom_metadata_map.get("max_position_embeddings", 2**31))
+
+    def __call__(self, **feeds) -> list:
+        """All outputs. What the graph does not take is left out."""
+        feeds = {name: self.value(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
+                 for name, x in feeds.items() if name in self.inputs}
+        try:
+            return self.session.run_with_ort_values([*self.outputs], feeds)
+        except Exception as error:  # e.g. more tokens than there are learned positions
+            raise Error(f"onnxruntime: {first_line(error)}") from None
+
+
+class OnnxLM:
+    """An exported model under ONNX Runtime: numpy in, numpy out.
+
+    folder: what `export_onnx` wrote; precision: a key of SUFFIX; providers: ONNX Runtime's names, tried in order (None:
     CUDA where there is a driver, else CPU); threads: of the CPU (None: ONNX Runtime's choice, one per core).
     Raises Error where a file is missing or where a provider that was asked for does not load.
     """
 
     def __init__(self, folder, precision: str = "fp32", providers=None, threads: int | None = None):
         import onnxruntime as ort
-        require(precision in FILES, f"precision = {precision!r}, expected one of {', '.join(FILES)}")
+        require(precision in SUFFIX, f"precision = {precision!r}, expected one of {', '.join(SUFFIX)}")
         self.folder = Path(folder)
-        path = self.folder / "onnx" / FILES[precision]
-        require(path.exists(), f"{path}: no such file; write it with `python export.py FOLDER --onnx`")
-        generation = self.folder / "generation_config.json"
-        self.config = read_json(self.folder / "config.json")
-        self.config |= read_json(generation) if generation.exists() else {}
+        self.config = read_json(self.folder / "config.json") | self._json("generation_config.json")
+        stems = ("encoder_model", "decoder_model_merged") if self.config.get("is_encoder_decoder") else ("model",)
+        paths = [self.folder / "onnx" / f"{stem}{SUFFIX[precision]}.onnx" for stem in stems]
+        for path in paths:
+            require(path.exists(), f"{path}: no such file; write it with `python export.py FOLDER --onnx`")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         asked, providers = providers, providers or ([CUDA, CPU] if has_cuda(ort) else [CPU])
@@ -82,17 +107,12 @@ class OnnxLM:
         for name in names:
             require(name in ort.get_available_providers(), f"providers: {name} is not in this onnxruntime (it has "
                     f"{', '.join(ort.get_available_providers())})")
-        try:
-            self.session = ort.InferenceSession(path, options, providers=providers)
-        except Exception as error:  # onnxruntime's own exceptions have no common base
-            raise Error(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
-        self.provider = self.session.get_providers()[0]
+        *encoder, self.session = (Session(path, options, providers) for path in paths)
+        self.encoder, self.provider = encoder[0] if encoder else None, self.session.provider
         require(not asked or self.provider == names[0], f"providers: {names[0]} did not load; onnxruntime fell back to "
                 f"{self.provider}")
-        self.past = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
-        self.outputs = [output.name for output in self.session.get_outputs()]
-        self.vocab_size = self.session.get_outputs()[0].shape[-1]
-        self._tokenizer = None
+        self.past = {name: shape for name, shape in self.session.inputs.items() if name.startswith("past_key_values.")}
+        self.vocab_size, self._tokenizer = self.config["vocab_size"], None
 
     @property
     def tokenizer(self):
@@ -101,36 +121,60 @@ class OnnxLM:
             self._tokenizer = Tokenizer(self.folder / "tokenizer.json")
         return self._tokenizer
 
-    def step(self, input_ids, mask, past=None):
-        """One call of the graph: (logits, present). Ids (batch, seq), mask (batch, past + seq), past as returned."""
-        import onnxruntime as ort
-        if past is None:
-            past = [ort.OrtValue.ortvalue_from_numpy(np.zeros((len(mask), heads, 0, width), np.float32))
-                    for _, heads, _, width in self.past.values()]
+    @property
+    def job(self) -> str:
+        """What the model is for, a key of JOBS, read off its graph's outputs."""
+        (name, shape), *_ = self.session.outputs.items()
+        if self.past or name != "logits":
+            return {"start_logits": "qa", "last_hidden_state": "embed"}.get(name, "generate")
+        return "classify" if len(shape) == 2 else "fill" if shape[-1] == self.vocab_size else "tokens"
+
+    def source(self, input_ids, mask) -> dict:
+        """What the decoder's graph takes of a source (batch, source): hidden states and mask."""
+        states, = self.encoder(input_ids=input_ids, attention_mask=mask)
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+    def step(self, input_ids, mask, past=None, source=None):
+        """One call of a graph with a cache: (logits, present). Ids (batch, seq), mask (batch, past + seq), past as
+        returned; behind an encoder its `source`."""
+        first = past is None
+        if first:
+            past = [np.zeros((len(input_ids), heads, 0, width), np.float32) for _, heads, _, width in self.past.values()]
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1]:]
-        feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
-        feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in feeds.items()}
-        try:
-            logits, *present = self.session.run_with_ort_values(self.outputs, feeds | dict(zip(self.past, past)))
-        except Exception as error:  # e.g. more tokens than there are learned positions
-            raise Error(f"onnxruntime: {first_line(error)}") from None
+        logits, *present = self.session(input_ids=input_ids, attention_mask=mask, position_ids=positions, **source or {},
+                                        **dict(zip(self.past, past)), use_cache_branch=np.array([not first]))
         return logits.numpy(), present
 
-    def __call__(self, input_ids, attention_mask=None) -> np.ndarray:
-        """Logits (batch, seq, vocab) for ids (batch, seq); the mask marks padding on either side."""
-        return self.step(*self._checked(input_ids, attention_mask))[0]
+    def __call__(self, input_ids, attention_mask=None, token_type_ids=None, decoder_input_ids=None) -> np.ndarray:
+        """What tinylm's `forward` returns, for ids (batch, seq); the mask marks padding on either side."""
+        input_ids, mask = self._checked(input_ids, attention_mask)
+        if self.encoder:
+            require(decoder_input_ids is not None, "decoder_input_ids = None, expected ids (batch, target)")
+            ids, ones = self._checked(decoder_input_ids, name="decoder_input_ids")
+            return self.step(ids, ones, source=self.source(input_ids, mask))[0]
+        if self.past:
+            return self.step(input_ids, mask)[0]
+        types = np.zeros_like(input_ids) if token_type_ids is None else np.asarray(token_type_ids, np.int64)
+        require(token_type_ids is None or "token_type_ids" in self.session.inputs and types.shape == input_ids.shape,
+                f"token_type_ids: shape {types.shape}, " + (f"expected {input_ids.shape}" if "token_type_ids" in
+                self.session.inputs else "but the model has no token types"))
+        outputs = [x.numpy() for x in self.session(input_ids=input_ids, attention_mask=mask, token_type_ids=types)]
+        return np.stack(outputs, -1) if len(outputs) > 1 else outputs[0]
 
-    def generate(self, input_ids, attention_mask=None, max_new_tokens: int = 128, **options) -> np.ndarray:
-        """Continue every row: (batch, seq + new), with the pad id after a row's end. Options as in `decode`."""
+    def generate(self, input_ids, attention_mask=None, max_new_tokens: int | None = None, **options) -> np.ndarray:
+        """Continue every row: (batch, seq + new), with the pad id after a row's end; behind an encoder (batch, 1 + new),
+        beginning with decoder_start_token_id. Options as in `decode`."""
         new = [*self.decode(input_ids, attention_mask, max_new_tokens, **options)]
-        return np.stack([*np.asarray(input_ids).T, *new], axis=1)
+        prompt = self._prompt(input_ids) if self.encoder else np.asarray(input_ids)
+        return np.stack([*prompt.T, *new], axis=1)
 
-    def stream(self, text, max_new_tokens: int = 128, stop=None, **options):
+    def stream(self, text, max_new_tokens: int | None = None, stop=None, **options):
         """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string."""
         ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
-        return text_pieces(self.tokenizer, self.tokens(ids, max_new_tokens, **options), stop_strings(stop), ids)
+        tokens, prompt = self.tokens(ids, max_new_tokens, **options), () if self.encoder else ids
+        return text_pieces(self.tokenizer, tokens, stop_strings(stop), prompt)
 
-    def tokens(self, ids: list, max_new_tokens: int = 128, eos_token_id="config", **options):
+    def tokens(self, ids: list, max_new_tokens: int | None = None, eos_token_id="config", **options):
         """The new ids after those of one row, one by one, without the one that ends the text."""
         ends = self.ends(eos_token_id)
         for token, in self.decode([ids or [*ends, 0][:1]], None, max_new_tokens, ends, **options):
@@ -145,52 +189,183 @@ class OnnxLM:
         require(all(number(i, -1, 2**31, Integral) for i in ids), f"eos_token_id = {eos_token_id!r}, expected integers")
         return ids
 
-    def decode(self, input_ids, attention_mask=None, max_new_tokens=128, eos_token_id="config", stop=None, seed=None,
+    def sampling(self, **given) -> Sampling:
+        """tinylm's `sampling`: as given, else as the folder's generation_config.json says, else plainly."""
+        for key in UNSUPPORTED & set(self.config):
+            require(self.config[key] in (None, 0, 1, []), f"generation_config.json: {key} = {self.config[key]!r} is not supported")
+        said = {name: self.config.get(name) for name in FROM_FILE}
+        if self.encoder and said["max_new_tokens"] is None and self.config.get("max_length"):
+            said["max_new_tokens"] = self.config["max_length"] - 1
+        said |= {name: value for name, value in given.items() if value is not None or name not in said}
+        unknown = sorted(set(said) - {f.name for f in fields(Sampling)})
+        require(not unknown, f"{', '.join(unknown)}: no such option of a generation under ONNX Runtime")
+        knobs = Sampling(**{name: value for name, value in said.items() if value is not None or name not in FROM_FILE})
+        require(knobs.num_beams == 1, f"num_beams = {knobs.num_beams}: there is no beam search under ONNX Runtime; give num_beams=1 "
+                "for greedy decoding or sampling")
+        return knobs
+
+    def decode(self, input_ids, attention_mask=None, max_new_tokens=None, eos_token_id="config", stop=None, seed=None,
                **sampling):
         """Yield the new ids (batch,) of every step, until all rows have ended. The options are those of tinylm's
         `generate`, and the same seed draws the same text: the noise is a function of seed, row, step and token."""
-        knobs, ends, stop = Sampling(**sampling), np.array(self.ends(eos_token_id), int), stop_strings(stop)
-        input_ids, mask = self._checked(input_ids, attention_mask)
-        require(number(max_new_tokens, 1, 2**31, Integral), f"max_new_tokens = {max_new_tokens!r}, expected a positive "
-                "integer")
-        require(seed is None or number(seed, -2**63, 2**63, Integral), f"seed = {seed!r}, expected an integer")
+        knobs = self.sampling(max_new_tokens=max_new_tokens, **sampling)
+        ends, stop = self.ends(eos_token_id), stop_strings(stop)
+        (input_ids, mask), source = self._checked(input_ids, attention_mask), None
+        require(seed is None or number(seed, -2**63, 2**63 - 1, Integral), f"seed = {seed!r}, expected an integer of 64 bits")
         seed = int(np.random.randint(2**31) if seed is None else seed)
         pad = self.config.get("pad_token_id")
-        pad = pad if pad is not None else ends[0] if ends.size else 0
-        (batch, seq), past, columns = input_ids.shape, None, []
-        ended, seen = np.zeros(batch, bool), np.zeros((batch, self.vocab_size), bool)
-        rows, real = np.nonzero(mask)
-        seen[rows, input_ids[rows, real]] = True
+        pad = pad if pad is not None else ends[0] if ends else 0
+        if self.encoder:
+            source = self.source(input_ids, mask)
+            input_ids = self._prompt(input_ids)
+            mask = np.ones_like(input_ids)
+        (batch, seq), past = input_ids.shape, None
+        texts = [row[real].tolist() for row, real in zip(input_ids, mask.astype(bool))]  # prompts, then all that is said
+        starts, ended = [*map(len, texts)], np.zeros(batch, bool)
         last = (mask * np.arange(1, seq + 1)).argmax(1)  # each row's last token
-        longest = np.concatenate([mask, np.ones((batch, max_new_tokens), np.int64)], 1)
-        for count in range(max_new_tokens):
-            logits, past = self.step(input_ids, mask, past)
-            logits = logits[np.arange(batch), last]
-            if knobs.repetition_penalty != 1:
-                punished = np.where(logits > 0, logits / knobs.repetition_penalty, logits * knobs.repetition_penalty)
-                logits = np.where(seen, punished, logits)
+        longest = np.concatenate([mask, np.ones((batch, knobs.max_new_tokens), np.int64)], 1)
+        for count in range(knobs.max_new_tokens):
+            logits, past = self.step(input_ids, mask, past, source)
+            logits = constrain(logits[np.arange(batch), last], texts, knobs, ends, count)
             token = np.where(ended, pad, sample(logits, knobs, seed, count))
             yield token
-            ended |= (token[:, None] == ends).any(1)
-            columns.append(token)
-            for row in range(batch if stop else 0):
-                ended[row] |= any(s in self.tokenizer.decode([c[row] for c in columns[-2 * len(s.encode()) - 8:]])
-                                  for s in stop)
+            for row, (text, id) in enumerate(zip(texts, token.tolist())):
+                text.append(id)
+                ended[row] |= id in ends or any(
+                    s in self.tokenizer.decode(text[starts[row]:][-2 * len(s.encode()) - 8:]) for s in stop)
             if ended.all():
                 return
-            seen[np.arange(batch), token] = True
             input_ids, mask, last = token[:, None], longest[:, :seq + count + 1], -1
 
-    def _checked(self, input_ids, mask) -> tuple:
+    def run(self, texts, pairs=None, batch: int = 32, **options) -> list:
+        """What the model is for, a result for each text (and its pair: of a question the context), longest first in
+        batches. Of a classifier [{"label", "score"}, ...], best first; of tokens [{"entity", "score", "word", "start", "end"},
+        ...]; {"answer", "score", "start", "end"}; of a masked language model, per mask, [{"token_str", "token", "score"}, ...];
+        {"embedding"}; else {"text"}, what is generated, greedily unless the options of `generate` say otherwise."""
+        pairs = [None] * len(texts) if pairs is None else pairs
+        require(len(pairs) == len(texts), f"pairs: {len(pairs)} of them, expected the {len(texts)} of texts")
+        job, results = JOBS[self.job], {}
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]) - len(pairs[i] or ""))
+        for at in range(0, len(order), batch):
+            rows = order[at:at + batch]
+            results |= zip(rows, job(self, [texts[i] for i in rows], [pairs[i] for i in rows], **options))
+        return [results[i] for i in range(len(texts))]
+
+    def _json(self, name: str) -> dict:
+        return read_json(self.folder / name) if (self.folder / name).exists() else {}
+
+    def _prompt(self, input_ids) -> np.ndarray:
+        """What a decoder behind an encoder begins with, (batch, 1)."""
+        return np.full((len(input_ids), 1), self.config["decoder_start_token_id"])
+
+    def _checked(self, input_ids, mask=None, name: str = "input_ids") -> tuple:
         input_ids = np.asarray(input_ids)
         require(input_ids.ndim == 2 and input_ids.size and np.issubdtype(input_ids.dtype, np.integer),
-                f"input_ids: {input_ids.dtype} of shape {input_ids.shape}, expected ids (batch, seq)")
+                f"{name}: {input_ids.dtype} of shape {input_ids.shape}, expected ids (batch, seq)")
         mask = np.ones_like(input_ids) if mask is None else np.asarray(mask)
         require(mask.shape == input_ids.shape and mask.any(1).all(), f"attention_mask: shape {mask.shape}, expected "
                 f"{input_ids.shape} and a token in every row")
-        require(0 <= input_ids.min() and input_ids.max() < self.vocab_size, f"input_ids: ids {input_ids.min()} to "
+        require(0 <= input_ids.min() and input_ids.max() < self.vocab_size, f"{name}: ids {input_ids.min()} to "
                 f"{input_ids.max()}, expected 0 to vocab_size - 1 = {self.vocab_size - 1}")
         return input_ids.astype(np.int64), mask.astype(np.int64)
+
+
+# ---- what a model is for: (lm, texts, pairs) -> a result for each -----------------------------------------------------
+
+def padded(encodings: list, pad: int) -> tuple:
+    """Ids, mask and token types (batch, longest) of encodings, padded on the right."""
+    width = max(len(e.ids) for e in encodings)
+    rows = [(e.ids, e.attention_mask, e.type_ids) for e in encodings]
+    return tuple(np.array([row[i] + [fill] * (width - len(row[i])) for row in rows]) for i, fill in enumerate((pad, 0, 0)))
+
+
+def read(lm: OnnxLM, texts, pairs, **options) -> tuple:
+    """Encodings of texts as long as the model takes them, and what it says of each."""
+    limit = min(lm.session.limit, lm._json("sentence_bert_config.json").get("max_seq_length") or 2**31)
+    encodings = lm.tokenizer.encodings(texts, pairs, limit, **options)
+    ids, mask, types = padded(encodings, lm.config.get("pad_token_id") or 0)
+    kinds = types if "token_type_ids" in lm.session.inputs else None
+    return encodings, lm(ids, mask, kinds), mask
+
+
+def labels(lm: OnnxLM) -> list:
+    names = lm.config.get("id2label") or {}
+    return [names.get(str(i), f"LABEL_{i}") for i in range(lm.session.outputs["logits"][-1])]
+
+
+def classify(lm: OnnxLM, texts, pairs):
+    """As transformers' pipeline: a share of one, a share each (multi-label, or one label), or the number itself."""
+    names, logits, kind = labels(lm), read(lm, texts, pairs)[1], lm.config.get("problem_type")
+    if kind == "multi_label_classification" or kind != "regression" and len(names) == 1:
+        scores = 1 / (1 + np.exp(-logits))
+    else:
+        scores = logits if kind == "regression" else softmax(logits)
+    for row in scores:
+        yield [{"label": names[i], "score": float(row[i])} for i in np.argsort(-row, kind="stable")]
+
+
+def tag(lm: OnnxLM, texts, pairs):
+    """Every token that is no special one and not outside ("O")."""
+    names, (encodings, logits, _) = labels(lm), read(lm, texts, pairs)
+    for text, encoding, scores in zip(texts, encodings, softmax(logits)):
+        best = zip(encoding.offsets, encoding.special_tokens_mask, scores.argmax(-1).tolist(), scores.max(-1).tolist())
+        yield [{"entity": names[i], "score": score, "word": text[start:end], "start": start, "end": end}
+               for (start, end), special, i, score in best if not special and names[i] != "O"]
+
+
+def answer(lm: OnnxLM, texts, pairs, longest: int = 15, stride: int = 64):
+    """The span of at most `longest` tokens that is likeliest to start and end the answer, of all windows of a context."""
+    for question, context in zip(texts, pairs):
+        require(context, f"{question!r}: a question needs a context, its pair")
+        first, = lm.tokenizer.encodings([question], [context], min(lm.session.limit, 384), stride)
+        windows, best = [first, *first.overflowing], None
+        ids, mask, types = padded(windows, lm.config.get("pad_token_id") or 0)
+        scores = lm(ids, mask, types if "token_type_ids" in lm.session.inputs else None)
+        for window, logits in zip(windows, scores):
+            inside = np.array([part == 1 for part in window.sequence_ids] + [False] * (len(logits) - len(window.ids)))
+            start, end = softmax(np.where(inside, logits.T, -1e4))
+            spans = np.tril(np.triu(np.outer(start, end)), longest - 1)
+            i, j = np.unravel_index(spans.argmax(), spans.shape)
+            if best is None or spans[i, j] > best["score"]:
+                begin, stop = window.offsets[i][0], window.offsets[j][1]
+                best = {"answer": context[begin:stop], "score": float(spans[i, j]), "start": begin, "end": stop}
+        yield best
+
+
+def fill(lm: OnnxLM, texts, pairs, top_k: int = 5):
+    mask = lm.tokenizer.special(lm._json("tokenizer_config.json"), "mask_token")
+    encodings, logits, _ = read(lm, texts, pairs)
+    for text, encoding, row in zip(texts, encodings, logits):
+        places = [i for i, id in enumerate(encoding.ids) if id == mask]
+        require(places, f"{text!r}: no mask token to fill")
+        ranked = [[{"token_str": lm.tokenizer.decode([i]), "token": int(i), "score": float(p[i])}
+                   for i in np.argsort(-p, kind="stable")[:top_k]] for p in softmax(row[places])]
+        yield ranked if len(ranked) > 1 else ranked[0]
+
+
+def embed(lm: OnnxLM, texts, pairs):
+    """As sentence-transformers: pooled as 1_Pooling/config.json says (else the mean), normed if modules.json says so."""
+    pooling = {key for key, on in lm._json("1_Pooling/config.json").items() if key.startswith("pooling_mode_") and on}
+    pooling = pooling or {"pooling_mode_mean_tokens"}
+    known = {"pooling_mode_mean_tokens": lambda x, real: (x * real).sum(1) / real.sum(1),
+             "pooling_mode_max_tokens": lambda x, real: np.where(real, x, -np.inf).max(1), "pooling_mode_cls_token": lambda x, _: x[:, 0]}
+    require(len(pooling) == 1 and pooling <= set(known), f"1_Pooling/config.json: {', '.join(sorted(pooling))} is not supported "
+            f"(supported: one of {', '.join(known)})")
+    _, states, mask = read(lm, texts, pairs)
+    vectors = known[pooling.pop()](states, mask[..., None])
+    modules = lm._json("modules.json") or []
+    if any(module.get("type", "").endswith("Normalize") for module in modules):
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    yield from ({"embedding": vector.tolist()} for vector in vectors)
+
+
+def write(lm: OnnxLM, texts, pairs, **options):
+    for text, pair in zip(texts, pairs):
+        require(pair is None, f"{pair!r}: this model takes no pairs")
+        yield {"text": "".join(lm.stream(text, **dict(num_beams=1) | options))}
+
+
+JOBS = {"classify": classify, "tokens": tag, "qa": answer, "fill": fill, "embed": embed, "generate": write}
 
 
 class Tokenizer:
@@ -210,26 +385,65 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text).ids
 
+    def encodings(self, texts: list, pairs: list, limit: int, stride: int | None = None) -> list:
+        """Of texts, or of pairs, cut to `limit` ids; with a stride only the second one is cut, into windows that share so
+        many ids, and those after the first are its `overflowing`."""
+        how = {} if stride is None else dict(stride=stride, strategy="only_second")
+        self.backend.enable_truncation(limit, **how)
+        try:
+            return self.backend.encode_batch([text if pair is None else (text, pair) for text, pair in zip(texts, pairs)])
+        except Exception as error:  # the library raises plain Exception
+            raise Error(f"tokenizer: {first_line(error)}") from None
+        finally:
+            self.backend.no_truncation()
+
+    def special(self, config: dict, name: str) -> int:
+        """Id of a special token that tokenizer_config.json names."""
+        token = config.get(name)
+        token = self.backend.token_to_id(token["content"] if isinstance(token, dict) else token or "")
+        require(token is not None, f"tokenizer_config.json: no {name}, which this needs")
+        return token
+
     def decode(self, ids) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
+FROM_FILE = ("max_new_tokens", "no_repeat_ngram_size", "min_length", "bad_words_ids", "forced_bos_token_id",
+             "forced_eos_token_id", "num_beams")  # tinylm's, where they are not about beams
+UNSUPPORTED = {"num_beam_groups", "penalty_alpha", "typical_p", "encoder_no_repeat_ngram_size", "suppress_tokens",
+               "begin_suppress_tokens", "exponential_decay_length_penalty", "encoder_repetition_penalty", "sequence_bias",
+               "guidance_scale", "min_new_tokens", "epsilon_cutoff", "eta_cutoff", "constraints", "force_words_ids"}
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """tinylm's `Sampling`: how a token is drawn, in the order penalty, temperature, top-k, top-p, min-p."""
+    """tinylm's `Sampling`, without beams."""
+    max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_length: int = 0
+    bad_words_ids: tuple = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+    num_beams: int = 1
 
     def __post_init__(self):
-        for name, low, high in (("temperature", 0, 1e9), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, 2**31),
-                                ("repetition_penalty", 1e-9, 1e9)):
-            value, kind = getattr(self, name), Integral if name == "top_k" else Real
-            optional = value is None and getattr(Sampling, name) is None
-            require(optional or number(value, low, high, kind), f"{name} = {value!r}, expected "
+        for name, low, high in (("max_new_tokens", 1, 2**31), ("top_k", 0, 2**31), ("no_repeat_ngram_size", 0, 2**31),
+                                ("min_length", 0, 2**31), ("forced_bos_token_id", 0, 2**31), ("num_beams", 1, 2**16),
+                                ("forced_eos_token_id", 0, 2**31), ("temperature", 0.0, 1e9), ("top_p", 0.0, 1),
+                                ("min_p", 0.0, 1), ("repetition_penalty", 1e-9, 1e9)):
+            value, kind = getattr(self, name), Integral if isinstance(low, int) else Real
+            require(number(value, low, high, kind) or value is None is getattr(Sampling, name), f"{name} = {value!r}, expected "
                     f"{'an integer' if kind is Integral else 'a number'} from {low:g} to {high:g}")
+        words = self.bad_words_ids
+        require(isinstance(words, (list, tuple)) and all(isinstance(w, (list, tuple)) and w and all(
+            number(i, 0, 2**31, Integral) for i in w) for w in words), f"bad_words_ids = {words!r}, expected lists of ids")
+        if self.temperature < 1e-5:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 def has_cuda(ort) -> bool:
@@ -241,6 +455,28 @@ def has_cuda(ort) -> bool:
         ort.preload_dlls()
         return True
     return False
+
+
+def constrain(logits, texts: list, knobs: Sampling, ends: tuple, count: int) -> np.ndarray:
+    """Logits (batch, vocab), changed in place: tinylm's `constrain`, after the ids so far of each row."""
+    for row, ids in zip(logits, texts):
+        if knobs.repetition_penalty != 1:
+            seen = np.unique(ids)
+            row[seen] = np.where(row[seen] > 0, row[seen] / knobs.repetition_penalty, row[seen] * knobs.repetition_penalty)
+        if n := knobs.no_repeat_ngram_size:
+            newest = ids[len(ids) - n + 1:]
+            row[[ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i:i + n - 1] == newest]] = -np.inf
+        for *before, last in knobs.bad_words_ids:
+            if last < len(row) and len(ids) >= len(before) and ids[len(ids) - len(before):] == before:
+                row[last] = -np.inf
+        if len(ids) < knobs.min_length:
+            row[[i for i in ends if 0 <= i < len(row)]] = -np.inf
+        for token, when in ((knobs.forced_bos_token_id, len(ids) == 1),
+                            (knobs.forced_eos_token_id, count == knobs.max_new_tokens - 1)):
+            if token is not None and when:
+                row[:] = -np.inf
+                row[token] = 0
+    return logits
 
 
 def sample(logits, knobs: Sampling, seed: int, step: int) -> np.ndarray:
@@ -399,6 +635,8 @@ def key_values(config, prefix: str, sides: dict) -> dict:
             for layer in range(config.num_hidden_layers) for side, length in sides.items() for part in ("key", "value")}
 
 
+SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5, "total_sequence_length": 8,
+         "encoder_sequence_length": 7}  # axes that vary, and an example: no two alike, and none 0 or 1
 IDS = ("int64", "batch_size", "sequence_length")
 SOURCE_IDS = ("int64", "batch_size", "encoder_sequence_length")
 
@@ -431,7 +669,7 @@ def encoder_decoder_graphs(config) -> list:
     """The encoder, and the decoder with two caches: of what it said, and of the source, filled by the first call."""
     import torch
     from einops import rearrange
-    sides = {".decoder": "past_sequence_length", ".encoder": "encoder_sequence_length"}
+    sides = {".decoder": "past_sequence_length", ".encoder": "encoder_sequence_length"}  # the latter may be 0 at first
     past, outputs = key_values(config, "past_key_values", sides), [*key_values(config, "present", sides)]
 
     def encode(lm, feed):
@@ -473,11 +711,8 @@ def trace(lm, graph: Graph):
         def forward(self, tensors):
             return graph.forward(self.lm, dict(zip(graph.inputs, tensors)))
 
-    limit = lm.config.max_position_embeddings
-    dims, sizes = {}, {}
-    for axis in {axis for _, *axes in graph.inputs.values() for axis in axes if isinstance(axis, str)}:
-        dims[axis], sizes[axis] = torch.export.Dim(axis), len(axis)  # different, so that no size is taken for another
-    arguments = [torch.ones([sizes.get(axis, axis) for axis in axes], dtype=getattr(torch, dtype))
+    dims = {axis: torch.export.Dim(axis) for axis in SIZES}
+    arguments = [torch.ones([SIZES.get(axis, axis) for axis in axes], dtype=getattr(torch, dtype))
                  for dtype, *axes in graph.inputs.values()]
     shapes = [{i: dims[axis] for i, axis in enumerate(axes) if axis in dims} for _, *axes in graph.inputs.values()]
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # "no torchvision"
@@ -487,7 +722,10 @@ def trace(lm, graph: Graph):
         program = torch.onnx.export(
             Traced().eval(), (arguments,), dynamo=True, opset_version=OPSET, verbose=False, dynamic_shapes=(shapes,),
             input_names=[*graph.inputs], output_names=graph.outputs)
-    return tidy(program.model)
+    model = tidy(program.model)
+    if lm.config.position in tinylm.LIMITED:
+        model.metadata_props["max_position_embeddings"] = str(lm.config.max_position_embeddings)
+    return model
 
 
 def tidy(model):
@@ -508,7 +746,7 @@ def tidy(model):
     passes.ClearMetadataAndDocStringPass()(model)
     for thing in (model, graph, *graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)):
         thing.metadata_props.clear()
-    graph.name, model.producer_name, model.producer_version = "decoder", "tinylm", None
+    graph.name, model.producer_name, model.producer_version = "tinylm", "tinylm", None
     for node in graph:
         node.name = node.outputs[0].name
     return model
@@ -548,41 +786,100 @@ def write_graph(model, path: Path):
 # Verifying: the file that was written, against torch
 # ---------------------------------------------------------------------------------------------------------------------
 
-def verify(lm, folder: Path, precision: str, new_tokens: int = 32) -> dict:
-    """Largest difference of logits relative to the largest logit, per check. Raises Error where one is too large or
-    where greedy tokens differ."""
+def verify(lm, folder: Path, precision: str) -> dict:
+    """Largest difference from torch, relative to the largest value, per check; of ids the number of equal ones. Raises
+    Error where one is too large or where ids differ."""
     import torch
-    onnx_lm = OnnxLM(folder, precision, providers=[CPU])
-    vocab, rng = lm.config.vocab_size, np.random.default_rng(0)
-    limit = min(lm.config.max_position_embeddings, 64)
-    long, short = max(2, limit // 4), max(1, limit // 8)
-    ids, other = rng.integers(0, vocab, (1, long)), rng.integers(0, vocab, (1, short))
 
-    def reference(x):
+    def reference(ids, mask=None, types=None, **more):
+        given = [None if x is None else torch.from_numpy(x) for x in (ids, mask, types)]
         with torch.no_grad():
-            return lm(torch.from_numpy(x)).float().numpy()
+            return lm(*given, **{name: torch.from_numpy(x) for name, x in more.items()}).float().numpy()
 
-    def difference(a, b):
-        return float(np.abs(a - b).max() / np.abs(b).max())
+    found = {}
+    for name, ours, theirs in kind_of(lm.config).checks(lm, OnnxLM(folder, precision, providers=[CPU]), reference):
+        if np.issubdtype(theirs.dtype, np.integer):
+            agree = int((ours == theirs).all(0).cumprod().sum()) if ours.shape == theirs.shape else 0
+            require(agree == theirs.shape[1], f"verify: {precision} {name} differ from torch after {agree} of {theirs.shape[1]}")
+            found[name] = agree
+        else:
+            error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+            found[name] = max(error, found.get(name, 0.0))
+            require(error <= TOLERANCE, f"verify: {precision} {name} differs from torch by {error:.1e} of the largest value, "
+                    f"expected at most {TOLERANCE:.0e}")
+    return found
 
+
+def examples(lm) -> tuple:
+    """Random ids (1, long), (1, short), and batches of both: {side of the padding: (ids, mask, columns of the short)}."""
+    rng, limit = np.random.default_rng(0), min(lm.config.max_position_embeddings, 64)
+    long, short = (rng.integers(0, lm.config.vocab_size, (1, n)) for n in (max(2, limit // 4), max(1, limit // 8)))
+    batches = {}
+    for side, columns in (("left", slice(-short.size, None)), ("right", slice(short.size))):
+        ids, mask = np.repeat(long, 2, 0), np.ones((2, long.size), np.int64)
+        mask[1], mask[1, columns], ids[1, columns] = 0, 1, short
+        batches[side] = ids, mask, columns
+    return long, short, batches
+
+
+def check_decoder(lm, onnx_lm, reference):
+    import torch
+    ids, other, batches = examples(lm)
     expected, mask = reference(ids), np.ones_like(ids)
-    found = {"prefill": difference(onnx_lm(ids), expected)}
+    yield "prefill", onnx_lm(ids), expected
     _, past = onnx_lm.step(ids[:, :-1], mask[:, :-1])
-    found["decode"] = difference(onnx_lm.step(ids[:, -1:], mask, past)[0], expected[:, -1:])
-    for side, columns in (("left", slice(long - short, long)), ("right", slice(short))):
-        padded, real = np.repeat(ids, 2, 0), np.repeat(mask, 2, 0)
-        real[1], real[1, columns], padded[1, columns] = 0, 1, other
-        logits = onnx_lm(padded, real)
-        found[f"{side} padding"] = max(difference(logits[:1], expected), difference(logits[1:, columns], reference(other)))
-    for name, value in found.items():
-        require(value <= TOLERANCE, f"verify: {precision} {name} differs from torch by {value:.1e} of the largest logit, "
-                f"expected at most {TOLERANCE:.0e}")
-    new = min(new_tokens, lm.config.max_position_embeddings - long)
-    ours = onnx_lm.generate(ids, max_new_tokens=new, eos_token_id=())
-    theirs = lm.generate(torch.from_numpy(ids), max_new_tokens=new, eos_token_id=()).numpy()
-    agree = int((ours == theirs)[0, long:].cumprod().sum())
-    require(agree == new, f"verify: {precision} greedy tokens differ from torch after {agree} of {new}")
-    return found | {"greedy tokens": new}
+    yield "decode", onnx_lm.step(ids[:, -1:], mask, past)[0], expected[:, -1:]
+    for side, (batch, real, columns) in batches.items():
+        logits = onnx_lm(batch, real)
+        yield f"{side} padding", logits[:1], expected
+        yield f"{side} padding", logits[1:, columns], reference(other)
+    new = min(32, lm.config.max_position_embeddings - ids.size)
+    options = dict(max_new_tokens=new, eos_token_id=(), num_beams=1)
+    theirs = lm.generate(torch.from_numpy(ids), **options).numpy()
+    yield "greedy tokens", onnx_lm.generate(ids, **options)[:, ids.size:], theirs[:, ids.size:]
+
+
+def check_encoder(lm, onnx_lm, reference):
+    ids, other, batches = examples(lm)
+    kinds = lm.config.type_vocab_size
+    types = np.random.default_rng(1).integers(0, kinds, ids.shape) if kinds else None
+    expected = reference(ids, None, types)
+    yield "alone", onnx_lm(ids, None, types), expected
+    for side, (batch, real, columns) in batches.items():
+        both = np.repeat(types, 2, 0) if kinds else None
+        outputs = onnx_lm(batch, real, both)
+        yield f"{side} padding", outputs[:1], expected
+        rows = outputs[1:, columns] if outputs.ndim == 3 else outputs[1:]
+        yield f"{side} padding", rows, reference(other, None, both[1:, columns] if kinds else None)
+
+
+def check_encoder_decoder(lm, onnx_lm, reference):
+    import torch
+    target, _, batches = examples(lm)
+    target = np.repeat(target, 2, 0)
+    new = min(32, lm.config.max_position_embeddings - 1)
+    options = dict(max_new_tokens=new, eos_token_id=(), num_beams=1)
+    for side, (ids, mask, _) in batches.items():
+        expected = reference(ids, mask, decoder_input_ids=target)
+        yield f"{side} padding", onnx_lm(ids, mask, decoder_input_ids=target), expected
+        source, ones = onnx_lm.source(ids, mask), np.ones_like(target)
+        _, past = onnx_lm.step(target[:, :-1], ones[:, :-1], source=source)
+        yield "decode", onnx_lm.step(target[:, -1:], ones, past, source)[0], expected[:, -1:]
+        theirs = lm.generate(torch.from_numpy(ids), torch.from_numpy(mask), **options).numpy()
+        yield "greedy tokens", onnx_lm.generate(ids, mask, **options)[:, 1:], theirs[:, 1:]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How models of a kind are exported: `graphs(config)`, and `checks(lm, onnx_lm, reference)` of what was written."""
+    graphs: object
+    checks: object
+
+
+def kind_of(config) -> Kind:
+    if config.num_encoder_layers:
+        return Kind(encoder_decoder_graphs, check_encoder_decoder)
+    return Kind(decoder_graph, check_decoder) if config.causal and config.head == "lm" else Kind(encoder_graph, check_encoder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,28 +899,34 @@ def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, 
     require(not out.exists() or out.is_dir() and (not any(out.iterdir()) or (out / MARK).exists()),
             f"{out}: exists and is no ONNX export; name another folder with --out")
     if isinstance(lm_or_folder, tinylm.TinyLM):
-        lm = copy.deepcopy(lm_or_folder)
+        lm, extras = copy.deepcopy(lm_or_folder), []
     else:
         require(out != Path(lm_or_folder).resolve(), f"{out}: is the checkpoint itself; name another folder")
         log(f"loading {lm_or_folder}")
         lm = tinylm.TinyLM.from_pretrained(lm_or_folder)
+        extras = [name for name in POOLING if (Path(lm_or_folder) / name).exists()]
     work = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
         work.mkdir(parents=True)
         lm.save_pretrained(work)
+        for name in extras:
+            (work / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(Path(lm_or_folder) / name, work / name)
         (work / MARK).write_text("")
         log(f"model.safetensors {megabytes(work / 'model.safetensors')}")
         if onnx:
             lm = lm.to("cpu", torch.float32).eval()
-            path = work / "onnx" / FILES["fp32"]
-            path.parent.mkdir()
+            (work / "onnx").mkdir()
             log(f"tracing {sum(p.numel() for p in lm.parameters()):,} parameters")
-            try:
-                write_graph(trace(lm), path)
-            except Exception as error:  # the exporter's own have no common base
-                raise Error(f"onnx: the trace failed ({first_line(error)})") from error
-            log(f"onnx/{path.name} {megabytes(path)}")
-            tinylm.write_json(work / "genai_config.json", genai_config(lm))
+            for graph in kind_of(lm.config).graphs(lm.config):
+                path = work / "onnx" / f"{graph.stem}{SUFFIX['fp32']}.onnx"
+                try:
+                    write_graph(trace(lm, graph), path)
+                except Exception as error:  # the exporter's own have no common base
+                    raise Error(f"onnx: the trace failed ({first_line(error)})") from error
+                log(f"onnx/{path.name} {megabytes(path)}")
+            if lm.config.head == "lm" and not lm.config.num_encoder_layers:
+                tinylm.write_json(work / "genai_config.json", genai_config(lm))
             found = verify(lm, work, "fp32")
             log("verified against torch: " + ", ".join(f"{name} {value:.1e}" if isinstance(value, float) else
                                                        f"{value} {name} equal" for name, value in found.items()))
@@ -663,7 +966,7 @@ def genai_config(lm) -> dict:
         pad = next(i for i in range(config.vocab_size) if i not in ends)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": f"onnx/{FILES['fp32']}", "head_size": config.head_dim, "hidden_size": config.hidden_size,
+        "filename": f"onnx/model{SUFFIX['fp32']}.onnx", "head_size": config.head_dim, "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads, "num_hidden_layers": layers,
         "num_key_value_heads": config.num_key_value_heads,
         "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")}

@@ -764,7 +764,7 @@ def fuse_norm(graph, norm):
     graph.opset_imports["com.microsoft"] = 1
     graph.insert_before(norm, ir.Node("com.microsoft", "SkipSimplifiedLayerNormalization", [*add.inputs, norm.inputs[1]],
                                       [norm.attributes["epsilon"]], outputs=outputs))
-    ir.convenience.replace_all_uses_with([norm.outputs[0], add.outputs[0]], outputs[::3])
+    ir.convenience.replace_all_uses_with([norm.outputs[0], add.outputs[0]], outputs[::3], replace_graph_outputs=True)
     graph.remove([norm, add], safe=True)
 
 
@@ -985,31 +985,57 @@ def genai_config(lm) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main(argv: list | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tinylm-export", description="Turn a checkpoint into safetensors and an ONNX "
-                                     "graph in one folder, verified against torch, and let it write a text.")
-    parser.add_argument("folder", nargs="?", default=str(WEIGHTS), help="a checkpoint (default: the shipped one)")
-    parser.add_argument("--onnx", action="store_true", help="write onnx/model.onnx, beside model.safetensors")
-    parser.add_argument("--safetensors", action="store_true", help="write model.safetensors alone, without --onnx")
-    parser.add_argument("--out", default="exported", help="folder to write (default: exported)")
-    parser.add_argument("--prompt", help="text that the exported model continues, greedily (default: 'ROMEO:', sampled)")
-    parser.add_argument("--max-new-tokens", type=int, default=160)
-    options = parser.parse_args(argv)
-    if not (options.onnx or options.safetensors):
-        parser.error("nothing to do: give --onnx, --safetensors or both")
-    begin = time.monotonic()
+    """`export.py [FOLDER] --onnx` exports, `export.py run FOLDER INPUT...` runs what was exported, without torch."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        export_onnx(options.folder, options.out, onnx=options.onnx,
-                    log=lambda text: print(f"[{time.monotonic() - begin:5.1f} s] {text}", flush=True))
-        print(f"[{time.monotonic() - begin:5.1f} s] wrote {options.out}", flush=True)
-        if options.onnx:
-            sampled = {} if options.prompt else {"temperature": 0.7, "seed": 1}
-            show(OnnxLM(options.out), options.prompt or "ROMEO:", options.max_new_tokens, **sampled)
+        return run_folder(argv[1:]) if argv[:1] == ["run"] else run_export(argv)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # whatever it is, of whichever library: one line
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         print(f"tinylm-export: error: {kind}{first_line(error)}", file=sys.stderr)
         return 1
+
+
+def run_folder(argv: list) -> int:
+    parser = argparse.ArgumentParser(prog="tinylm-export run", description="Run an exported folder on texts, without torch: "
+                                     "a line of JSON for each.")
+    parser.add_argument("folder", help="what the export wrote")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="texts; a second one (of a question its context) stands "
+                        "behind a tab; by default the lines of standard input")
+    parser.add_argument("--precision", choices=SUFFIX, default="fp32")
+    options = parser.parse_intermixed_args(argv)
+    inputs = options.inputs or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    texts, _, pairs = zip(*(text.partition("\t") for text in inputs)) if inputs else ((), (), ())
+    for result in OnnxLM(options.folder, options.precision).run(texts, [pair or None for pair in pairs]):
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+    return 0
+
+
+def run_export(argv: list) -> int:
+    parser = argparse.ArgumentParser(prog="tinylm-export", description="Turn a checkpoint into safetensors and ONNX graphs "
+                                     "in one folder, verified against torch, and try it. `run FOLDER INPUT...` runs it later.")
+    parser.add_argument("folder", nargs="?", default=str(WEIGHTS), help="a checkpoint (default: the shipped one)")
+    parser.add_argument("--onnx", action="store_true", help="write onnx/*.onnx, beside model.safetensors")
+    parser.add_argument("--safetensors", action="store_true", help="write model.safetensors alone, without --onnx")
+    parser.add_argument("--out", default="exported", help="folder to write (default: exported)")
+    parser.add_argument("--prompt", help="text that the exported model continues, greedily (default: 'ROMEO:', sampled), or "
+                        "reads")
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    options = parser.parse_args(argv)
+    if not (options.onnx or options.safetensors):
+        parser.error("nothing to do: give --onnx, --safetensors or both")
+    begin = time.monotonic()
+    export_onnx(options.folder, options.out, onnx=options.onnx,
+                log=lambda text: print(f"[{time.monotonic() - begin:5.1f} s] {text}", flush=True))
+    print(f"[{time.monotonic() - begin:5.1f} s] wrote {options.out}", flush=True)
+    if options.onnx:
+        lm = OnnxLM(options.out)
+        if lm.job == "generate" and not lm.encoder:
+            sampled = {} if options.prompt else {"temperature": 0.7, "seed": 1}
+            show(lm, options.prompt or "ROMEO:", options.max_new_tokens, **sampled)
+        elif options.prompt:
+            print(json.dumps(lm.run([options.prompt])[0], ensure_ascii=False))
     return 0
 
 

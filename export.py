@@ -238,10 +238,10 @@ class OnnxLM:
             input_ids, mask, last = token[:, None], longest[:, :seq + count + 1], -1
 
     def run(self, texts, pairs=None, batch: int = 32, **options) -> list:
-        """What the model is for, a result for each text (and its pair: of a question the context), longest first in
-        batches. Of a classifier [{"label", "score"}, ...], best first; of tokens [{"entity", "score", "word", "start", "end"},
-        ...]; {"answer", "score", "start", "end"}; of a masked language model, per mask, [{"token_str", "token", "score"}, ...];
-        {"embedding"}; else {"text"}, what is generated, greedily unless the options of `generate` say otherwise."""
+        """What the model is for: for each text (and its pair: of a question the context) what `tinylm.py run` says of it,
+        a list of {"label", "score"}, {"entity_group", "word", "score", "start", "end"}, {"answer", "score", "start", "end"},
+        {"token_str", "score", "sequence"}, {"embedding"} or {"generated_text"}; the latter greedy, unless the options, those
+        of `decode`, say otherwise. Runs in batches of texts of like length."""
         pairs = [None] * len(texts) if pairs is None else pairs
         require(len(pairs) == len(texts), f"pairs: {len(pairs)} of them, expected the {len(texts)} of texts")
         job, results = JOBS[self.job], {}
@@ -270,22 +270,22 @@ class OnnxLM:
         return input_ids.astype(np.int64), mask.astype(np.int64)
 
 
-# ---- what a model is for: (lm, texts, pairs) -> a result for each -----------------------------------------------------
+# ---- what a model is for: (lm, texts, pairs) -> for each a list of dicts, as tinylm's commands give it ---------------
 
-def padded(encodings: list, pad: int) -> tuple:
-    """Ids, mask and token types (batch, longest) of encodings, padded on the right."""
-    width = max(len(e.ids) for e in encodings)
-    rows = [(e.ids, e.attention_mask, e.type_ids) for e in encodings]
-    return tuple(np.array([row[i] + [fill] * (width - len(row[i])) for row in rows]) for i, fill in enumerate((pad, 0, 0)))
+LONGEST = 512  # tokens that are read, where the model has no limit of its own
 
 
-def read(lm: OnnxLM, texts, pairs, **options) -> tuple:
-    """Encodings of texts as long as the model takes them, and what it says of each."""
-    limit = min(lm.session.limit, lm._json("sentence_bert_config.json").get("max_seq_length") or 2**31)
-    encodings = lm.tokenizer.encodings(texts, pairs, limit, **options)
-    ids, mask, types = padded(encodings, lm.config.get("pad_token_id") or 0)
-    kinds = types if "token_type_ids" in lm.session.inputs else None
-    return encodings, lm(ids, mask, kinds), mask
+def read(lm: OnnxLM, encodings: list) -> tuple:
+    """What the model says of encodings, and their mask (batch, longest), padded on the right."""
+    width, fills = max(len(e.ids) for e in encodings), (lm.config.get("pad_token_id") or 0, 0, 0)
+    rows = [[part + [fill] * (width - len(part)) for part, fill in zip((e.ids, e.attention_mask, e.type_ids), fills)]
+            for e in encodings]
+    ids, mask, types = (np.array(part) for part in zip(*rows))
+    return lm(ids, mask, types if lm.config.get("type_vocab_size", 0) > 1 else None), mask
+
+
+def encodings(lm: OnnxLM, texts, pairs, limit: int = LONGEST, stride: int | None = None) -> list:
+    return lm.tokenizer.encodings(texts, pairs, min(lm.session.limit, limit), stride)
 
 
 def labels(lm: OnnxLM) -> list:
@@ -294,75 +294,95 @@ def labels(lm: OnnxLM) -> list:
 
 
 def classify(lm: OnnxLM, texts, pairs):
-    """As transformers' pipeline: a share of one, a share each (multi-label, or one label), or the number itself."""
-    names, logits, kind = labels(lm), read(lm, texts, pairs)[1], lm.config.get("problem_type")
-    if kind == "multi_label_classification" or kind != "regression" and len(names) == 1:
-        scores = 1 / (1 + np.exp(-logits))
-    else:
-        scores = logits if kind == "regression" else softmax(logits)
-    for row in scores:
+    """A share of one, a share each (multi-label, or one label), or the number itself; the best first."""
+    names, kind = labels(lm), lm.config.get("problem_type")
+    score = softmax if len(names) > 1 and kind != "multi_label_classification" else lambda x: 1 / (1 + np.exp(-x))
+    logits, _ = read(lm, encodings(lm, texts, pairs))
+    for row in logits if kind == "regression" else score(logits):
         yield [{"label": names[i], "score": float(row[i])} for i in np.argsort(-row, kind="stable")]
 
 
 def tag(lm: OnnxLM, texts, pairs):
-    """Every token that is no special one and not outside ("O")."""
-    names, (encodings, logits, _) = labels(lm), read(lm, texts, pairs)
-    for text, encoding, scores in zip(texts, encodings, softmax(logits)):
-        best = zip(encoding.offsets, encoding.special_tokens_mask, scores.argmax(-1).tolist(), scores.max(-1).tolist())
-        yield [{"entity": names[i], "score": score, "word": text[start:end], "start": start, "end": end}
-               for (start, end), special, i, score in best if not special and names[i] != "O"]
+    """Entities: neighbouring tokens of one kind (B- begins another), with the mean of their scores."""
+    names, found = labels(lm), encodings(lm, texts, pairs)
+    for text, encoding, p in zip(texts, found, softmax(read(lm, found)[0])):
+        groups, last = [], None
+        for i in (i for i, part in enumerate(encoding.sequence_ids) if part is not None):
+            name = names[p[i].argmax()]
+            kind = name[2:] if name[:2] in ("B-", "I-") else name
+            if kind != last or name[:2] == "B-":
+                groups.append((kind, []))
+            groups[-1][1].append(i)
+            last = kind
+        spans = [(kind, p[places].max(-1).mean(), encoding.offsets[places[0]][0], encoding.offsets[places[-1]][1])
+                 for kind, places in groups if kind != "O"]
+        yield [{"entity_group": kind, "word": text[start:end].strip(), "score": float(score), "start": start, "end": end}
+               for kind, score, start, end in spans]
 
 
-def answer(lm: OnnxLM, texts, pairs, longest: int = 15, stride: int = 64):
-    """The span of at most `longest` tokens that is likeliest to start and end the answer, of all windows of a context."""
+def answer(lm: OnnxLM, texts, pairs, longest: int = 30, window: int = 384):
+    """The likeliest span of whole words in any window of the context. Its score is the probability of its first column
+    times that of its last, among the context's columns and the first one, which stands for none."""
     for question, context in zip(texts, pairs):
-        require(context, f"{question!r}: a question needs a context, its pair")
-        first, = lm.tokenizer.encodings([question], [context], min(lm.session.limit, 384), stride)
+        require(context, f"{question[:60]!r}: expected a context, its pair")
+        room = min(lm.session.limit, window) - len(encodings(lm, [question], [""])[0].ids)
+        require(room > 1, f"question {question[:60]!r}: leaves no room for the context")
+        first, = encodings(lm, [question], [context], window, min(128, room // 2))
         windows, best = [first, *first.overflowing], None
-        ids, mask, types = padded(windows, lm.config.get("pad_token_id") or 0)
-        scores = lm(ids, mask, types if "token_type_ids" in lm.session.inputs else None)
-        for window, logits in zip(windows, scores):
-            inside = np.array([part == 1 for part in window.sequence_ids] + [False] * (len(logits) - len(window.ids)))
-            start, end = softmax(np.where(inside, logits.T, -1e4))
-            spans = np.tril(np.triu(np.outer(start, end)), longest - 1)
+        for encoding, logits in zip(windows, read(lm, windows)[0]):
+            inside = np.array([part == 1 for part in encoding.sequence_ids] + [False] * (len(logits) - len(encoding.ids)))
+            shown = inside | (np.arange(len(inside)) == 0)
+            begins, ends = softmax(np.where(shown, logits.T, -np.inf)) * inside
+            spans = np.tril(np.triu(np.outer(begins, ends)), longest - 1)
             i, j = np.unravel_index(spans.argmax(), spans.shape)
             if best is None or spans[i, j] > best["score"]:
-                begin, stop = window.offsets[i][0], window.offsets[j][1]
-                best = {"answer": context[begin:stop], "score": float(spans[i, j]), "start": begin, "end": stop}
-        yield best
+                start, end = (encoding.offsets[i][0], encoding.offsets[j][1]) if inside[i] else (0, 0)
+                while 0 < start < end and context[start - 1:start + 1].isalnum():
+                    start -= 1
+                while start < end < len(context) and context[end - 1:end + 1].isalnum():
+                    end += 1
+                best = {"answer": context[start:end].strip(), "score": float(spans[i, j]), "start": start, "end": end}
+        yield [best]
 
 
 def fill(lm: OnnxLM, texts, pairs, top_k: int = 5):
-    mask = lm.tokenizer.special(lm._json("tokenizer_config.json"), "mask_token")
-    encodings, logits, _ = read(lm, texts, pairs)
-    for text, encoding, row in zip(texts, encodings, logits):
-        places = [i for i, id in enumerate(encoding.ids) if id == mask]
-        require(places, f"{text!r}: no mask token to fill")
-        ranked = [[{"token_str": lm.tokenizer.decode([i]), "token": int(i), "score": float(p[i])}
-                   for i in np.argsort(-p, kind="stable")[:top_k]] for p in softmax(row[places])]
-        yield ranked if len(ranked) > 1 else ranked[0]
+    """The likeliest tokens in the place of each <mask> (or what the tokenizer calls it)."""
+    token = lm._json("tokenizer_config.json").get("mask_token")
+    name = token["content"] if isinstance(token, dict) else token
+    require(name, f"{lm.folder / 'tokenizer_config.json'}: no mask_token")
+    mask, found = lm.tokenizer.backend.token_to_id(name), encodings(lm, [t.replace("<mask>", name) for t in texts], pairs)
+    for text, encoding, row in zip(texts, found, read(lm, found)[0]):
+        ids, places = encoding.ids, [i for i, id in enumerate(encoding.ids) if id == mask]
+        require(places, f"{text[:60]!r}: expected {name} or <mask> in it")
+        likely = [(at, i, p[i]) for at, p in zip(places, softmax(row[places])) for i in np.argsort(-p, kind="stable")[:top_k]]
+        yield [{"token_str": lm.tokenizer.decode([i]), "score": float(score),
+                "sequence": lm.tokenizer.decode(ids[:at] + [i] + ids[at + 1:])} for at, i, score in likely]
+
+
+POOLINGS = {  # of sentence-transformers: states (batch, seq, hidden) and their mask (batch, seq, 1) -> vectors
+    "pooling_mode_cls_token": lambda x, mask: x[:, 0],
+    "pooling_mode_mean_tokens": lambda x, mask: (x * mask).sum(1) / mask.sum(1),
+    "pooling_mode_max_tokens": lambda x, mask: np.where(mask, x, -np.inf).max(1),
+    "pooling_mode_mean_sqrt_len_tokens": lambda x, mask: (x * mask).sum(1) / mask.sum(1) ** 0.5,
+    "pooling_mode_lasttoken": lambda x, mask: x[np.arange(len(x)), mask[..., 0].sum(1) - 1],
+}
 
 
 def embed(lm: OnnxLM, texts, pairs):
-    """As sentence-transformers: pooled as 1_Pooling/config.json says (else the mean), normed if modules.json says so."""
-    pooling = {key for key, on in lm._json("1_Pooling/config.json").items() if key.startswith("pooling_mode_") and on}
-    pooling = pooling or {"pooling_mode_mean_tokens"}
-    known = {"pooling_mode_mean_tokens": lambda x, real: (x * real).sum(1) / real.sum(1),
-             "pooling_mode_max_tokens": lambda x, real: np.where(real, x, -np.inf).max(1), "pooling_mode_cls_token": lambda x, _: x[:, 0]}
-    require(len(pooling) == 1 and pooling <= set(known), f"1_Pooling/config.json: {', '.join(sorted(pooling))} is not supported "
-            f"(supported: one of {', '.join(known)})")
-    _, states, mask = read(lm, texts, pairs)
-    vectors = known[pooling.pop()](states, mask[..., None])
-    modules = lm._json("modules.json") or []
-    if any(module.get("type", "").endswith("Normalize") for module in modules):
+    """Vectors as the files of sentence-transformers say: pooled, and normalised where modules.json has it; else the mean."""
+    pooling, modules = lm._json("1_Pooling/config.json"), lm.folder / "modules.json"
+    chosen = [pool for name, pool in POOLINGS.items() if pooling.get(name)] or [POOLINGS["pooling_mode_mean_tokens"]]
+    longest = lm._json("sentence_bert_config.json").get("max_seq_length") or LONGEST
+    states, mask = read(lm, encodings(lm, texts, pairs, longest))
+    vectors = np.concatenate([pool(states, mask[..., None]).astype(np.float32) for pool in chosen], -1)
+    if modules.exists() and "Normalize" in modules.read_text(encoding="utf-8"):
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-    yield from ({"embedding": vector.tolist()} for vector in vectors)
+    yield from ([{"embedding": vector.tolist()}] for vector in vectors)
 
 
 def write(lm: OnnxLM, texts, pairs, **options):
-    for text, pair in zip(texts, pairs):
-        require(pair is None, f"{pair!r}: this model takes no pairs")
-        yield {"text": "".join(lm.stream(text, **dict(num_beams=1) | options))}
+    for text in texts:
+        yield [{"generated_text": "".join(lm.stream(text, **dict(num_beams=1) | options))}]
 
 
 JOBS = {"classify": classify, "tokens": tag, "qa": answer, "fill": fill, "embed": embed, "generate": write}
@@ -396,13 +416,6 @@ class Tokenizer:
             raise Error(f"tokenizer: {first_line(error)}") from None
         finally:
             self.backend.no_truncation()
-
-    def special(self, config: dict, name: str) -> int:
-        """Id of a special token that tokenizer_config.json names."""
-        token = config.get(name)
-        token = self.backend.token_to_id(token["content"] if isinstance(token, dict) else token or "")
-        require(token is not None, f"tokenizer_config.json: no {name}, which this needs")
-        return token
 
     def decode(self, ids) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -1006,9 +1019,10 @@ def run_folder(argv: list) -> int:
     parser.add_argument("--precision", choices=SUFFIX, default="fp32")
     options = parser.parse_intermixed_args(argv)
     inputs = options.inputs or [line for line in sys.stdin.read().splitlines() if line.strip()]
-    texts, _, pairs = zip(*(text.partition("\t") for text in inputs)) if inputs else ((), (), ())
-    for result in OnnxLM(options.folder, options.precision).run(texts, [pair or None for pair in pairs]):
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+    halves = [text.partition("\t") for text in inputs]
+    results = OnnxLM(options.folder, options.precision).run([text for text, *_ in halves], [pair or None for *_, pair in halves])
+    for text, result in zip(inputs, results):
+        print(json.dumps({"input": text, "output": result}, ensure_ascii=False), flush=True)
     return 0
 
 

@@ -139,10 +139,12 @@ class OnnxLM:
         returned; behind an encoder its `source`."""
         first = past is None
         if first:
-            past = [np.zeros((len(input_ids), heads, 0, width), np.float32) for _, heads, _, width in self.past.values()]
+            empty = ((len(input_ids), heads, 0, width) for _, heads, _, width in self.past.values())
+            past = [np.zeros(shape, np.float32) for shape in empty]
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1]:]
-        logits, *present = self.session(input_ids=input_ids, attention_mask=mask, position_ids=positions, **source or {},
-                                        **dict(zip(self.past, past)), use_cache_branch=np.array([not first]))
+        feeds = dict(zip(self.past, past)) | (source or {})
+        logits, *present = self.session(input_ids=input_ids, attention_mask=mask, position_ids=positions,
+                                        use_cache_branch=np.array([not first]), **feeds)
         return logits.numpy(), present
 
     def __call__(self, input_ids, attention_mask=None, token_type_ids=None, decoder_input_ids=None) -> np.ndarray:
@@ -162,8 +164,8 @@ class OnnxLM:
         return np.stack(outputs, -1) if len(outputs) > 1 else outputs[0]
 
     def generate(self, input_ids, attention_mask=None, max_new_tokens: int | None = None, **options) -> np.ndarray:
-        """Continue every row: (batch, seq + new), with the pad id after a row's end; behind an encoder (batch, 1 + new),
-        beginning with decoder_start_token_id. Options as in `decode`."""
+        """Continue every row: (batch, seq + new), with the pad id after a row's end; behind an encoder (batch, 1 +
+        new), beginning with decoder_start_token_id. Options as in `decode`."""
         new = [*self.decode(input_ids, attention_mask, max_new_tokens, **options)]
         prompt = self._prompt(input_ids) if self.encoder else np.asarray(input_ids)
         return np.stack([*prompt.T, *new], axis=1)
@@ -192,7 +194,8 @@ class OnnxLM:
     def sampling(self, **given) -> Sampling:
         """tinylm's `sampling`: as given, else as the folder's generation_config.json says, else plainly."""
         for key in UNSUPPORTED & set(self.config):
-            require(self.config[key] in (None, 0, 1, []), f"generation_config.json: {key} = {self.config[key]!r} is not supported")
+            require(self.config[key] in (None, 0, 1, []), f"generation_config.json: {key} = {self.config[key]!r} is not "
+                    "supported")
         said = {name: self.config.get(name) for name in FROM_FILE}
         if self.encoder and said["max_new_tokens"] is None and self.config.get("max_length"):
             said["max_new_tokens"] = self.config["max_length"] - 1
@@ -200,8 +203,8 @@ class OnnxLM:
         unknown = sorted(set(said) - {f.name for f in fields(Sampling)})
         require(not unknown, f"{', '.join(unknown)}: no such option of a generation under ONNX Runtime")
         knobs = Sampling(**{name: value for name, value in said.items() if value is not None or name not in FROM_FILE})
-        require(knobs.num_beams == 1, f"num_beams = {knobs.num_beams}: there is no beam search under ONNX Runtime; give num_beams=1 "
-                "for greedy decoding or sampling")
+        require(knobs.num_beams == 1, f"num_beams = {knobs.num_beams}: there is no beam search under ONNX Runtime; "
+                "give num_beams=1 for greedy decoding or sampling")
         return knobs
 
     def decode(self, input_ids, attention_mask=None, max_new_tokens=None, eos_token_id="config", stop=None, seed=None,
@@ -211,7 +214,8 @@ class OnnxLM:
         knobs = self.sampling(max_new_tokens=max_new_tokens, **sampling)
         ends, stop = self.ends(eos_token_id), stop_strings(stop)
         (input_ids, mask), source = self._checked(input_ids, attention_mask), None
-        require(seed is None or number(seed, -2**63, 2**63 - 1, Integral), f"seed = {seed!r}, expected an integer of 64 bits")
+        require(seed is None or number(seed, -2**63, 2**63 - 1, Integral), f"seed = {seed!r}, expected an integer of 64 "
+                "bits")
         seed = int(np.random.randint(2**31) if seed is None else seed)
         pad = self.config.get("pad_token_id")
         pad = pad if pad is not None else ends[0] if ends else 0
@@ -220,7 +224,7 @@ class OnnxLM:
             input_ids = self._prompt(input_ids)
             mask = np.ones_like(input_ids)
         (batch, seq), past = input_ids.shape, None
-        texts = [row[real].tolist() for row, real in zip(input_ids, mask.astype(bool))]  # prompts, then all that is said
+        texts = [row[real].tolist() for row, real in zip(input_ids, mask.astype(bool))]  # prompts, and what follows
         starts, ended = [*map(len, texts)], np.zeros(batch, bool)
         last = (mask * np.arange(1, seq + 1)).argmax(1)  # each row's last token
         longest = np.concatenate([mask, np.ones((batch, knobs.max_new_tokens), np.int64)], 1)
@@ -238,10 +242,10 @@ class OnnxLM:
             input_ids, mask, last = token[:, None], longest[:, :seq + count + 1], -1
 
     def run(self, texts, pairs=None, batch: int = 32, **options) -> list:
-        """What the model is for: for each text (and its pair: of a question the context) what `tinylm.py run` says of it,
-        a list of {"label", "score"}, {"entity_group", "word", "score", "start", "end"}, {"answer", "score", "start", "end"},
-        {"token_str", "score", "sequence"}, {"embedding"} or {"generated_text"}; the latter greedy, unless the options, those
-        of `decode`, say otherwise. Runs in batches of texts of like length."""
+        """What the model is for: for each text (and its pair: of a question the context) what `tinylm.py run` says of
+        it, a list of {"label", "score"}, {"entity_group", "word", "score", "start", "end"}, {"answer", "score", "start",
+        "end"}, {"token_str", "score", "sequence"}, {"embedding"} or {"generated_text"}; the latter greedy, unless the
+        options, those of `decode`, say otherwise. Runs in batches of texts of like length."""
         pairs = [None] * len(texts) if pairs is None else pairs
         require(len(pairs) == len(texts), f"pairs: {len(pairs)} of them, expected the {len(texts)} of texts")
         job, results = JOBS[self.job], {}
@@ -316,7 +320,7 @@ def tag(lm: OnnxLM, texts, pairs):
             last = kind
         spans = [(kind, p[places].max(-1).mean(), encoding.offsets[places[0]][0], encoding.offsets[places[-1]][1])
                  for kind, places in groups if kind != "O"]
-        yield [{"entity_group": kind, "word": text[start:end].strip(), "score": float(score), "start": start, "end": end}
+        yield [dict(entity_group=kind, word=text[start:end].strip(), score=float(score), start=start, end=end)
                for kind, score, start, end in spans]
 
 
@@ -330,7 +334,8 @@ def answer(lm: OnnxLM, texts, pairs, longest: int = 30, window: int = 384):
         first, = encodings(lm, [question], [context], window, min(128, room // 2))
         windows, best = [first, *first.overflowing], None
         for encoding, logits in zip(windows, read(lm, windows)[0]):
-            inside = np.array([part == 1 for part in encoding.sequence_ids] + [False] * (len(logits) - len(encoding.ids)))
+            parts = encoding.sequence_ids + [None] * (len(logits) - len(encoding.ids))
+            inside = np.array([part == 1 for part in parts])
             shown = inside | (np.arange(len(inside)) == 0)
             begins, ends = softmax(np.where(shown, logits.T, -np.inf)) * inside
             spans = np.tril(np.triu(np.outer(begins, ends)), longest - 1)
@@ -350,11 +355,13 @@ def fill(lm: OnnxLM, texts, pairs, top_k: int = 5):
     token = lm._json("tokenizer_config.json").get("mask_token")
     name = token["content"] if isinstance(token, dict) else token
     require(name, f"{lm.folder / 'tokenizer_config.json'}: no mask_token")
-    mask, found = lm.tokenizer.backend.token_to_id(name), encodings(lm, [t.replace("<mask>", name) for t in texts], pairs)
+    mask = lm.tokenizer.backend.token_to_id(name)
+    found = encodings(lm, [text.replace("<mask>", name) for text in texts], pairs)
     for text, encoding, row in zip(texts, found, read(lm, found)[0]):
         ids, places = encoding.ids, [i for i, id in enumerate(encoding.ids) if id == mask]
         require(places, f"{text[:60]!r}: expected {name} or <mask> in it")
-        likely = [(at, i, p[i]) for at, p in zip(places, softmax(row[places])) for i in np.argsort(-p, kind="stable")[:top_k]]
+        likely = [(at, i, p[i]) for at, p in zip(places, softmax(row[places]))
+                  for i in np.argsort(-p, kind="stable")[:top_k]]
         yield [{"token_str": lm.tokenizer.decode([i]), "score": float(score),
                 "sequence": lm.tokenizer.decode(ids[:at] + [i] + ids[at + 1:])} for at, i, score in likely]
 
@@ -369,7 +376,7 @@ POOLINGS = {  # of sentence-transformers: states (batch, seq, hidden) and their 
 
 
 def embed(lm: OnnxLM, texts, pairs):
-    """Vectors as the files of sentence-transformers say: pooled, and normalised where modules.json has it; else the mean."""
+    """Vectors as the files of sentence-transformers say: pooled (else the mean), normalised where modules.json has it."""
     pooling, modules = lm._json("1_Pooling/config.json"), lm.folder / "modules.json"
     chosen = [pool for name, pool in POOLINGS.items() if pooling.get(name)] or [POOLINGS["pooling_mode_mean_tokens"]]
     longest = lm._json("sentence_bert_config.json").get("max_seq_length") or LONGEST
@@ -406,12 +413,13 @@ class Tokenizer:
         return self.backend.encode(text).ids
 
     def encodings(self, texts: list, pairs: list, limit: int, stride: int | None = None) -> list:
-        """Of texts, or of pairs, cut to `limit` ids; with a stride only the second one is cut, into windows that share so
-        many ids, and those after the first are its `overflowing`."""
+        """Of texts, or of pairs, cut to `limit` ids; with a stride only the second one is cut, into windows that share
+        so many ids, and those after the first are its `overflowing`."""
         how = {} if stride is None else dict(stride=stride, strategy="only_second")
         self.backend.enable_truncation(limit, **how)
         try:
-            return self.backend.encode_batch([text if pair is None else (text, pair) for text, pair in zip(texts, pairs)])
+            both = zip(texts, pairs)
+            return self.backend.encode_batch([text if pair is None else (text, pair) for text, pair in both])
         except Exception as error:  # the library raises plain Exception
             raise Error(f"tokenizer: {first_line(error)}") from None
         finally:
@@ -450,8 +458,8 @@ class Sampling:
                                 ("forced_eos_token_id", 0, 2**31), ("temperature", 0.0, 1e9), ("top_p", 0.0, 1),
                                 ("min_p", 0.0, 1), ("repetition_penalty", 1e-9, 1e9)):
             value, kind = getattr(self, name), Integral if isinstance(low, int) else Real
-            require(number(value, low, high, kind) or value is None is getattr(Sampling, name), f"{name} = {value!r}, expected "
-                    f"{'an integer' if kind is Integral else 'a number'} from {low:g} to {high:g}")
+            require(number(value, low, high, kind) or value is None is getattr(Sampling, name), f"{name} = {value!r}, "
+                    f"expected {'an integer' if kind is Integral else 'a number'} from {low:g} to {high:g}")
         words = self.bad_words_ids
         require(isinstance(words, (list, tuple)) and all(isinstance(w, (list, tuple)) and w and all(
             number(i, 0, 2**31, Integral) for i in w) for w in words), f"bad_words_ids = {words!r}, expected lists of ids")
@@ -475,7 +483,8 @@ def constrain(logits, texts: list, knobs: Sampling, ends: tuple, count: int) -> 
     for row, ids in zip(logits, texts):
         if knobs.repetition_penalty != 1:
             seen = np.unique(ids)
-            row[seen] = np.where(row[seen] > 0, row[seen] / knobs.repetition_penalty, row[seen] * knobs.repetition_penalty)
+            penalty = knobs.repetition_penalty
+            row[seen] = np.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
         if n := knobs.no_repeat_ngram_size:
             newest = ids[len(ids) - n + 1:]
             row[[ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i:i + n - 1] == newest]] = -np.inf
@@ -643,8 +652,9 @@ class Graph:
 
 
 def key_values(config, prefix: str, sides: dict) -> dict:
-    """Names of keys and values -> dtype and axes; sides: what the names say of whose they are -> the name of their axis."""
-    return {f"{prefix}.{layer}{side}.{part}": ("float32", "batch_size", config.num_key_value_heads, length, config.head_dim)
+    """Names of keys and values -> dtype and axes; sides: what names say of whose they are -> the name of their axis."""
+    heads, width = config.num_key_value_heads, config.head_dim
+    return {f"{prefix}.{layer}{side}.{part}": ("float32", "batch_size", heads, length, width)
             for layer in range(config.num_hidden_layers) for side, length in sides.items() for part in ("key", "value")}
 
 
@@ -692,7 +702,8 @@ def encoder_decoder_graphs(config) -> list:
         own, kept = ([feed[name] for name in past if side in name] for side in sides)
 
         def source():
-            parts = (part for block in lm.layers for part in block.cross_attention.keys_values(feed["encoder_hidden_states"]))
+            states = feed["encoder_hidden_states"]
+            parts = (part for block in lm.layers for part in block.cross_attention.keys_values(states))
             return [rearrange(part, "b s (h d) -> b h s d", d=config.head_dim).contiguous() for part in parts]
 
         kept = torch.cond(feed["use_cache_branch"], lambda: [x.clone() for x in kept], source)
@@ -704,8 +715,8 @@ def encoder_decoder_graphs(config) -> list:
 
     states = ("float32", "batch_size", "encoder_sequence_length", config.hidden_size)
     inputs = {"encoder_attention_mask": SOURCE_IDS, "input_ids": IDS, "encoder_hidden_states": states} | past
-    return [Graph("encoder_model", encode, {"input_ids": SOURCE_IDS, "attention_mask": SOURCE_IDS}, ["last_hidden_state"]),
-            Graph("decoder_model_merged", decode, inputs | {"use_cache_branch": ("bool", 1)}, ["logits", *outputs])]
+    sources = dict.fromkeys(["input_ids", "attention_mask"], SOURCE_IDS)
+    return [Graph("encoder_model", encode, sources, ["last_hidden_state"]), Graph("decoder_model_merged", decode, inputs | {"use_cache_branch": ("bool", 1)}, ["logits", *outputs])]
 
 
 def trace(lm, graph: Graph):
@@ -813,18 +824,19 @@ def verify(lm, folder: Path, precision: str) -> dict:
     for name, ours, theirs in kind_of(lm.config).checks(lm, OnnxLM(folder, precision, providers=[CPU]), reference):
         if np.issubdtype(theirs.dtype, np.integer):
             agree = int((ours == theirs).all(0).cumprod().sum()) if ours.shape == theirs.shape else 0
-            require(agree == theirs.shape[1], f"verify: {precision} {name} differ from torch after {agree} of {theirs.shape[1]}")
+            require(agree == theirs.shape[1], f"verify: {precision} {name} differ from torch after {agree} of "
+                    f"{theirs.shape[1]}")
             found[name] = agree
         else:
             error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
             found[name] = max(error, found.get(name, 0.0))
-            require(error <= TOLERANCE, f"verify: {precision} {name} differs from torch by {error:.1e} of the largest value, "
-                    f"expected at most {TOLERANCE:.0e}")
+            require(error <= TOLERANCE, f"verify: {precision} {name} differs from torch by {error:.1e} of the largest "
+                    f"value, expected at most {TOLERANCE:.0e}")
     return found
 
 
 def examples(lm) -> tuple:
-    """Random ids (1, long), (1, short), and batches of both: {side of the padding: (ids, mask, columns of the short)}."""
+    """Random ids (1, long), (1, short), and batches of both: {side of the padding: (ids, mask, short's columns)}."""
     rng, limit = np.random.default_rng(0), min(lm.config.max_position_embeddings, 64)
     long, short = (rng.integers(0, lm.config.vocab_size, (1, n)) for n in (max(2, limit // 4), max(1, limit // 8)))
     batches = {}
@@ -892,7 +904,8 @@ class Kind:
 def kind_of(config) -> Kind:
     if config.num_encoder_layers:
         return Kind(encoder_decoder_graphs, check_encoder_decoder)
-    return Kind(decoder_graph, check_decoder) if config.causal and config.head == "lm" else Kind(encoder_graph, check_encoder)
+    writes = config.causal and config.head == "lm"
+    return Kind(decoder_graph, check_decoder) if writes else Kind(encoder_graph, check_encoder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1011,30 +1024,33 @@ def main(argv: list | None = None) -> int:
 
 
 def run_folder(argv: list) -> int:
-    parser = argparse.ArgumentParser(prog="tinylm-export run", description="Run an exported folder on texts, without torch: "
-                                     "a line of JSON for each.")
+    parser = argparse.ArgumentParser(prog="tinylm-export run", description="Run an exported folder on texts, without "
+                                     "torch: a line of JSON for each.")
     parser.add_argument("folder", help="what the export wrote")
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="texts; a second one (of a question its context) stands "
-                        "behind a tab; by default the lines of standard input")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="texts; a second one (of a question its context) "
+                        "stands behind a tab; by default the lines of standard input")
     parser.add_argument("--precision", choices=SUFFIX, default="fp32")
+    parser.add_argument("--max-new-tokens", type=int, help="of a model that writes")
     options = parser.parse_intermixed_args(argv)
     inputs = options.inputs or [line for line in sys.stdin.read().splitlines() if line.strip()]
-    halves = [text.partition("\t") for text in inputs]
-    results = OnnxLM(options.folder, options.precision).run([text for text, *_ in halves], [pair or None for *_, pair in halves])
+    lm, halves = OnnxLM(options.folder, options.precision), [text.partition("\t") for text in inputs]
+    more = {"max_new_tokens": options.max_new_tokens} if lm.job == "generate" else {}
+    results = lm.run([text for text, *_ in halves], [pair or None for *_, pair in halves], **more)
     for text, result in zip(inputs, results):
         print(json.dumps({"input": text, "output": result}, ensure_ascii=False), flush=True)
     return 0
 
 
 def run_export(argv: list) -> int:
-    parser = argparse.ArgumentParser(prog="tinylm-export", description="Turn a checkpoint into safetensors and ONNX graphs "
-                                     "in one folder, verified against torch, and try it. `run FOLDER INPUT...` runs it later.")
+    parser = argparse.ArgumentParser(prog="tinylm-export", description="Turn a checkpoint into safetensors and ONNX "
+                                     "graphs in one folder, verified against torch, and try it; `run FOLDER INPUT...` "
+                                     "runs it later.")
     parser.add_argument("folder", nargs="?", default=str(WEIGHTS), help="a checkpoint (default: the shipped one)")
     parser.add_argument("--onnx", action="store_true", help="write onnx/*.onnx, beside model.safetensors")
     parser.add_argument("--safetensors", action="store_true", help="write model.safetensors alone, without --onnx")
     parser.add_argument("--out", default="exported", help="folder to write (default: exported)")
-    parser.add_argument("--prompt", help="text that the exported model continues, greedily (default: 'ROMEO:', sampled), or "
-                        "reads")
+    parser.add_argument("--prompt", help="text that the exported model continues, greedily (default: 'ROMEO:', sampled), "
+                        "or reads")
     parser.add_argument("--max-new-tokens", type=int, default=160)
     options = parser.parse_args(argv)
     if not (options.onnx or options.safetensors):

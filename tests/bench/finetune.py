@@ -22,6 +22,8 @@ import torch
 
 from conftest import fetch_minilm
 
+torch.set_num_threads(os.cpu_count())  # which conftest lowers for small models
+
 DATA = ROOT.parent / "shared" / "data"
 
 

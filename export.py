@@ -194,8 +194,8 @@ class OnnxLM:
     def sampling(self, **given) -> Sampling:
         """tinylm's `sampling`: as given, else as the folder's generation_config.json says, else plainly."""
         for key in UNSUPPORTED & set(self.config):
-            require(self.config[key] in (None, 0, 1, []), f"generation_config.json: {key} = {self.config[key]!r} is not "
-                    "supported")
+            require(self.config[key] in (None, 0, 1, []), f"generation_config.json: {key} = {self.config[key]!r} is "
+                    "not supported")
         said = {name: self.config.get(name) for name in FROM_FILE}
         if self.encoder and said["max_new_tokens"] is None and self.config.get("max_length"):
             said["max_new_tokens"] = self.config["max_length"] - 1
@@ -214,8 +214,8 @@ class OnnxLM:
         knobs = self.sampling(max_new_tokens=max_new_tokens, **sampling)
         ends, stop = self.ends(eos_token_id), stop_strings(stop)
         (input_ids, mask), source = self._checked(input_ids, attention_mask), None
-        require(seed is None or number(seed, -2**63, 2**63 - 1, Integral), f"seed = {seed!r}, expected an integer of 64 "
-                "bits")
+        require(seed is None or number(seed, -2**63, 2**63 - 1, Integral), f"seed = {seed!r}, expected an integer of "
+                "64 bits")
         seed = int(np.random.randint(2**31) if seed is None else seed)
         pad = self.config.get("pad_token_id")
         pad = pad if pad is not None else ends[0] if ends else 0
@@ -243,9 +243,9 @@ class OnnxLM:
 
     def run(self, texts, pairs=None, batch: int = 32, **options) -> list:
         """What the model is for: for each text (and its pair: of a question the context) what `tinylm.py run` says of
-        it, a list of {"label", "score"}, {"entity_group", "word", "score", "start", "end"}, {"answer", "score", "start",
-        "end"}, {"token_str", "score", "sequence"}, {"embedding"} or {"generated_text"}; the latter greedy, unless the
-        options, those of `decode`, say otherwise. Runs in batches of texts of like length."""
+        it, a list of {"label", "score"}, {"entity_group", "word", "score", "start", "end"}, {"answer", "score",
+        "start", "end"}, {"token_str", "score", "sequence"}, {"embedding"} or {"generated_text"}; the latter
+        greedy, unless the options, those of `decode`, say otherwise. Runs in batches of texts of like length."""
         pairs = [None] * len(texts) if pairs is None else pairs
         require(len(pairs) == len(texts), f"pairs: {len(pairs)} of them, expected the {len(texts)} of texts")
         job, results = JOBS[self.job], {}
@@ -376,7 +376,7 @@ POOLINGS = {  # of sentence-transformers: states (batch, seq, hidden) and their 
 
 
 def embed(lm: OnnxLM, texts, pairs):
-    """Vectors as the files of sentence-transformers say: pooled (else the mean), normalised where modules.json has it."""
+    """Vectors as the files of sentence-transformers say: pooled (else the mean), normalised if modules.json has it."""
     pooling, modules = lm._json("1_Pooling/config.json"), lm.folder / "modules.json"
     chosen = [pool for name, pool in POOLINGS.items() if pooling.get(name)] or [POOLINGS["pooling_mode_mean_tokens"]]
     longest = lm._json("sentence_bert_config.json").get("max_seq_length") or LONGEST
@@ -432,8 +432,9 @@ class Tokenizer:
 FROM_FILE = ("max_new_tokens", "no_repeat_ngram_size", "min_length", "bad_words_ids", "forced_bos_token_id",
              "forced_eos_token_id", "num_beams")  # tinylm's, where they are not about beams
 UNSUPPORTED = {"num_beam_groups", "penalty_alpha", "typical_p", "encoder_no_repeat_ngram_size", "suppress_tokens",
-               "begin_suppress_tokens", "exponential_decay_length_penalty", "encoder_repetition_penalty", "sequence_bias",
-               "guidance_scale", "min_new_tokens", "epsilon_cutoff", "eta_cutoff", "constraints", "force_words_ids"}
+               "begin_suppress_tokens", "exponential_decay_length_penalty", "encoder_repetition_penalty",
+               "sequence_bias", "guidance_scale", "min_new_tokens", "epsilon_cutoff", "eta_cutoff", "constraints",
+               "force_words_ids"}
 
 
 @dataclass(frozen=True)
@@ -462,7 +463,8 @@ class Sampling:
                     f"expected {'an integer' if kind is Integral else 'a number'} from {low:g} to {high:g}")
         words = self.bad_words_ids
         require(isinstance(words, (list, tuple)) and all(isinstance(w, (list, tuple)) and w and all(
-            number(i, 0, 2**31, Integral) for i in w) for w in words), f"bad_words_ids = {words!r}, expected lists of ids")
+            number(i, 0, 2**31, Integral) for i in w) for w in words), f"bad_words_ids = {words!r}, expected lists of "
+            "ids")
         if self.temperature < 1e-5:
             object.__setattr__(self, "temperature", 0.0)
 
@@ -716,7 +718,8 @@ def encoder_decoder_graphs(config) -> list:
     states = ("float32", "batch_size", "encoder_sequence_length", config.hidden_size)
     inputs = {"encoder_attention_mask": SOURCE_IDS, "input_ids": IDS, "encoder_hidden_states": states} | past
     sources = dict.fromkeys(["input_ids", "attention_mask"], SOURCE_IDS)
-    return [Graph("encoder_model", encode, sources, ["last_hidden_state"]), Graph("decoder_model_merged", decode, inputs | {"use_cache_branch": ("bool", 1)}, ["logits", *outputs])]
+    return [Graph("encoder_model", encode, sources, ["last_hidden_state"]),
+            Graph("decoder_model_merged", decode, inputs | {"use_cache_branch": ("bool", 1)}, ["logits", *outputs])]
 
 
 def trace(lm, graph: Graph):
@@ -786,8 +789,9 @@ def fuse_norm(graph, norm):
     names = norm.outputs[0].name, "", "", add.outputs[0].name
     outputs = [ir.Value(name=name, type=norm.outputs[0].type, shape=norm.outputs[0].shape) for name in names]
     graph.opset_imports["com.microsoft"] = 1
-    graph.insert_before(norm, ir.Node("com.microsoft", "SkipSimplifiedLayerNormalization", [*add.inputs, norm.inputs[1]],
-                                      [norm.attributes["epsilon"]], outputs=outputs))
+    inputs, epsilon = [*add.inputs, norm.inputs[1]], [norm.attributes["epsilon"]]
+    graph.insert_before(norm, ir.Node("com.microsoft", "SkipSimplifiedLayerNormalization", inputs, epsilon,
+                                      outputs=outputs))
     ir.convenience.replace_all_uses_with([norm.outputs[0], add.outputs[0]], outputs[::3], replace_graph_outputs=True)
     graph.remove([norm, add], safe=True)
 
@@ -913,9 +917,9 @@ def kind_of(config) -> Kind:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, log=None) -> dict:
-    """Write the folder `out` from a TinyLM or a checkpoint folder: config, tokenizer and model.safetensors in the stored
-    dtype, and onnx/model.onnx in fp32 with genai_config.json. Returns what `verify` found. The folder appears whole,
-    after its check, or not at all; an earlier export in its place is replaced.
+    """Write the folder `out` from a TinyLM or a checkpoint folder: config, tokenizer and model.safetensors in the
+    stored dtype, and the graphs in onnx/ in fp32, of a decoder with genai_config.json. Returns what `verify` found. The
+    folder appears whole, after its check, or not at all; an earlier export in its place is replaced.
 
     Raises Error (or tinylm's) where the checkpoint cannot be read or a check fails.
     """
@@ -1049,8 +1053,8 @@ def run_export(argv: list) -> int:
     parser.add_argument("--onnx", action="store_true", help="write onnx/*.onnx, beside model.safetensors")
     parser.add_argument("--safetensors", action="store_true", help="write model.safetensors alone, without --onnx")
     parser.add_argument("--out", default="exported", help="folder to write (default: exported)")
-    parser.add_argument("--prompt", help="text that the exported model continues, greedily (default: 'ROMEO:', sampled), "
-                        "or reads")
+    parser.add_argument("--prompt", help="text that the exported model continues, greedily (default: 'ROMEO:', "
+                        "sampled), or reads")
     parser.add_argument("--max-new-tokens", type=int, default=160)
     options = parser.parse_args(argv)
     if not (options.onnx or options.safetensors):

@@ -3068,7 +3068,8 @@ def train_bpe(texts: list, vocab: int, encoder: bool = False) -> Tokenizer:
     if encoder:
         backend.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-        named |= dict(cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+        named |= dict(cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+                      model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     return Tokenizer({"tokenizer.json": backend.to_str().encode("utf-8"),
                       "tokenizer_config.json": json.dumps(named, indent=2).encode("utf-8")})
 

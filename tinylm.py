@@ -2428,7 +2428,7 @@ ROLES = {  # role -> (the option that names its column, the usual names, how it 
     "start": ("", "answer_start start", int, "an integer"),
 }
 OPTIONAL = ("messages", "pair", "start")
-READ_ALOUD = ("text", "pair", "source", "target", "question", "context")  # what a tokenizer is trained on
+READ_ALOUD = ("text", "pair", "words", "source", "target", "question", "context")  # what a tokenizer is trained on
 
 
 def records(file: Path):

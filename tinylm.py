@@ -1019,15 +1019,15 @@ def visible(positions: Tensor, key_positions: Tensor, window: int | None = None,
 
 
 def last_column(mask: Tensor) -> Tensor:
-    """The column (batch, 1) of the last real token."""
-    return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1, keepdim=True)
+    """The column (batch, 1) of the last real token. In floats, of which ONNX Runtime's CUDA kernel takes the largest."""
+    return (mask.float() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1, keepdim=True)
 
 
 def pooled_column(input_ids: Tensor, mask: Tensor | None, config: Config) -> Tensor:
     """The column (batch, 1) whose state stands for the text: that of the last real token, in an encoder of the first."""
     real = torch.ones_like(input_ids) if mask is None else mask
     if not config.causal:
-        return real.long().argmax(-1, keepdim=True)
+        return real.float().argmax(-1, keepdim=True)
     # As transformers has it, the pad id is padding wherever it stands, whatever the mask says of it.
     return last_column(real if config.pad_token_id is None else real.bool() & (input_ids != config.pad_token_id))
 

@@ -1,0 +1,43 @@
+"""What a machine without a GPU can say of CUDA: ONNX Runtime has a CUDA kernel for every node that an export writes."""
+
+import onnx_ir as ir
+import pytest
+
+from export import kind_of, trace
+from families import CASES, CLASSIFIERS, ENCODERS, SEQ2SEQ
+from tinylm import TinyLM
+
+ANY = "bfloat16 bool float16 float32 int32 int64 uint8"
+FLOATS, NUMBERS = "bfloat16 float16 float32", "bfloat16 float16 float32 int32 int64"
+# Operator -> types of its first data input, from docs/OperatorKernels.md of onnxruntime, CUDAExecutionProvider: what is
+# there for opset 23, and no more operators than the graphs here have. Shapes and control flow run beside the device.
+KERNELS = {
+    "": {
+        **dict.fromkeys("Add Div Mul Sub Max Min Neg Abs Pow".split(), NUMBERS),
+        **dict.fromkeys("Attention RMSNormalization RotaryEmbedding Gelu LayerNormalization MatMul Relu Sigmoid Softmax "
+                        "Tanh".split(), FLOATS),
+        **dict.fromkeys("Cos Sin Log Reciprocal".split(), "float16 float32"),
+        **dict.fromkeys("Cast Concat Expand Gather GatherElements Identity If Reshape Shape Slice Split Squeeze Transpose "
+                        "Unsqueeze".split(), ANY),
+        **dict.fromkeys("Equal Greater GreaterOrEqual Less LessOrEqual".split(), "float16 float32 int32 int64"),
+        **dict.fromkeys("And Not Or Where".split(), "bool"),
+        "ArgMax": "float16 float32", "Clip": "float16 float32 int64", "CumSum": "float16 float32 int32 int64",
+        "GatherND": "bfloat16 bool float16 float32 int64", "Range": "float32 int32 int64",
+        "ReduceMax": "float16 float32 int32 int64",
+    },
+    "com.microsoft": dict.fromkeys(("SkipSimplifiedLayerNormalization", "SkipLayerNormalization"), FLOATS),
+}
+NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
+         ir.DataType.BOOL: "bool", ir.DataType.INT32: "int32", ir.DataType.INT64: "int64", ir.DataType.UINT8: "uint8"}
+CHOSEN = {"llama-dynamic", "gemma2", "gemma3_text", "bert-classify", "roberta-mlm", "electra-bare", "gpt2-classify", "t5", "marian"}
+
+
+@pytest.mark.parametrize("case", [c for c in (*CASES, *ENCODERS, *CLASSIFIERS, *SEQ2SEQ) if c.name in CHOSEN], ids=str)
+def test_every_node_has_a_cuda_kernel(case, folder):
+    lm = TinyLM.from_pretrained(folder(case)).float()
+    for graph in kind_of(lm.config).graphs(lm.config):
+        for node in ir.traversal.RecursiveGraphIterator(trace(lm, graph).graph):
+            kernels = KERNELS[node.domain]
+            assert node.op_type in kernels, f"{graph.stem}: {node.op_type}"
+            types = {NAMES[value.dtype] for value in node.inputs[:1] if value is not None and value.dtype is not None}
+            assert types <= set(kernels[node.op_type].split()), f"{graph.stem}: {node.op_type} of {types}"

@@ -60,6 +60,15 @@ def number(value, low, high, kind=(int, float)) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
+def require_ranges(owner, ranges: dict, prefix: str = ""):
+    """Refuse a dataclass whose fields leave their (least, most), whole numbers where the least is an int. None passes
+    where it is the default."""
+    for name, (low, high) in ranges.items():
+        value, kind = getattr(owner, name), int if isinstance(low, int) else (int, float)
+        require(number(value, low, high, kind) or value is None is getattr(type(owner), name), f"{prefix}{name} = "
+                f"{value!r}, expected {'an integer' if kind is int else 'a number'} from {low:g} to {high:g}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,18 +93,19 @@ CHOICES = {
     "problem_type": (None, "single_label_classification", "multi_label_classification", "regression"),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
-RANGES = {name: (1, 2**31 - 1, int) for name in (  # field -> least, most, kind; None passes where it is the default
-    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "sliding_window", "encoder_attention_heads", "encoder_intermediate_size",
-    "embedding_size")}
-RANGES |= {name: (1e-30, 1e30, (int, float)) for name in (
-    "norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping",
-    "final_logit_softcapping", "initializer_range")}
-RANGES |= {name: (0, 0.99, (int, float)) for name in (
-    "attention_dropout", "hidden_dropout", "embedding_dropout", "head_dropout")}
-RANGES |= {"num_hidden_layers": (1, 9999, int), "num_encoder_layers": (0, 9999, int), "type_vocab_size": (0, 2**20, int),
-           "position_offset": (0, 2**20, int), "relative_attention_num_buckets": (4, 2**20, int),
-           "relative_attention_max_distance": (2, 2**31 - 1, int), "partial_rotary_factor": (0, 1, (int, float))}
+RANGES = {name: limits for limits, names in {
+    (1, 2**31 - 1): """vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim
+        max_position_embeddings sliding_window encoder_attention_heads encoder_intermediate_size embedding_size""",
+    (1, 9999): "num_hidden_layers",
+    (0, 9999): "num_encoder_layers",
+    (0, 2**20): "type_vocab_size position_offset",
+    (4, 2**20): "relative_attention_num_buckets",
+    (2, 2**31 - 1): "relative_attention_max_distance",
+    (0.0, 1): "partial_rotary_factor",
+    (0.0, 0.99): "attention_dropout hidden_dropout embedding_dropout head_dropout",
+    (1e-30, 1e30): """norm_eps rope_theta rope_local_base_freq query_pre_attn_scalar attn_logit_softcapping
+        final_logit_softcapping initializer_range""",
+}.items() for name in names.split()}
 ROPE_KEYS = {  # rope_type -> (keys it needs, keys it may have)
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -171,55 +181,58 @@ class Config:
     model_type: str | None = None                 # row of FAMILIES to save as; None: the first that can express it
 
     def __post_init__(self):
+        require_ranges(self, RANGES, "config: ")
         for f in fields(self):
-            value, (low, high, kind) = getattr(self, f.name), RANGES.get(f.name, (None, None, None))
-            if kind and value is not None:
-                require(number(value, low, high, kind), f"config: {f.name} = {value!r}, expected "
-                        f"{'an integer' if kind is int else 'a number'} from {low:g} to {high:g}")
-            if f.type.startswith("bool"):
-                require(value in (True, False, f.default), f"config: {f.name} = {value!r}, expected true or false")
-            if f.name in CHOICES:
-                require(value in CHOICES[f.name], f"config: {f.name} = {value!r} is not supported (supported: "
-                        f"{', '.join(map(str, CHOICES[f.name]))})")
+            value, choices = getattr(self, f.name), CHOICES.get(f.name)
+            require(not f.type.startswith("bool") or value in (True, False, f.default),
+                    f"config: {f.name} = {value!r}, expected true or false")
+            require(choices is None or value in choices, f"config: {f.name} = {value!r} is not supported (supported: "
+                    f"{', '.join(map(str, choices or ()))})")
+            if isinstance(value, list):
+                object.__setattr__(self, f.name, tuple(value))
         require(self.model_type in (None, *FAMILIES), f"config: model_type = {self.model_type!r} is not supported "
                 f"(supported: {', '.join(FAMILIES)})")
-        heads, window = self.num_attention_heads, self.sliding_window
-        require(self.head_dim or self.hidden_size % heads == 0, f"config: hidden_size = {self.hidden_size} is no "
-                f"multiple of num_attention_heads = {heads}; give head_dim")
-        self._fill("head_dim", self.hidden_size // heads)
-        self._fill("num_key_value_heads", heads)
-        self._fill("attention_output_bias", self.attention_bias)
-        self._fill("intermediate_size", -(-self.hidden_size * 8 // 3 // 64) * 64 if self.gated else 4 * self.hidden_size)
-        self._fill("layer_types", (LAYER_TYPES[window is not None],) * self.num_hidden_layers)
-        self._fill("embedding_size", self.hidden_size)
+        require(self.head_dim or self.hidden_size % self.num_attention_heads == 0, "config: hidden_size = "
+                f"{self.hidden_size} is no multiple of num_attention_heads = {self.num_attention_heads}; give head_dim")
+        for name, value in self._meant().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self._check_parts()
+        if self.position == "rope":
+            self._check_rope()
+
+    def _meant(self) -> dict:
+        """What None stands for."""
+        heads, hidden, inner = self.num_attention_heads, self.hidden_size, self.intermediate_size
+        inner = inner or (-(-hidden * 8 // 3 // 64) * 64 if self.gated else 4 * hidden)
+        kind = LAYER_TYPES[self.sliding_window is not None]
+        meant = dict(head_dim=hidden // heads, num_key_value_heads=heads, intermediate_size=inner,
+                     embedding_size=hidden, layer_types=(kind,) * self.num_hidden_layers,
+                     attention_output_bias=self.attention_bias)
         if self.num_encoder_layers:
-            self._fill("encoder_attention_heads", heads)
-            require(self.encoder_attention_heads == heads or self.hidden_size % self.encoder_attention_heads == 0, "config: "
-                    f"encoder_attention_heads = {self.encoder_attention_heads} is no divisor of hidden_size = {self.hidden_size}")
-            self._fill("encoder_intermediate_size", self.intermediate_size)
-            self._fill("decoder_start_token_id", self.bos_token_id if self.bos_token_id is not None else self.pad_token_id or 0)
+            start = self.bos_token_id if self.bos_token_id is not None else self.pad_token_id or 0
+            meant |= dict(encoder_attention_heads=heads, encoder_intermediate_size=inner, decoder_start_token_id=start)
         if self.head in ("classify", "tokens"):
-            self._fill("id2label", {0: "LABEL_0", 1: "LABEL_1"})
-            require(isinstance(self.id2label, dict) and list(self.id2label) == list(range(len(self.id2label))) != [],
-                    f"config: id2label = {self.id2label!r}, expected names for 0, 1, 2, ...")
-        for name in ("layer_types", "eos_token_id"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        require(heads % self.num_key_value_heads == 0, f"config: num_attention_heads = {heads} is no multiple of "
-                f"num_key_value_heads = {self.num_key_value_heads}")
+            meant["id2label"] = {0: "LABEL_0", 1: "LABEL_1"}
+        return meant
+
+    def _check_parts(self):
+        heads, groups, encoder_heads = self.num_attention_heads, self.num_key_value_heads, self.encoder_attention_heads
+        require(heads % groups == 0, f"config: num_attention_heads = {heads} is no multiple of num_key_value_heads = "
+                f"{groups}")
+        require(encoder_heads in (None, heads) or self.hidden_size % encoder_heads == 0, "config: "
+                f"encoder_attention_heads = {encoder_heads} is no divisor of hidden_size = {self.hidden_size}")
+        labels = self.id2label
+        require(self.head not in ("classify", "tokens") or isinstance(labels, dict)
+                and list(labels) == list(range(len(labels))) != [],
+                f"config: id2label = {labels!r}, expected names for 0, 1, 2, ...")
         require(len(self.layer_types) == self.num_hidden_layers, f"config: layer_types has {len(self.layer_types)} "
                 f"entries, expected num_hidden_layers = {self.num_hidden_layers}")
         for name in set(self.layer_types):
             require(name in LAYER_TYPES, f"config: layer_types has {name!r}, which is not supported (supported: "
                     f"{', '.join(LAYER_TYPES)})")
-            require(name != LAYER_TYPES[1] or window, f"config: layer_types has {name!r}, but sliding_window = None")
-        if self.position == "rope":
-            self._check_rope()
-
-    def _fill(self, name: str, value):
-        """What None stands for."""
-        if getattr(self, name) is None:
-            object.__setattr__(self, name, value)
+            require(name != LAYER_TYPES[1] or self.sliding_window, f"config: layer_types has {name!r}, but "
+                    "sliding_window = None")
 
     def _check_rope(self):
         require(self.rotary_dim in range(2, self.head_dim + 1, 2), f"config: head_dim = {self.head_dim} with "
@@ -291,18 +304,20 @@ TRANSFORMS = {  # the kind of a name -> how its tensor reads, and how it is writ
     Row: (lambda x: x[0], lambda x: x[None]),
     Unused: (lambda x: x, lambda x: x),
 }
-CLASS = {"lm": "ForCausalLM", "mlm": "ForMaskedLM", "classify": "ForSequenceClassification",
-         "tokens": "ForTokenClassification", "qa": "ForQuestionAnswering", None: "Model"}  # head -> end of its class's name
+DECODER_HEADS = {"lm": ({"head.out": "lm_head"}, {}), "classify": ({"head.out": "score"}, {}), None: ({}, {})}
+CLASS = {  # head -> end of its class's name
+    "lm": "ForCausalLM", "mlm": "ForMaskedLM", "classify": "ForSequenceClassification",
+    "tokens": "ForTokenClassification", "qa": "ForQuestionAnswering", None: "Model"}
 
 
 @dataclass(frozen=True)
 class Family:
     """One `model_type`. Tables are read one way to load and the other way to save."""
     stem: str                                     # of its classes' names
-    prefix: str                                   # of the body's tensors, where there is a head
     tensors: dict                                 # our module -> theirs, or a tuple of theirs fused along the rows
     fields: dict                                  # our config field -> their key, or (key, how it reads, is written)
-    heads: dict                                   # head -> (its rows of the tensor table, its config fields)
+    heads: dict = field(default_factory=lambda: DECODER_HEADS)  # head -> (its rows of the table, its config fields)
+    prefix: str = "model."                        # of the body's tensors, where there is a head
     fixed: dict = field(default_factory=dict)     # our config fields which the family always has, or how they follow
     defaults: dict = field(default_factory=dict)  # their key -> what transformers takes where config.json is silent
     only: dict = field(default_factory=dict)      # their key -> the one value supported, where None will not do
@@ -312,6 +327,11 @@ class Family:
     unstored_head_is_tied: bool = False           # whatever config.json says of it
     classes: dict = field(default_factory=dict)   # head -> end of its class's name, where it is not that of CLASS
 
+    def __post_init__(self):
+        plain = lambda value, _: value  # noqa: E731
+        object.__setattr__(self, "fields", {ours: entry if isinstance(entry, tuple) else (entry, plain, plain)
+                                            for ours, entry in self.fields.items()})
+
     def table(self, head) -> dict:
         return self.tensors | self.heads[head][0]
 
@@ -319,234 +339,263 @@ class Family:
         return self.stem + (CLASS | self.classes)[head]
 
     def head_of(self, architecture: str | None, source: str):
-        """The head of a class of transformers. A class we do not know counts as the language model, where there is one."""
+        """The head of a class of transformers. One we do not know counts as the language model, where there is one."""
         found = [head for head in self.heads if self.architecture(head) == architecture]
-        require(found or architecture is None or "lm" in self.heads, f"{source}: architectures = {architecture!r} is not "
-                f"supported (supported: {', '.join(map(self.architecture, self.heads))}); name a head to open its body")
+        require(found or architecture is None or "lm" in self.heads, f"{source}: architectures = {architecture!r} is "
+                f"not supported (supported: {', '.join(map(self.architecture, self.heads))}); name a head to open its "
+                "body")
         return found[0] if found else "lm" if "lm" in self.heads else None
 
 
-def keys(entry) -> tuple:
-    """A family's entry for a config field as (their key, how it reads, how it is written)."""
-    return entry if isinstance(entry, tuple) else (entry, lambda value, raw: value, lambda value, config: value)
+def same(*names) -> dict:
+    return {name: name for name in names}
 
 
-NEUTRAL = dict(qk_norm=None)  # where Config's default is an architecture of its own, what most families have
-INERT = set("""architectures torch_dtype dtype transformers_version use_cache initializer_range pretraining_tp model_type
-    attention_dropout embd_pdrop resid_pdrop attn_pdrop hidden_dropout residual_dropout embedding_dropout
-    summary_type summary_use_proj summary_activation summary_first_dropout summary_last_dropout summary_proj_to_labels
-    task_specific_params label2id num_labels return_dict chunk_size_feed_forward gradient_checkpointing
-    output_attentions output_hidden_states cache_implementation original_max_position_embeddings n_ctx
-    reorder_and_upcast_attn tokenizer_class sep_token_id unk_token_id sliding_window_pattern max_window_layers
-    unsloth_version auto_map is_llama_config transformers.js_config attention_softmax_in_fp32 _name_or_path
-    scale_attention_softmax_in_fp32 is_encoder_decoder encoder_layerdrop decoder_layerdrop activation_dropout
-    classifier_dropout classif_dropout init_std initializer_factor n_positions dense_act_fn is_gated_act output_past directionality finetuning_task
-    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
-    num_hidden_layers tie_weights_ sinusoidal_pos_embds qa_dropout seq_classif_dropout extra_pos_embeddings adapters id2label
-    prefix""".split())
-GENERATION = set("""max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
-    top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    num_return_sequences bad_words_ids forced_bos_token_id forced_eos_token_id force_bos_token_to_be_generated
-    renormalize_logits decoder_start_token_id bos_token_id eos_token_id pad_token_id max_new_tokens""".split())
-same = lambda *names: {name: name for name in names}  # noqa: E731
+def without(table: dict, *names) -> dict:
+    return {name: value for name, value in table.items() if name not in names}
+
+
+NEUTRAL = dict(qk_norm=None, **dict.fromkeys((  # where Config's default is an architecture or a size of its own
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")))
+INERT = set("""
+    _name_or_path activation_dropout adapters architectures attention_dropout attention_softmax_in_fp32 attn_pdrop
+    auto_map cache_implementation chunk_size_feed_forward classif_dropout classifier_dropout decoder_layerdrop
+    dense_act_fn directionality dtype embd_pdrop embedding_dropout encoder_layerdrop extra_pos_embeddings
+    finetuning_task gradient_checkpointing hidden_dropout id2label init_std initializer_factor initializer_range
+    is_encoder_decoder is_gated_act is_llama_config label2id max_window_layers model_type n_ctx n_positions
+    num_hidden_layers num_labels original_max_position_embeddings output_attentions output_hidden_states output_past
+    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type prefix
+    pretraining_tp qa_dropout reorder_and_upcast_attn resid_pdrop residual_dropout return_dict
+    scale_attention_softmax_in_fp32 sep_token_id seq_classif_dropout sinusoidal_pos_embds sliding_window_pattern
+    summary_activation summary_first_dropout summary_last_dropout summary_proj_to_labels summary_type summary_use_proj
+    task_specific_params tie_weights_ tokenizer_class torch_dtype transformers.js_config transformers_version
+    unk_token_id unsloth_version use_cache
+""".split())
+GENERATION = set("""
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
+    bad_words_ids forced_bos_token_id forced_eos_token_id force_bos_token_to_be_generated renormalize_logits
+    decoder_start_token_id bos_token_id eos_token_id pad_token_id max_new_tokens
+""".split())
 LABELS = dict(problem_type="problem_type", id2label=(
     "id2label", lambda names, raw: {int(i): str(name) for i, name in names.items()},
     lambda names, config: names and {str(i): name for i, name in names.items()}))
-COMMON = same(*"""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    max_position_embeddings hidden_act rope_theta rope_scaling tie_word_embeddings attention_dropout bos_token_id
-    eos_token_id pad_token_id""".split()) | dict(norm_eps="rms_norm_eps") | LABELS
+COMMON = same(*"""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+    head_dim max_position_embeddings hidden_act rope_theta rope_scaling tie_word_embeddings attention_dropout
+    bos_token_id eos_token_id pad_token_id""".split()) | dict(norm_eps="rms_norm_eps") | LABELS
 BIASES = dict(attention_bias="attention_bias", attention_output_bias="attention_bias")
-SLIDING = dict(sliding_window="sliding_window")
-DECODER_HEADS = {"lm": ({"head.out": "lm_head"}, {}), "classify": ({"head.out": "score"}, {}), None: ({}, {})}
 
-LAYER = "model.layers.{}."
-LLAMA = {
-    "embed": "model.embed_tokens",
-    "layers.{}.attention_norm": LAYER + "input_layernorm",
-    "layers.{}.attention.qkv": tuple(LAYER + f"self_attn.{n}_proj" for n in "qkv"),
-    "layers.{}.attention.q_norm": LAYER + "self_attn.q_norm",
-    "layers.{}.attention.k_norm": LAYER + "self_attn.k_norm",
-    "layers.{}.attention.o": LAYER + "self_attn.o_proj",
-    "layers.{}.mlp_norm": LAYER + "post_attention_layernorm",
-    "layers.{}.mlp.gate_up": (LAYER + "mlp.gate_proj", LAYER + "mlp.up_proj"),
-    "layers.{}.mlp.down": LAYER + "mlp.down_proj",
-    "norm": "model.norm",
-}
-GEMMA2 = LLAMA | {
-    "layers.{}.attention_output_norm": LAYER + "post_attention_layernorm",
-    "layers.{}.mlp_norm": LAYER + "pre_feedforward_layernorm",
-    "layers.{}.mlp_output_norm": LAYER + "post_feedforward_layernorm",
-}
-GPT2 = {
-    "embed": "transformer.wte",
-    "position_embed": "transformer.wpe",
-    "layers.{}.attention_norm": "transformer.h.{}.ln_1",
-    "layers.{}.attention.qkv": Transposed("transformer.h.{}.attn.c_attn"),
-    "layers.{}.attention.o": Transposed("transformer.h.{}.attn.c_proj"),
-    "layers.{}.mlp_norm": "transformer.h.{}.ln_2",
-    "layers.{}.mlp.up": Transposed("transformer.h.{}.mlp.c_fc"),
-    "layers.{}.mlp.down": Transposed("transformer.h.{}.mlp.c_proj"),
-    "norm": "transformer.ln_f",
-}
-ROTARY_BUFFER = (LAYER + "self_attn.rotary_emb.inv_freq",)
+
+def table(prefix: str, layer: str, outside: dict, inside: dict) -> dict:
+    """A tensor table: our modules outside of the layers and those inside -> theirs, after the prefixes. Several names
+    are fused in ours."""
+    rows = {ours: (prefix, theirs) for ours, theirs in outside.items()}
+    rows |= {"layers.{}." + ours: (prefix + layer, theirs) for ours, theirs in inside.items()}
+    return {ours: tuple(type(theirs)(place + name) for name in theirs.split())
+            for ours, (place, theirs) in rows.items()}
+
+
+def llama_like(**inside) -> dict:
+    """Llama's table, but for some modules inside of a layer."""
+    return table("model.", "layers.{}.", {"embed": "embed_tokens", "norm": "norm"}, {
+        "attention_norm": "input_layernorm",
+        "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "attention.q_norm": "self_attn.q_norm",
+        "attention.k_norm": "self_attn.k_norm",
+        "attention.o": "self_attn.o_proj",
+        "mlp_norm": "post_attention_layernorm",
+        "mlp.gate_up": "mlp.gate_proj mlp.up_proj",
+        "mlp.down": "mlp.down_proj",
+    } | inside)
+
+
+LLAMA = llama_like()
+SANDWICH = dict(attention_output_norm="post_attention_layernorm", mlp_output_norm="post_feedforward_layernorm")
+GEMMA2 = llama_like(mlp_norm="pre_feedforward_layernorm", **SANDWICH)
+GPT2 = table("transformer.", "h.{}.", {"embed": "wte", "position_embed": "wpe", "norm": "ln_f"}, {
+    "attention_norm": "ln_1",
+    "attention.qkv": Transposed("attn.c_attn"),
+    "attention.o": Transposed("attn.c_proj"),
+    "mlp_norm": "ln_2",
+    "mlp.up": Transposed("mlp.c_fc"),
+    "mlp.down": Transposed("mlp.c_proj"),
+})
+ROTARY_BUFFER = ("model.layers.{}.self_attn.rotary_emb.inv_freq",)
+LM_ONLY = {"lm": DECODER_HEADS["lm"]}
 GEMMA_FIXED = dict(norm_offset=1.0, scale_embedding=True)
-GEMMA2_FIELDS = COMMON | BIASES | SLIDING | dict(
-    hidden_act="hidden_activation", layer_types="layer_types", query_pre_attn_scalar="query_pre_attn_scalar",
-    attn_logit_softcapping="attn_logit_softcapping", final_logit_softcapping="final_logit_softcapping")
-GEMMA2_DEFAULTS = dict(head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, pad_token_id=0,
-                       eos_token_id=1, bos_token_id=2, sliding_window=4096, sliding_window_pattern=2)
-QWEN_DEFAULTS = dict(tie_word_embeddings=False, max_position_embeddings=32768, sliding_window=4096,
-                     use_sliding_window=False, max_window_layers=28)
-
-
-def llama_like(stem: str, tensors: dict, fields: dict, **rest) -> Family:
-    return Family(stem, "model.", tensors, fields, rest.pop("heads", DECODER_HEADS), **rest)
+GEMMA2_FIELDS = COMMON | BIASES | dict(hidden_act="hidden_activation") | same(
+    "sliding_window", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+GEMMA2_DEFAULTS = dict(
+    head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, pad_token_id=0, eos_token_id=1,
+    bos_token_id=2, sliding_window=4096, sliding_window_pattern=2)
+QWEN_DEFAULTS = dict(
+    tie_word_embeddings=False, max_position_embeddings=32768, sliding_window=4096, use_sliding_window=False,
+    max_window_layers=28)
 
 
 FAMILIES = {
-    "qwen3": llama_like("Qwen3", LLAMA, COMMON | BIASES | SLIDING | dict(layer_types="layer_types"),
-                        fixed=dict(qk_norm="head"), defaults=QWEN_DEFAULTS | dict(head_dim=128)),
-    "llama": llama_like("Llama", LLAMA, COMMON | BIASES | dict(mlp_bias="mlp_bias"), drop=ROTARY_BUFFER,
-                        defaults=dict(tie_word_embeddings=False, max_position_embeddings=2048, bos_token_id=1,
-                                      eos_token_id=2)),
-    "mistral": llama_like("Mistral", LLAMA, COMMON | SLIDING, drop=ROTARY_BUFFER,
-                          defaults=dict(tie_word_embeddings=False, max_position_embeddings=131072, sliding_window=4096,
-                                        num_key_value_heads=8, bos_token_id=1, eos_token_id=2)),
-    "qwen2": llama_like("Qwen2", LLAMA, COMMON | SLIDING | dict(layer_types="layer_types"),
-                        fixed=dict(attention_bias=True, attention_output_bias=False), defaults=QWEN_DEFAULTS),
-    "gemma": llama_like("Gemma", LLAMA, COMMON | BIASES, fixed=GEMMA_FIXED,
-                        defaults=dict(head_dim=256, hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192,
-                                      pad_token_id=0, eos_token_id=1, bos_token_id=2),
-                        only=dict(hidden_activation="gelu_pytorch_tanh"),
-                        alias=dict(hidden_act={"gelu": "gelu_pytorch_tanh"})),
-    "gemma2": llama_like("Gemma2", GEMMA2, GEMMA2_FIELDS, fixed=GEMMA_FIXED | dict(norm_position="sandwich"),
-                         defaults=GEMMA2_DEFAULTS | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
-                                                         max_position_embeddings=8192),
-                         only=dict(hidden_act="gelu_pytorch_tanh")),
-    "gemma3_text": llama_like("Gemma3", GEMMA2,
-                              {k: v for k, v in GEMMA2_FIELDS.items() if k != "attn_logit_softcapping"}
-                              | same("rope_local_base_freq"), heads={"lm": DECODER_HEADS["lm"]},
-                              fixed=GEMMA_FIXED | dict(norm_position="sandwich", qk_norm="head"),
-                              defaults=GEMMA2_DEFAULTS | dict(sliding_window_pattern=6, max_position_embeddings=131072,
-                                                              rope_theta=1000000.0, rope_local_base_freq=10000.0),
-                              only=dict(hidden_act="gelu_pytorch_tanh")),
-    "gpt2": Family("GPT2", "transformer.", GPT2,
-                   same("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id") | LABELS | dict(
-                       hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
-                       intermediate_size="n_inner", norm_eps="layer_norm_epsilon", max_position_embeddings="n_positions",
-                       hidden_act="activation_function", attention_dropout="attn_pdrop", hidden_dropout="resid_pdrop",
-                       embedding_dropout="embd_pdrop"), DECODER_HEADS, classes={"lm": "LMHeadModel"},
-                   fixed=dict(norm="layer", position="learned", gated=False, attention_bias=True, mlp_bias=True),
-                   defaults=dict(n_positions=1024, layer_norm_epsilon=1e-5, activation_function="gelu_new",
-                                 attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1, bos_token_id=50256,
-                                 eos_token_id=50256),
-                   only=dict(scale_attn_weights=True),
-                   drop=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias")),
+    "qwen3": Family(
+        "Qwen3", LLAMA, COMMON | BIASES | same("sliding_window", "layer_types"),
+        fixed=dict(qk_norm="head"),
+        defaults=QWEN_DEFAULTS | dict(head_dim=128)),
+    "llama": Family(
+        "Llama", LLAMA, COMMON | BIASES | same("mlp_bias"), drop=ROTARY_BUFFER,
+        defaults=dict(tie_word_embeddings=False, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
+    "mistral": Family(
+        "Mistral", LLAMA, COMMON | same("sliding_window"), drop=ROTARY_BUFFER,
+        defaults=dict(tie_word_embeddings=False, max_position_embeddings=131072, sliding_window=4096,
+                      num_key_value_heads=8, bos_token_id=1, eos_token_id=2)),
+    "qwen2": Family(
+        "Qwen2", LLAMA, COMMON | same("sliding_window", "layer_types"),
+        fixed=dict(attention_bias=True, attention_output_bias=False),
+        defaults=QWEN_DEFAULTS),
+    "gemma": Family(
+        "Gemma", LLAMA, COMMON | BIASES, fixed=GEMMA_FIXED,
+        defaults=dict(head_dim=256, hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192, pad_token_id=0,
+                      eos_token_id=1, bos_token_id=2),
+        only=dict(hidden_activation="gelu_pytorch_tanh"),
+        alias=dict(hidden_act={"gelu": "gelu_pytorch_tanh"})),
+    "gemma2": Family(
+        "Gemma2", GEMMA2, GEMMA2_FIELDS,
+        fixed=GEMMA_FIXED | dict(norm_position="sandwich"),
+        defaults=GEMMA2_DEFAULTS | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+                                        max_position_embeddings=8192),
+        only=dict(hidden_act="gelu_pytorch_tanh")),
+    "gemma3_text": Family(
+        "Gemma3", GEMMA2, without(GEMMA2_FIELDS, "attn_logit_softcapping") | same("rope_local_base_freq"), LM_ONLY,
+        fixed=GEMMA_FIXED | dict(norm_position="sandwich", qk_norm="head"),
+        defaults=GEMMA2_DEFAULTS | dict(sliding_window_pattern=6, max_position_embeddings=131072, rope_theta=1e6,
+                                        rope_local_base_freq=1e4),
+        only=dict(hidden_act="gelu_pytorch_tanh")),
+    "gpt2": Family(
+        "GPT2", GPT2, same("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id") | dict(
+            hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
+            intermediate_size="n_inner", norm_eps="layer_norm_epsilon", max_position_embeddings="n_positions",
+            hidden_act="activation_function", attention_dropout="attn_pdrop", hidden_dropout="resid_pdrop",
+            embedding_dropout="embd_pdrop") | LABELS,
+        prefix="transformer.", classes={"lm": "LMHeadModel"},
+        fixed=dict(norm="layer", position="learned", gated=False, attention_bias=True, mlp_bias=True),
+        defaults=dict(n_positions=1024, layer_norm_epsilon=1e-5, activation_function="gelu_new", attn_pdrop=0.1,
+                      resid_pdrop=0.1, embd_pdrop=0.1, bos_token_id=50256, eos_token_id=50256),
+        only=dict(scale_attn_weights=True),
+        drop=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias")),
     # Three more that need nothing new.
-    "phi3": llama_like("Phi3", LLAMA | {"layers.{}.attention.qkv": LAYER + "self_attn.qkv_proj",
-                                        "layers.{}.mlp.gate_up": LAYER + "mlp.gate_up_proj"},
-                       COMMON | SLIDING | same("partial_rotary_factor") | dict(
-                           hidden_dropout="resid_pdrop", embedding_dropout="embd_pdrop"),
-                       defaults=dict(rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=4096,
-                                     bos_token_id=1, eos_token_id=32000, pad_token_id=32000),
-                       only=dict(rope_scaling=None)),
-    "olmo2": llama_like("Olmo2", GEMMA2 | {"layers.{}.mlp_norm": "", "layers.{}.attention_norm": ""}, COMMON | BIASES,
-                        fixed=dict(norm_position="output", qk_norm="full"), heads={"lm": DECODER_HEADS["lm"]},
-                        defaults=dict(rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=2048,
-                                      eos_token_id=50279, pad_token_id=1)),
-    "starcoder2": llama_like("Starcoder2",
-                             LLAMA | {"layers.{}.mlp.up": LAYER + "mlp.c_fc", "layers.{}.mlp.down": LAYER + "mlp.c_proj"},
-                             COMMON | SLIDING | dict(
-                                 norm_eps="norm_epsilon", attention_bias="use_bias", attention_output_bias="use_bias",
-                                 mlp_bias="use_bias", hidden_dropout="residual_dropout"),
-                             fixed=dict(norm="layer", gated=False),
-                             defaults=dict(use_bias=True, norm_epsilon=1e-5, hidden_act="gelu_pytorch_tanh",
-                                           num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=50256,
-                                           eos_token_id=50256),
-                             only=dict(activation_function="gelu", layer_norm_epsilon=1e-5, mlp_type="default",
-                                       norm_type="layer_norm", scale_attn_weights=True)),
+    "phi3": Family(
+        "Phi3", llama_like(**{"attention.qkv": "self_attn.qkv_proj", "mlp.gate_up": "mlp.gate_up_proj"}),
+        COMMON | same("sliding_window", "partial_rotary_factor") | dict(
+            hidden_dropout="resid_pdrop", embedding_dropout="embd_pdrop"),
+        defaults=dict(rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=4096, bos_token_id=1,
+                      eos_token_id=32000, pad_token_id=32000),
+        only=dict(rope_scaling=None)),
+    "olmo2": Family(
+        "Olmo2", llama_like(attention_norm="", mlp_norm="", **SANDWICH), COMMON | BIASES, LM_ONLY,
+        fixed=dict(norm_position="output", qk_norm="full"),
+        defaults=dict(rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=2048, eos_token_id=50279,
+                      pad_token_id=1)),
+    "starcoder2": Family(
+        "Starcoder2", llama_like(**{"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}),
+        COMMON | same("sliding_window") | dict(
+            norm_eps="norm_epsilon", attention_bias="use_bias", attention_output_bias="use_bias", mlp_bias="use_bias",
+            hidden_dropout="residual_dropout"),
+        fixed=dict(norm="layer", gated=False),
+        defaults=dict(use_bias=True, norm_epsilon=1e-5, hidden_act="gelu_pytorch_tanh", num_key_value_heads=2,
+                      max_position_embeddings=4096, bos_token_id=50256, eos_token_id=50256),
+        only=dict(activation_function="gelu", layer_norm_epsilon=1e-5, mlp_type="default", norm_type="layer_norm",
+                  scale_attn_weights=True)),
 }
 
 # Encoders: one body and five heads, under the names of each family.
-ENCODER = dict(causal=False, norm="layer", norm_position="post", final_norm=False, embedding_norm=True, position="learned",
-               gated=False, attention_bias=True, mlp_bias=True)
-BERT_NAMES = """attention.self.query attention.self.key attention.self.value attention.output.dense
-    attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm"""
+ENCODER = dict(causal=False, norm="layer", norm_position="post", final_norm=False, embedding_norm=True,
+               position="learned", gated=False, attention_bias=True, mlp_bias=True)
+BERT = {
+    "attention.qkv": "attention.self.query attention.self.key attention.self.value",
+    "attention.o": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "mlp.up": "intermediate.dense",
+    "mlp.down": "output.dense",
+    "mlp_norm": "output.LayerNorm",
+}
+DISTILBERT = {
+    "attention.qkv": "attention.q_lin attention.k_lin attention.v_lin",
+    "attention.o": "attention.out_lin",
+    "attention_norm": "sa_layer_norm",
+    "mlp.up": "ffn.lin1",
+    "mlp.down": "ffn.lin2",
+    "mlp_norm": "output_layer_norm",
+}
 BERT_FIELDS = same(*"""vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act
-    max_position_embeddings type_vocab_size tie_word_embeddings bos_token_id eos_token_id pad_token_id""".split()) | dict(
-        norm_eps="layer_norm_eps", attention_dropout="attention_probs_dropout_prob", hidden_dropout="hidden_dropout_prob",
-        embedding_dropout="hidden_dropout_prob", head_dropout="classifier_dropout") | LABELS
-BERT_DEFAULTS = dict(hidden_act="gelu", max_position_embeddings=512, type_vocab_size=2, pad_token_id=0, layer_norm_eps=1e-12,
-                     hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    max_position_embeddings type_vocab_size tie_word_embeddings bos_token_id eos_token_id
+    pad_token_id""".split()) | dict(
+        norm_eps="layer_norm_eps", attention_dropout="attention_probs_dropout_prob",
+        hidden_dropout="hidden_dropout_prob", embedding_dropout="hidden_dropout_prob",
+        head_dropout="classifier_dropout") | LABELS
+BERT_DEFAULTS = dict(hidden_act="gelu", max_position_embeddings=512, type_vocab_size=2, pad_token_id=0,
+                     layer_norm_eps=1e-12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
 TIED = dict(tie_word_embeddings=True)
 POSITIONS_FROM_PAD = ("max_position_embeddings", lambda n, raw: n - raw["pad_token_id"] - 1,
                       lambda n, config: n + config.position_offset)  # RoBERTa's table begins with unused rows
 
 
-def encoder(stem: str, prefix: str, fields: dict, heads: dict, layer="encoder.layer.{}.", names=BERT_NAMES, **rest) -> Family:
-    """A row for an encoder; `names` of a layer are those of q, k, v, o, the norm after it, up, down, the norm after it."""
-    q, k, v, o, attention_norm, up, down, mlp_norm = (prefix + layer + name for name in names.split())
-    tensors = {"layers.{}.attention.qkv": (q, k, v), "layers.{}.attention.o": o, "layers.{}.attention_norm": attention_norm,
-               "layers.{}.mlp.up": up, "layers.{}.mlp.down": down, "layers.{}.mlp_norm": mlp_norm}
-    tensors |= {ours: prefix + theirs for ours, theirs in dict(
-        embed="embeddings.word_embeddings", position_embed="embeddings.position_embeddings", embedding_norm="embeddings.LayerNorm",
-        type_embed="embeddings.token_type_embeddings", embedding_project="embeddings_project").items()}
-    known = {keys(entry)[0] for entry in fields.values()}
-    return Family(stem, prefix, tensors, fields, heads, fixed=ENCODER | rest.pop("fixed", {}), defaults={
-        key: value for key, value in (BERT_DEFAULTS | rest.pop("defaults", {})).items() if key in known}, only=dict(position_embedding_type="absolute") | rest.pop("only", {}),
-                  drop=(prefix + "embeddings.position_ids", *rest.pop("drop", ())), **rest)
+def dense_head(act, dense: str, out: str, norm: str = "", bias: str = "") -> tuple:
+    """A head that has a dense layer, an activation and (masked language models) a norm before its output."""
+    rows = {"head.dense": dense, "head.norm": norm, "head.out": out, "head.out.bias": bias}
+    return {ours: theirs for ours, theirs in rows.items() if theirs}, dict(head_act=act, head_norm=bool(norm))
 
 
-def encoder_heads(mlm: tuple, classify: tuple, bare: tuple = ({}, {})) -> dict:
-    return {None: bare, "mlm": (mlm[0], dict(head_norm=True, head_bias=True, head_act=mlm[1])),
-            "classify": (classify[0], dict(head_bias=True, head_act=classify[1])),
-            "tokens": ({"head.out": "classifier"}, dict(head_bias=True)),
-            "qa": ({"head.out": "qa_outputs"}, dict(head_bias=True))}
+def encoder(stem: str, prefix: str, fields: dict, mlm: tuple, classify: tuple, bare: tuple = ({}, {}), inside=BERT,
+            layer="encoder.layer.{}.", fixed: dict = {}, drop: tuple = (), only: dict = {}, **rest) -> Family:
+    heads = {None: bare, "mlm": mlm, "classify": classify, "tokens": ({"head.out": "classifier"}, {}),
+             "qa": ({"head.out": "qa_outputs"}, {})}
+    outside = dict(
+        embed="embeddings.word_embeddings", position_embed="embeddings.position_embeddings",
+        type_embed="embeddings.token_type_embeddings", embedding_norm="embeddings.LayerNorm",
+        embedding_project="embeddings_project")
+    return Family(
+        stem, table(prefix, layer, outside, inside), fields,
+        {head: (rows, dict(head_bias=head is not None) | more) for head, (rows, more) in heads.items()}, prefix,
+        fixed=ENCODER | fixed, only=dict(position_embedding_type="absolute") | only,
+        drop=(prefix + "embeddings.position_ids", *drop), **rest)
 
 
 def roberta(stem: str) -> Family:
     return encoder(
         stem, "roberta.", BERT_FIELDS | dict(max_position_embeddings=POSITIONS_FROM_PAD),
-        encoder_heads(({"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm", "head.out": "lm_head.decoder",
-                        "head.out.bias": "lm_head.bias"}, "gelu"),
-                      ({"head.dense": "classifier.dense", "head.out": "classifier.out_proj"}, "tanh"),
-                      ({"head.dense": Unused("roberta.pooler.dense")}, dict(head_act="tanh"))),
-        fixed=dict(position_offset=lambda raw: raw["pad_token_id"] + 1), copies={"lm_head.decoder.bias": "head.out.bias"}, only=TIED,
-        defaults=dict(pad_token_id=1, bos_token_id=0, eos_token_id=2))
+        dense_head("gelu", "lm_head.dense", "lm_head.decoder", "lm_head.layer_norm", "lm_head.bias"),
+        dense_head("tanh", "classifier.dense", "classifier.out_proj"),
+        ({"head.dense": Unused("roberta.pooler.dense")}, dict(head_act="tanh")),
+        fixed=dict(position_offset=lambda raw: raw["pad_token_id"] + 1),
+        defaults=BERT_DEFAULTS | dict(pad_token_id=1, bos_token_id=0, eos_token_id=2),
+        copies={"lm_head.decoder.bias": "head.out.bias"}, only=TIED)
 
 
 FAMILIES |= {
     "bert": encoder(
         "Bert", "bert.", BERT_FIELDS,
-        encoder_heads(({"head.dense": "cls.predictions.transform.dense", "head.norm": "cls.predictions.transform.LayerNorm",
-                        "head.out": "cls.predictions.decoder", "head.out.bias": "cls.predictions.bias"},
-                       lambda raw: raw["hidden_act"]),
-                      ({"head.dense": "bert.pooler.dense", "head.out": "classifier"}, "tanh"),
-                      ({"head.dense": Unused("bert.pooler.dense")}, dict(head_act="tanh"))),
-        copies={"cls.predictions.decoder.bias": "head.out.bias"}, only=TIED,
+        dense_head(lambda raw: raw["hidden_act"], "cls.predictions.transform.dense", "cls.predictions.decoder",
+                   "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
+        dense_head("tanh", "bert.pooler.dense", "classifier"),
+        ({"head.dense": Unused("bert.pooler.dense")}, dict(head_act="tanh")),
+        defaults=BERT_DEFAULTS, copies={"cls.predictions.decoder.bias": "head.out.bias"}, only=TIED,
         drop=("cls.seq_relationship.weight", "cls.seq_relationship.bias")),
     "roberta": roberta("Roberta"),
     "xlm-roberta": roberta("XLMRoberta"),
     "distilbert": encoder(
-        "DistilBert", "distilbert.",
-        {k: v for k, v in BERT_FIELDS.items() if k not in ("norm_eps", "type_vocab_size")} | dict(
+        "DistilBert", "distilbert.", without(BERT_FIELDS, "norm_eps", "type_vocab_size") | dict(
             hidden_size="dim", num_hidden_layers="n_layers", num_attention_heads="n_heads",
-                           intermediate_size="hidden_dim", hidden_act="activation", attention_dropout="attention_dropout",
-                           hidden_dropout="dropout", embedding_dropout="dropout", head_dropout="seq_classif_dropout"),
-        encoder_heads(({"head.dense": "vocab_transform", "head.norm": "vocab_layer_norm", "head.out": "vocab_projector"},
-                       lambda raw: raw["activation"]),
-                      ({"head.dense": "pre_classifier", "head.out": "classifier"}, "relu")),
-        "transformer.layer.{}.", """attention.q_lin attention.k_lin attention.v_lin attention.out_lin sa_layer_norm ffn.lin1
-            ffn.lin2 output_layer_norm""",
+            intermediate_size="hidden_dim", hidden_act="activation", attention_dropout="attention_dropout",
+            hidden_dropout="dropout", embedding_dropout="dropout", head_dropout="seq_classif_dropout"),
+        dense_head(lambda raw: raw["activation"], "vocab_transform", "vocab_projector", "vocab_layer_norm"),
+        dense_head("relu", "pre_classifier", "classifier"), inside=DISTILBERT, layer="transformer.layer.{}.",
         fixed=dict(norm_eps=1e-12, type_vocab_size=0),
-        defaults=dict(activation="gelu", dropout=0.1, attention_dropout=0.1, seq_classif_dropout=0.2)),
+        defaults=dict(activation="gelu", max_position_embeddings=512, pad_token_id=0, dropout=0.1,
+                      attention_dropout=0.1, seq_classif_dropout=0.2)),
     "electra": encoder(
         "Electra", "electra.", BERT_FIELDS | same("embedding_size"),
-        encoder_heads(({"head.dense": "generator_predictions.dense", "head.norm": "generator_predictions.LayerNorm",
-                        "head.out": "generator_lm_head"}, "gelu"),
-                      ({"head.dense": "classifier.dense", "head.out": "classifier.out_proj"}, "gelu")),
-        defaults=dict(embedding_size=128),
-        drop=tuple(f"discriminator_predictions.{n}.{kind}" for n in ("dense", "dense_prediction") for kind in ("weight", "bias"))),
+        dense_head("gelu", "generator_predictions.dense", "generator_lm_head", "generator_predictions.LayerNorm"),
+        dense_head("gelu", "classifier.dense", "classifier.out_proj"),
+        defaults=BERT_DEFAULTS | dict(embedding_size=128),
+        drop=tuple(f"discriminator_predictions.{name}.{kind}" for name in ("dense", "dense_prediction")
+                   for kind in ("weight", "bias"))),
 }
 
 
@@ -563,89 +612,100 @@ def two_stacks(embed: str, encoder: dict, decoder: dict) -> dict:
     return {"embed": embed} | {"encoder." + ours: theirs for ours, theirs in encoder.items()} | decoder
 
 
-def bart_stack(side: str) -> dict:
-    def attention(ours, theirs):
-        q, k, v, o = (f"{side}layers.{{}}.{theirs}.{n}_proj" for n in ("q", "k", "v", "out"))
-        fused = {"qkv": (q, k, v)} if theirs == "self_attn" else {"q": q, "kv": (k, v)}
-        return {f"layers.{{}}.{ours}.{n}": names for n, names in fused.items()} | {
-            f"layers.{{}}.{ours}.o": o, f"layers.{{}}.{ours}_norm": f"{side}layers.{{}}.{theirs}_layer_norm"}
+def bart_stack(prefix: str) -> dict:
+    return table(prefix, "layers.{}.", {
+        "position_embed": "embed_positions", "embedding_norm": "layernorm_embedding", "norm": "layer_norm"}, {
+        "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "attention.o": "self_attn.out_proj",
+        "attention_norm": "self_attn_layer_norm",
+        "cross_attention.q": "encoder_attn.q_proj",
+        "cross_attention.kv": "encoder_attn.k_proj encoder_attn.v_proj",
+        "cross_attention.o": "encoder_attn.out_proj",
+        "cross_attention_norm": "encoder_attn_layer_norm",
+        "mlp.up": "fc1",
+        "mlp.down": "fc2",
+        "mlp_norm": "final_layer_norm",
+    })
 
-    return attention("attention", "self_attn") | attention("cross_attention", "encoder_attn") | {
-        "position_embed": side + "embed_positions", "embedding_norm": side + "layernorm_embedding", "norm": side + "layer_norm",
-        "layers.{}.mlp_norm": side + "layers.{}.final_layer_norm", "layers.{}.mlp.up": side + "layers.{}.fc1",
-        "layers.{}.mlp.down": side + "layers.{}.fc2"}
 
-
-def t5_stack(side: str, mlp: int) -> dict:
-    block, cross = side + "block.{}.layer.", side + "block.{}.layer.1."
-    return {
-        "relative_bias": side + "block.0.layer.0.SelfAttention.relative_attention_bias", "norm": side + "final_layer_norm",
-        "layers.{}.attention.qkv": tuple(block + f"0.SelfAttention.{n}" for n in "qkv"),
-        "layers.{}.attention.o": block + "0.SelfAttention.o", "layers.{}.attention_norm": block + "0.layer_norm",
-        "layers.{}.cross_attention.q": cross + "EncDecAttention.q", "layers.{}.cross_attention.o": cross + "EncDecAttention.o",
-        "layers.{}.cross_attention.kv": (cross + "EncDecAttention.k", cross + "EncDecAttention.v"),
-        "layers.{}.cross_attention_norm": cross + "layer_norm", "layers.{}.mlp_norm": block + f"{mlp}.layer_norm",
-        "layers.{}.mlp.up": block + f"{mlp}.DenseReluDense.wi", "layers.{}.mlp.down": block + f"{mlp}.DenseReluDense.wo",
-        "layers.{}.mlp.gate_up": (block + f"{mlp}.DenseReluDense.wi_0", block + f"{mlp}.DenseReluDense.wi_1")}
+def t5_stack(prefix: str, mlp: int) -> dict:
+    return table(prefix, "block.{}.layer.", {
+        "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias", "norm": "final_layer_norm"}, {
+        "attention.qkv": "0.SelfAttention.q 0.SelfAttention.k 0.SelfAttention.v",
+        "attention.o": "0.SelfAttention.o",
+        "attention_norm": "0.layer_norm",
+        "cross_attention.q": "1.EncDecAttention.q",
+        "cross_attention.kv": "1.EncDecAttention.k 1.EncDecAttention.v",
+        "cross_attention.o": "1.EncDecAttention.o",
+        "cross_attention_norm": "1.layer_norm",
+        "mlp.up": f"{mlp}.DenseReluDense.wi",
+        "mlp.gate_up": f"{mlp}.DenseReluDense.wi_0 {mlp}.DenseReluDense.wi_1",
+        "mlp.down": f"{mlp}.DenseReluDense.wo",
+        "mlp_norm": f"{mlp}.layer_norm",
+    })
 
 
 BART = two_stacks("model.shared", bart_stack("model.encoder."), bart_stack("model.decoder."))
-BART_FIELDS = same(*"""vocab_size max_position_embeddings scale_embedding attention_dropout bos_token_id eos_token_id pad_token_id
-    decoder_start_token_id tie_word_embeddings""".split()) | LABELS | dict(
+BART_FIELDS = same(*"""vocab_size max_position_embeddings scale_embedding attention_dropout bos_token_id eos_token_id
+    pad_token_id decoder_start_token_id tie_word_embeddings encoder_attention_heads""".split()) | dict(
         hidden_size="d_model", num_hidden_layers="decoder_layers", num_encoder_layers="encoder_layers",
-        num_attention_heads="decoder_attention_heads", encoder_attention_heads="encoder_attention_heads",
-        intermediate_size="decoder_ffn_dim", encoder_intermediate_size="encoder_ffn_dim", hidden_act="activation_function",
-        hidden_dropout="dropout", embedding_dropout="dropout")
-BART_FIXED = dict(ENCODER, causal=True, norm_eps=1e-5, head_bias=True, position_offset=2)
-BART_DEFAULTS = dict(activation_function="gelu", max_position_embeddings=1024, dropout=0.1, attention_dropout=0.0, pad_token_id=1,
-                     bos_token_id=0, eos_token_id=2, scale_embedding=False)
+        num_attention_heads="decoder_attention_heads", intermediate_size="decoder_ffn_dim",
+        encoder_intermediate_size="encoder_ffn_dim", hidden_act="activation_function", hidden_dropout="dropout",
+        embedding_dropout="dropout") | LABELS
+BART_DEFAULTS = dict(
+    activation_function="gelu", max_position_embeddings=1024, dropout=0.1, attention_dropout=0.0, pad_token_id=1,
+    bos_token_id=0, eos_token_id=2, scale_embedding=False)
+T5_FIELDS = same(*"""vocab_size bos_token_id eos_token_id pad_token_id decoder_start_token_id
+    relative_attention_num_buckets relative_attention_max_distance""".split()) | dict(
+        hidden_size="d_model", head_dim="d_kv", intermediate_size="d_ff", num_encoder_layers="num_layers",
+        num_hidden_layers="num_decoder_layers", num_attention_heads="num_heads", norm_eps="layer_norm_epsilon",
+        hidden_dropout="dropout_rate", embedding_dropout="dropout_rate", attention_dropout="dropout_rate",
+        scale_logits="scale_decoder_outputs",
+        # The file decides: transformers takes a head that is not stored for a tied one, whatever this says.
+        tie_word_embeddings=("tie_word_embeddings", lambda tie, raw: True, lambda tie, config: tie),
+        gated=("feed_forward_proj", lambda name, raw: name.startswith("gated-"), t5_mlp),
+        hidden_act=("feed_forward_proj", lambda name, raw: T5_ACTIVATIONS.get(name, name), t5_mlp)) | LABELS
 
 
-def bart_like(stem: str, fixed: dict, defaults: dict, **rest) -> Family:
-    head = {"lm": ({"head.out": "lm_head", "head.out.bias": Row("final_logits_bias")}, {})}
-    return Family(stem, "model.", BART, BART_FIELDS, head, BART_FIXED | fixed, BART_DEFAULTS | defaults,
-                  classes={"lm": rest.pop("ends", "ForConditionalGeneration")}, 
-                  copies={f"model.{side}.embed_tokens.weight": "embed.weight" for side in ("encoder", "decoder")}, **rest)
+def bart_like(stem: str, end="ForConditionalGeneration", fixed: dict = {}, defaults: dict = {}, **rest) -> Family:
+    return Family(
+        stem, BART, BART_FIELDS, {"lm": ({"head.out": "lm_head", "head.out.bias": Row("final_logits_bias")}, {})},
+        fixed=ENCODER | dict(causal=True, norm_eps=1e-5, head_bias=True, position_offset=2) | fixed,
+        defaults=BART_DEFAULTS | defaults, classes={"lm": end},
+        copies={f"model.{side}.embed_tokens.weight": "embed.weight" for side in ("encoder", "decoder")}, **rest)
 
 
 FAMILIES |= {
-    "bart": bart_like("Bart", {}, dict(decoder_start_token_id=2, forced_eos_token_id=2), only=dict(normalize_embedding=True)),
-    "mbart": bart_like("MBart", dict(norm_position="pre", final_norm=True), dict(forced_eos_token_id=2), only=dict(
-        normalize_embedding=True, normalize_before=True, add_final_layer_norm=True)),
-    "marian": bart_like("Marian", dict(position="sinusoidal", embedding_norm=False, position_offset=0),
-                        dict(pad_token_id=58100, decoder_start_token_id=58100, eos_token_id=0, forced_eos_token_id=0,
-                             bos_token_id=None),
-                        ends="MTModel", only=dict(share_encoder_decoder_embeddings=True, static_position_embeddings=True,
-                                                  decoder_vocab_size=lambda raw: raw["vocab_size"]),
-                        drop=("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")),
+    "bart": bart_like(
+        "Bart", defaults=dict(decoder_start_token_id=2, forced_eos_token_id=2), only=dict(normalize_embedding=True)),
+    "mbart": bart_like(
+        "MBart", fixed=dict(norm_position="pre", final_norm=True), defaults=dict(forced_eos_token_id=2),
+        only=dict(normalize_embedding=True, normalize_before=True, add_final_layer_norm=True)),
+    "marian": bart_like(
+        "Marian", "MTModel", fixed=dict(position="sinusoidal", embedding_norm=False, position_offset=0),
+        defaults=dict(pad_token_id=58100, decoder_start_token_id=58100, eos_token_id=0, forced_eos_token_id=0,
+                      bos_token_id=None),
+        only=dict(share_encoder_decoder_embeddings=True, static_position_embeddings=True,
+                  decoder_vocab_size=lambda raw: raw["vocab_size"]),
+        drop=("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")),
     "t5": Family(
-        "T5", "", two_stacks("shared", t5_stack("encoder.", 1), t5_stack("decoder.", 2)),
-        same(*"""vocab_size bos_token_id eos_token_id pad_token_id decoder_start_token_id relative_attention_num_buckets
-            relative_attention_max_distance""".split()) | LABELS | dict(
-                hidden_size="d_model", head_dim="d_kv", intermediate_size="d_ff", num_encoder_layers="num_layers",
-                num_hidden_layers="num_decoder_layers", num_attention_heads="num_heads", hidden_dropout="dropout_rate",
-                embedding_dropout="dropout_rate", attention_dropout="dropout_rate",
-                norm_eps="layer_norm_epsilon", scale_logits="scale_decoder_outputs",
-                # The file decides: transformers takes a head that is not stored for a tied one, whatever this says.
-                tie_word_embeddings=("tie_word_embeddings", lambda tie, raw: True, lambda tie, config: tie),
-                gated=("feed_forward_proj", lambda name, raw: name.startswith("gated-"), t5_mlp),
-                hidden_act=("feed_forward_proj", lambda name, raw: T5_ACTIVATIONS.get(name, name), t5_mlp)),
-        {"lm": ({"head.out": "lm_head"}, {})}, dict(position="relative", query_pre_attn_scalar=1),
-        dict(num_decoder_layers=lambda raw: raw.get("num_layers"), layer_norm_epsilon=1e-6, feed_forward_proj="relu",
-             relative_attention_num_buckets=32, relative_attention_max_distance=128, dropout_rate=0.1, d_kv=64, pad_token_id=0,
-             eos_token_id=1, tie_word_embeddings=True,
-             scale_decoder_outputs=lambda raw: raw.get("tie_word_embeddings") is not False),
-        copies={f"{side}.embed_tokens.weight": "embed.weight" for side in ("encoder", "decoder")}, unstored_head_is_tied=True,
-        drop=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
-        classes={"lm": "ForConditionalGeneration"}),
+        "T5", two_stacks("shared", t5_stack("encoder.", 1), t5_stack("decoder.", 2)), T5_FIELDS, LM_ONLY, prefix="",
+        fixed=dict(position="relative", query_pre_attn_scalar=1),
+        defaults=dict(num_decoder_layers=lambda raw: raw.get("num_layers"), layer_norm_epsilon=1e-6, d_kv=64,
+                      feed_forward_proj="relu", relative_attention_num_buckets=32, relative_attention_max_distance=128,
+                      dropout_rate=0.1, pad_token_id=0, eos_token_id=1, tie_word_embeddings=True,
+                      scale_decoder_outputs=lambda raw: raw.get("tie_word_embeddings") is not False),
+        copies={f"{side}.embed_tokens.weight": "embed.weight" for side in ("encoder", "decoder")},
+        unstored_head_is_tied=True, classes={"lm": "ForConditionalGeneration"},
+        drop=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)),
 }
 # What no other family can express (an architecture changed on the fly) keeps our own names; only tinylm loads it.
-FAMILIES["tinylm"] = Family("TinyLM", "", {}, {f.name: f.name for f in fields(Config) if f.name != "model_type"} | LABELS,
-                            {head: ({}, {}) for head in CHOICES["head"]}, classes=dict.fromkeys(CLASS, ""))
+FAMILIES["tinylm"] = Family("TinyLM", {}, same(*(f.name for f in fields(Config) if f.name != "model_type")) | LABELS,
+                            {head: ({}, {}) for head in CHOICES["head"]}, "", classes=dict.fromkeys(CLASS, ""))
 
 
 def settings(row: Family, raw: dict, source: str) -> dict:
-    """A config.json with the family's defaults filled in, in today's words, and with nothing in it that is not supported."""
+    """A config.json with the family's defaults, in today's words, and nothing in it that is not supported."""
     raw = _flat_rope(raw, source)
     for key, value in row.defaults.items():
         raw.setdefault(key, value(raw) if callable(value) else value)
@@ -656,14 +716,15 @@ def settings(row: Family, raw: dict, source: str) -> dict:
         first = raw.get("max_window_layers") or 0
         raw["layer_types"] = [LAYER_TYPES[i >= first and not (period and (i + 1) % period == 0)]
                               for i in range(raw.get("num_hidden_layers", 0))]
-    known = INERT | GENERATION | {"use_sliding_window", *row.only, *(keys(f)[0] for f in row.fields.values())}
+    known = INERT | GENERATION | {"use_sliding_window", *row.only, *(key for key, _, _ in row.fields.values())}
     for key, value in raw.items():
         raw[key] = value = row.alias.get(key, {}).get(value, value) if isinstance(value, str) else value
         only = row.only.get(key)
         only = only(raw) if callable(only) else only
-        require(key not in row.only or value in (None, only), f"{source}: {key} = {value!r} is not supported (supported: {only!r})")
-        require(key in known or key.startswith("_") or value in (None, False, [], {}, ""), f"{source}: {key} = {value!r} "
-                "is not supported; remove the field if it does not change what the model computes")
+        require(key not in row.only or value in (None, only), f"{source}: {key} = {value!r} is not supported "
+                f"(supported: {only!r})")
+        require(key in known or key.startswith("_") or value in (None, False, [], {}, ""), f"{source}: {key} = "
+                f"{value!r} is not supported; remove the field if it does not change what the model computes")
     return raw
 
 
@@ -678,28 +739,30 @@ def config_from_hf(raw: dict, source: str = "config.json", head="config") -> Con
     require(name in FAMILIES, f"{source}: model_type = {name!r} is not supported (supported: {', '.join(FAMILIES)})")
     row = FAMILIES[name]
     if head == "config":
-        head = raw.get("head", "lm") if name == "tinylm" else row.head_of((raw.get("architectures") or [None])[0], source)
+        named = (raw.get("architectures") or [None])[0]
+        head = raw.get("head", "lm") if name == "tinylm" else row.head_of(named, source)
     require(head in row.heads, f"{source}: head = {head!r} is not supported for {name} (supported: "
             f"{', '.join(map(str, row.heads))})")
     raw = settings(row, raw, f"{source}, model_type {name}")
     if isinstance(raw.get("num_labels"), int) and not raw.get("id2label"):
         raw["id2label"] = {i: f"LABEL_{i}" for i in range(raw["num_labels"])}
-    defaulted = {f.name for f in fields(Config) if f.default is not None and f.default is not MISSING}
-    try:  # null means the default, but for the fields where it says something of its own
-        values = NEUTRAL | dict(head=head)
-        for ours, (key, read, _) in ((ours, keys(entry)) for ours, entry in row.fields.items()):
-            if raw.get(key) is not None or key in raw and ours not in defaulted - {"qk_norm"}:
-                values[ours] = None if raw[key] is None else read(raw[key], raw)
-        values |= {ours: value(raw) if callable(value) else value for ours, value in (row.fixed | row.heads[head][1]).items()}
-        for ours in ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size"):
-            require(number(values.get(ours), 1, 2**31, int), f"config: {ours} = {values.get(ours)!r}, expected a positive "
-                    "integer")
-        return Config(**values | dict(head=head), model_type=name)
+    nullable = {f.name for f in fields(Config) if "None" in f.type}  # null is the default of the others
+    values = NEUTRAL | dict(head=head)
+    try:
+        for ours, (key, read, _) in row.fields.items():
+            if raw.get(key) is not None:
+                values[ours] = read(raw[key], raw)
+            elif key in raw and ours in nullable:
+                values[ours] = None
+        for ours, value in (row.fixed | row.heads[head][1] | dict(head=head)).items():
+            values[ours] = value(raw) if callable(value) else value
+        return Config(**values, model_type=name)
     except Error as error:  # which names our field: name theirs
         ours, rest = str(error).removeprefix("config: ").split(" ", 1)
-        raise Error(f"{source}: {keys(row.fields.get(ours, ours))[0]} {rest}") from None
+        raise Error(f"{source}: {row.fields.get(ours, (ours,))[0]} {rest}") from None
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise Error(f"{source}: {key} = {raw.get(key)!r}, or a field like it, has a value of the wrong kind ({error})") from None
+        raise Error(f"{source}: {key} = {raw.get(key)!r}, or a field like it, has a value of the wrong kind ({error})"
+                    ) from None
 
 
 def _flat_rope(raw: dict, source: str) -> dict:
@@ -734,9 +797,9 @@ def config_to_hf(config: Config) -> dict:
         if config.head not in row.heads:
             lost = f"config: head = {config.head!r}"
             continue
-        raw = {"architectures": [row.architecture(config.head)], "model_type": name, "initializer_range": config.initializer_range}
-        for ours, (key, _, write) in ((ours, keys(entry)) for ours, entry in row.fields.items()):
-            raw[key] = write(getattr(config, ours), config)
+        raw = {"architectures": [row.architecture(config.head)], "model_type": name,
+               "initializer_range": config.initializer_range}
+        raw |= {key: write(getattr(config, ours), config) for ours, (key, _, write) in row.fields.items()}
         if raw.get("id2label"):
             raw["label2id"] = {label: int(i) for i, label in raw["id2label"].items()}
         if "use_sliding_window" in row.defaults:
@@ -786,7 +849,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, head_dim: int, scale: float,
-           softcap: float | None = None, dropout: float = 0.0, cache=None, layer: int = 0, causal: bool = True) -> Tensor:
+           softcap: float | None = None, dropout: float = 0.0, cache=None, layer: int = 0,
+           causal: bool = True) -> Tensor:
     """softmax(q k^T scale) v with grouped queries, (batch, seq, heads * head_dim); scores are soft-capped where
     `softcap` is given (Gemma 2).
 
@@ -901,7 +965,7 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: to the sequence itself with one fused query-key-value projection, or across to another."""
+    """Grouped-query attention: to the sequence itself by one fused query-key-value projection, or across to another."""
 
     def __init__(self, config: Config, cross: bool = False):
         super().__init__()
@@ -935,7 +999,8 @@ class Attention(nn.Module):
 
     def mix(self, q, k, v, mask, cache=None, layer=0) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return self.o(attend(q, k, v, mask, self.head_dim, self.scale, self.softcap, dropout, cache, layer, self.causal))
+        return self.o(attend(q, k, v, mask, self.head_dim, self.scale, self.softcap, dropout, cache, layer,
+                             self.causal))
 
 
 def normed(x: Tensor, norm: Norm | None) -> Tensor:
@@ -964,8 +1029,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, attention across (in a decoder behind an encoder) and MLP, each added to the residual stream and normed
-    before (pre), after (output), both (sandwich) or after the sum (post)."""
+    """Attention, attention across (in a decoder behind an encoder) and MLP, each added to the residual stream and
+    normed before (pre), after (output), both (sandwich) or after the sum (post)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -986,7 +1051,8 @@ class Block(nn.Module):
         """x (batch, seq, hidden); `context`: keys and values of the encoder's states, and their mask."""
         x = self.add(x, self.attention, self.attention_norm, self.attention_output_norm, rope, mask, cache, layer)
         if context is not None:
-            x = self.add(x, self.cross_attention.across, self.cross_attention_norm, self.cross_attention_output_norm, *context)
+            x = self.add(x, self.cross_attention.across, self.cross_attention_norm, self.cross_attention_output_norm,
+                         *context)
         return self.add(x, self.mlp, self.mlp_norm, self.mlp_output_norm)
 
     def add(self, x: Tensor, sublayer, norm: nn.Module, output_norm: nn.Module, *arguments) -> Tensor:
@@ -1018,13 +1084,17 @@ def visible(positions: Tensor, key_positions: Tensor, window: int | None = None,
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
+def shape_of(x) -> tuple:
+    return tuple(getattr(x, "shape", ()))
+
+
 def last_column(mask: Tensor) -> Tensor:
     """The column (batch, 1) of the last real token. In floats, of which ONNX Runtime's CUDA kernel takes the largest."""
     return (mask.float() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1, keepdim=True)
 
 
 def pooled_column(input_ids: Tensor, mask: Tensor | None, config: Config) -> Tensor:
-    """The column (batch, 1) whose state stands for the text: that of the last real token, in an encoder of the first."""
+    """The column (batch, 1) whose state stands for the text: the last real token's, in an encoder the first's."""
     real = torch.ones_like(input_ids) if mask is None else mask
     if not config.causal:
         return real.float().argmax(-1, keepdim=True)
@@ -1114,15 +1184,19 @@ class Stack(nn.Module):
         """Hidden states (batch, seq, hidden) of word embeddings x (batch, seq, embedding_size)."""
         config, seq = self.config, x.shape[1]
         real = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if attention_mask is None else attention_mask
-        # Rows without padding share their positions.
-        positions, keys = count_positions(real[:1] if attention_mask is None else real) if cache is None else cache.extend(real)
+        if cache is not None:
+            positions, keys = cache.extend(real)
+        else:  # rows without padding share their positions
+            positions, keys = count_positions(real[:1] if attention_mask is None else real)
         masks, ropes = {}, {}
         for kind in dict.fromkeys(config.layer_types):
             window = config.sliding_window if kind == "sliding_attention" else None
             plain = cache is None and attention_mask is None and (window is None or config.causal and seq <= window)
-            masks[kind] = None if plain and config.position != "relative" else visible(positions, keys, window, config.causal)
             if config.position == "relative":
-                masks[kind] = self.relative_mask(positions, keys, masks[kind], x.dtype)
+                mask = visible(positions, keys, window, config.causal)
+                masks[kind] = self.relative_mask(positions, keys, mask, x.dtype)
+            else:
+                masks[kind] = None if plain else visible(positions, keys, window, config.causal)
             if config.position == "rope":
                 ropes[kind] = (self.rotary[kind] if kind in self.rotary else self.rotary["full_attention"])(positions)
         if config.scale_embedding:
@@ -1222,8 +1296,8 @@ class TinyLM(Stack):
                 decoder_input_ids: Tensor | None = None, *, cache=None, context: tuple | None = None,
                 columns: Tensor | None = None) -> Tensor:
         """What the head says, one tensor: of a language model, masked or not, logits (batch, seq, vocab); of a
-        classifier (batch, labels), of tokens (batch, seq, labels); start and end logits of an answer (batch, seq, 2); of
-        a model without a head its hidden states (batch, seq, hidden).
+        classifier (batch, labels), of tokens (batch, seq, labels); start and end logits of an answer (batch, seq, 2);
+        of a model without a head its hidden states (batch, seq, hidden).
 
         input_ids (batch, seq); attention_mask (batch, seq), 1 for a token and 0 for padding on either side;
         decoder_input_ids (batch, target) behind an encoder; a cache (its own columns only) if the ids continue what it
@@ -1232,12 +1306,13 @@ class TinyLM(Stack):
         """
         if self.encoder is not None and context is None:
             require(decoder_input_ids is not None, "decoder_input_ids = None, expected ids (batch, target)")
-            require(len(decoder_input_ids) == len(input_ids), f"decoder_input_ids: {len(decoder_input_ids)} rows, expected the "
-                    f"{len(input_ids)} of input_ids")
+            require(len(decoder_input_ids) == len(input_ids), f"decoder_input_ids: {len(decoder_input_ids)} rows, "
+                    f"expected the {len(input_ids)} of input_ids")
             context = self.encode(input_ids, attention_mask)
             input_ids, attention_mask, decoder_input_ids = decoder_input_ids, None, None
         require(decoder_input_ids is None, "decoder_input_ids: the model has no encoder")
-        self._fits(input_ids, attention_mask, token_type_ids, cache, "input_ids" if context is None else "decoder_input_ids")
+        name = "input_ids" if context is None else "decoder_input_ids"
+        self._fits(input_ids, attention_mask, token_type_ids, cache, name)
         x = self.states(self.embed(input_ids), attention_mask, token_type_ids, cache, context)
         if self.config.head == "classify":
             columns = pooled_column(input_ids, attention_mask, self.config)
@@ -1257,21 +1332,24 @@ class TinyLM(Stack):
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         return [block.cross_attention.keys_values(states) for block in self.layers], mask
 
-    def _fits(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None, cache=None,
-              name: str = "input_ids"):
-        config, shape = self.config, tuple(input_ids.shape)
-        require(len(shape) == 2 and shape[1] and not input_ids.is_floating_point(), f"{name}: {input_ids.dtype} of shape {shape}, "
-                "expected ids (batch, seq)")
+    def _fits(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
+              cache=None, name: str = "input_ids"):
+        """Refuse what the model cannot read."""
+        config, shape, kinds = self.config, tuple(input_ids.shape), self.config.type_vocab_size
+        require(len(shape) == 2 and shape[1] and not input_ids.is_floating_point(),
+                f"{name}: {input_ids.dtype} of shape {shape}, expected ids (batch, seq)")
         require(config.position not in LIMITED or cache is not None or shape[1] <= config.max_position_embeddings,
                 f"{name}: {shape[1]} tokens, but the model has only {config.max_position_embeddings} positions")
-        require(attention_mask is None or cache is not None or attention_mask.shape == shape, "attention_mask: shape "
-                f"{tuple(getattr(attention_mask, 'shape', ()))}, expected {shape}")
-        kinds = config.type_vocab_size
-        require(token_type_ids is None or kinds and token_type_ids.shape == shape and not token_type_ids.is_floating_point(),
-                f"token_type_ids: {getattr(token_type_ids, 'dtype', '')} of shape {tuple(getattr(token_type_ids, 'shape', ()))}, "
-                + (f"expected ids {shape}" if kinds else "but the model has no token types"))
-        for name, ids, limit in ((name, input_ids, config.vocab_size), ("token_type_ids", token_type_ids, kinds)):
-            if ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would wait
+        require(attention_mask is None or cache is not None or shape_of(attention_mask) == shape,
+                f"attention_mask: shape {shape_of(attention_mask)}, expected {shape}")
+        looked_at = [(name, input_ids, config.vocab_size)]
+        if token_type_ids is not None:
+            require(kinds and shape_of(token_type_ids) == shape and not token_type_ids.is_floating_point(),
+                    f"token_type_ids: {getattr(token_type_ids, 'dtype', '')} of shape {shape_of(token_type_ids)}, "
+                    + (f"expected ids {shape}" if kinds else "but the model has no token types"))
+            looked_at.append(("token_type_ids", token_type_ids, kinds))
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would wait
+            for name, ids, limit in looked_at:
                 least, most = int(ids.min()), int(ids.max())
                 require(0 <= least and most < limit, f"{name}: ids {least} to {most}, expected 0 to {limit - 1}")
 
@@ -1285,8 +1363,8 @@ class TinyLM(Stack):
         has one too many or of a wrong shape, or where config.json asks for something unsupported.
         """
         folder, device = Path(folder), usable_device(device or "cpu")
-        require(dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point, f"dtype = {dtype!r}, expected a "
-                "floating-point torch.dtype")
+        require(dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point,
+                f"dtype = {dtype!r}, expected a floating-point torch.dtype")
         raw, source = read_json(folder / "config.json"), str(folder / "config.json")
         checkpoint = Checkpoint(folder, replace(config_from_hf(raw, source, head), **changes), dtype, device)
         with torch.device("meta"):
@@ -1339,11 +1417,11 @@ class TinyLM(Stack):
         CUDA). The other `options`, such as num_beams, length_penalty and no_repeat_ngram_size, are those of `Sampling`;
         what is not given is as generation_config.json says. Raises Error for arguments out of range.
         """
-        knobs = self.sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                              repetition_penalty=repetition_penalty, **options)
+        knobs = self.sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                              min_p=min_p, repetition_penalty=repetition_penalty, **options)
         if knobs.num_beams > 1:
-            require(not (temperature or stop or compile), f"num_beams = {knobs.num_beams} goes with temperature 0, no stop "
-                    "strings and compile=False")
+            require(not (temperature or stop or compile), f"num_beams = {knobs.num_beams} goes with temperature 0, no "
+                    "stop strings and compile=False")
             return self.beam_search(input_ids, attention_mask, knobs, eos_token_id)
         steps = list(self.decode(input_ids, attention_mask, knobs, eos_token_id, stop, seed, compile))
         new = torch.stack([token for token, _ in steps], dim=1)
@@ -1380,13 +1458,13 @@ class TinyLM(Stack):
         file = self.generation_config
         for key in UNSUPPORTED & set(file):
             require(file[key] in (None, 0, 1, []), f"generation_config.json: {key} = {file[key]!r} is not supported")
-        said = {name: file.get(name) for name in FROM_FILE}
-        if self.encoder is not None and said["max_new_tokens"] is None and file.get("max_length"):
-            said["max_new_tokens"] = file["max_length"] - 1
-        said |= {name: value for name, value in given.items() if value is not None or name not in said}
+        said = {name: file[name] for name in FROM_FILE if file.get(name) is not None}
+        if self.encoder is not None and file.get("max_length"):
+            said.setdefault("max_new_tokens", file["max_length"] - 1)
+        said |= {name: value for name, value in given.items() if value is not None or name not in FROM_FILE}
         unknown = sorted(set(said) - {f.name for f in fields(Sampling)})
         require(not unknown, f"{', '.join(unknown)}: no such option of a generation")
-        return Sampling(**{name: value for name, value in said.items() if value is not None or name not in FROM_FILE})
+        return Sampling(**said)
 
     def _prompt(self, input_ids: Tensor) -> Tensor:
         """What a continuation stands behind: the ids, or the start token (batch, 1) behind an encoder."""
@@ -1397,11 +1475,13 @@ class TinyLM(Stack):
         return input_ids.new_full((len(input_ids), 1), start)
 
     @torch.no_grad()
-    def decode(self, input_ids, attention_mask, knobs: Sampling, eos_token_id="config", stop=None, seed=None, compile=False):
+    def decode(self, input_ids, attention_mask, knobs: Sampling, eos_token_id="config", stop=None, seed=None,
+               compile=False):
         """Yield, per step, the new ids (batch,) and which rows (batch,) had not ended before it."""
         stop, max_new_tokens = stop_strings(stop), knobs.max_new_tokens
         prompt, mask, context, ends, pad = self._begin(input_ids, attention_mask, max_new_tokens, eos_token_id, compile)
-        require(seed is None or number(seed, -2**63, 2**63 - 1, int), f"seed = {seed!r}, expected an integer of 64 bits")
+        require(seed is None or number(seed, -2**63, 2**63 - 1, int),
+                f"seed = {seed!r}, expected an integer of 64 bits")
         require(not stop or self.tokenizer, f"stop = {stop!r} needs a tokenizer.json, which the checkpoint lacks")
         (batch, seq), device = prompt.shape, prompt.device
         state, step = self._decoder(batch, seq + max_new_tokens, context, len(ends), compile)
@@ -1472,7 +1552,8 @@ class TinyLM(Stack):
     def beam_search(self, input_ids, attention_mask, knobs: Sampling, eos_token_id) -> Tensor:
         """The likeliest continuation of each row that a search with beams finds, step by step as transformers does it:
         candidates that end in a step compete, by their score, for as many places as there are beams."""
-        n, max_new_tokens, penalty, early = knobs.num_beams, knobs.max_new_tokens, knobs.length_penalty, knobs.early_stopping
+        n, max_new_tokens = knobs.num_beams, knobs.max_new_tokens
+        penalty, early = knobs.length_penalty, knobs.early_stopping
         prompt, mask, context, ends, pad = self._begin(input_ids, attention_mask, max_new_tokens, eos_token_id)
         (batch, seq), device, keep = prompt.shape, prompt.device, max(2, 1 + len(ends)) * n
         prompt, mask = prompt.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
@@ -1512,17 +1593,18 @@ class TinyLM(Stack):
             state.take(token.flatten())
             logits = self(state.token, state.one, cache=state.cache, context=context)
         new, places = best_texts[:, 0], torch.arange(1, max_new_tokens + 1, device=device)
-        end = torch.where((new[..., None] == state.ends).any(-1), places, max_new_tokens).amin(1, keepdim=True).clamp(max=length)
+        end = torch.where((new[..., None] == state.ends).any(-1), places, max_new_tokens)
+        end = end.amin(1, keepdim=True).clamp(max=length)
         return torch.cat((self._prompt(input_ids), new.masked_fill(places > end, pad)[:, :int(end.max())]), 1)
 
     def _generates(self, input_ids, mask, max_new_tokens):
-        require(self.config.head == "lm" and self.config.causal, f"generate: the checkpoint's head is {self.config.head!r}, "
-                "expected a language model's, 'lm'")
+        require(self.config.head == "lm" and self.config.causal,
+                f"generate: the checkpoint's head is {self.config.head!r}, expected a language model's, 'lm'")
         self._fits(input_ids, mask)
         require(bool(mask.any(-1).all()), "attention_mask: a row has no token")
         seq, limit = 1 if self.encoder else input_ids.shape[1], self.config.max_position_embeddings
-        require(self.config.position not in LIMITED or seq + max_new_tokens <= limit, f"max_new_tokens = {max_new_tokens} after "
-                f"{seq} tokens is more than the model's {limit} positions")
+        require(self.config.position not in LIMITED or seq + max_new_tokens <= limit,
+                f"max_new_tokens = {max_new_tokens} after {seq} tokens is more than the model's {limit} positions")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1590,7 +1672,8 @@ def fused_sizes(name: str, config: Config) -> tuple:
     """Rows that each part has in a fused projection of ours."""
     if name.startswith("encoder."):
         return fused_sizes(name.removeprefix("encoder."), config.encoder)
-    return {"qkv": config.qkv_sizes, "kv": config.qkv_sizes[1:]}.get(name.split(".")[-2], (config.intermediate_size,) * 2)
+    sizes = {"qkv": config.qkv_sizes, "kv": config.qkv_sizes[1:], "gate_up": (config.intermediate_size,) * 2}
+    return sizes[name.split(".")[-2]]
 
 
 def to_checkpoint(state: dict, config: Config, model_type: str) -> dict:
@@ -1612,7 +1695,8 @@ def checkpoint_files(folder: Path) -> dict:
     require(index.exists(), f"{folder}: no model.safetensors and no model.safetensors.index.json"
             + (f" ({', '.join(others)}: only safetensors is read)" if others else ""))
     files = read_json(index).get("weight_map")
-    require(isinstance(files, dict) and files, f"{index}: weight_map = {files!r}, expected tensor names and their files")
+    require(isinstance(files, dict) and files,
+            f"{index}: weight_map = {files!r}, expected tensor names and their files")
     for name, file in files.items():
         require(isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors"),
                 f"{index}: {name} lies in {file!r}, expected the name of a .safetensors file in this folder")
@@ -1645,8 +1729,8 @@ class Checkpoint:
         if config.tied and head in self.stored:  # then it is tied in name only, unless it equals the embedding
             embed = self.theirs("embed.weight", config)
             if self.shape(head) != self.shape(embed) or not torch.equal(self.fetch(head), self.fetch(embed)):
-                require("tie_word_embeddings" not in self.row.only, f"{self.place}: tensor {head} differs from the embedding, but "
-                        f"model_type {config.model_type!r} ties them")
+                require("tie_word_embeddings" not in self.row.only, f"{self.place}: tensor {head} differs from the "
+                        f"embedding, but model_type {config.model_type!r} ties them")
                 self.config = replace(config, tie_word_embeddings=False)
         elif not config.tied and self.row.unstored_head_is_tied and head not in self.stored:
             self.config = replace(config, tie_word_embeddings=True)
@@ -1658,8 +1742,9 @@ class Checkpoint:
 
     def head_tensors(self, but=None) -> set:
         """Names of the heads' own tensors, but for those of the head `but`."""
-        rows = [(ours, name) for head, (table, _) in self.row.heads.items() if head != but for ours, name in table.items()]
-        return {name if ours.endswith(".bias") else f"{name}.{kind}" for ours, name in rows for kind in ("weight", "bias")}
+        return {name if ours.endswith(".bias") else f"{name}.{kind}"
+                for head, (table, _) in self.row.heads.items() if head != but
+                for ours, name in table.items() for kind in ("weight", "bias")}
 
     def shape(self, name: str, missing: str = "") -> tuple:
         require(name in self.stored, f"{self.place}: tensor {name} is missing{missing}")
@@ -1677,7 +1762,8 @@ class Checkpoint:
             tensor = self.opened[file].get_tensor(stored)
         except SafetensorError as error:
             raise Error(f"{file}: tensor {stored} is not readable ({error})") from None
-        require(tensor.is_floating_point(), f"{file}: tensor {stored} has dtype {tensor.dtype}, expected floating point")
+        require(tensor.is_floating_point(),
+                f"{file}: tensor {stored} has dtype {tensor.dtype}, expected floating point")
         return tensor.to(self.device, self.dtype)
 
     def state(self, lm: TinyLM, fresh: dict) -> dict:
@@ -1688,7 +1774,8 @@ class Checkpoint:
             theirs, kind = sources(name, config.model_type, config.head)
             used |= set(theirs)
             if not any(n in self.stored for n in theirs) and (name in fresh or kind in (Row, Unused)):
-                state[name] = fresh.get(name, torch.zeros(tensor.shape, device=self.device)).to(self.dtype or stored_dtype)
+                new = fresh.get(name, torch.zeros(tensor.shape, device=self.device))
+                state[name] = new.to(self.dtype or stored_dtype)
                 continue
             rows = fused_sizes(name, config) if len(theirs) > 1 else tensor.shape[:1]
             read, written = TRANSFORMS[kind]
@@ -1699,10 +1786,12 @@ class Checkpoint:
             require(name not in self.stored or ours not in state or torch.equal(self.fetch(name), state[ours]),
                     f"{self.place}: tensor {name} differs from {self.theirs(ours, config)}, which it should repeat")
         layers = range(max(config.num_hidden_layers, config.num_encoder_layers))
-        dropped = {pattern.format(i) for pattern in row.drop for i in layers} | set(row.copies) | self.head_tensors(config.head)
+        dropped = {pattern.format(i) for pattern in row.drop for i in layers}
+        dropped |= set(row.copies) | self.head_tensors(config.head)
         dropped |= {self.theirs("head.out.weight", config)} if config.tied else set()
         for name in sorted(set(self.stored) - used - dropped):
-            raise Error(f"{self.stored[name][0]}: tensor {self.stored[name][1]} is unexpected for model_type {config.model_type!r}")
+            file, stored = self.stored[name]
+            raise Error(f"{file}: tensor {stored} is unexpected for model_type {config.model_type!r}")
         return state
 
 
@@ -1810,7 +1899,9 @@ def chat_prompt(tokenizer, messages: list[dict], answer: bool = True) -> str:
     """Messages ({"role", "content"}) as text, through the checkpoint's own chat template in jinja2's sandbox."""
     files = getattr(tokenizer, "files", {})
     config = json.loads(files.get("tokenizer_config.json", b"{}"))
-    template = files["chat_template.jinja"].decode("utf-8") if "chat_template.jinja" in files else config.get("chat_template")
+    template = config.get("chat_template")
+    if "chat_template.jinja" in files:
+        template = files["chat_template.jinja"].decode("utf-8")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
     if not template:
@@ -1837,19 +1928,22 @@ def chat_prompt(tokenizer, messages: list[dict], answer: bool = True) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CACHE_BUCKET = 128  # cache lengths are multiples of it, so that a compiled step serves many prompt lengths
-
-
-NOTHING = -1e9        # the score of a beam that does not count
-FROM_FILE = ("max_new_tokens", "no_repeat_ngram_size", "min_length", "bad_words_ids", "forced_bos_token_id", "num_beams",
-             "forced_eos_token_id", "renormalize_logits", "length_penalty", "early_stopping")  # if generation_config.json has it
-UNSUPPORTED = {"num_beam_groups", "penalty_alpha", "typical_p", "encoder_no_repeat_ngram_size", "suppress_tokens",
-               "begin_suppress_tokens", "exponential_decay_length_penalty", "encoder_repetition_penalty", "sequence_bias",
-               "guidance_scale", "min_new_tokens", "epsilon_cutoff", "eta_cutoff", "constraints", "force_words_ids"}
+NOTHING = -1e9      # the score of a beam that does not count
+FROM_FILE = set("""max_new_tokens no_repeat_ngram_size min_length bad_words_ids forced_bos_token_id forced_eos_token_id
+    num_beams renormalize_logits length_penalty early_stopping""".split())  # where generation_config.json has them
+UNSUPPORTED = set("""num_beam_groups penalty_alpha typical_p encoder_no_repeat_ngram_size suppress_tokens constraints
+    begin_suppress_tokens exponential_decay_length_penalty encoder_repetition_penalty sequence_bias guidance_scale
+    min_new_tokens epsilon_cutoff eta_cutoff force_words_ids""".split())
+SAMPLING_RANGES = {
+    "max_new_tokens": (1, 2**31), "top_k": (0, 2**31), "no_repeat_ngram_size": (0, 2**31), "min_length": (0, 2**31),
+    "forced_bos_token_id": (0, 2**31), "forced_eos_token_id": (0, 2**31), "num_beams": (1, 2**16),
+    "temperature": (0.0, 1e9), "top_p": (0.0, 1), "min_p": (0.0, 1), "repetition_penalty": (1e-9, 1e9),
+    "length_penalty": (-1e3, 1e3)}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a text is generated, in the words of Hugging Face; what changes logits applies in the order of its processors."""
+    """How a text is generated, in the words of Hugging Face; what changes logits does so in its order."""
     max_new_tokens: int = 128
     temperature: float = 0.0                   # 0: the likeliest
     top_k: int | None = None
@@ -1867,15 +1961,9 @@ class Sampling:
     renormalize_logits: bool = False           # of beams, after what changes logits
 
     def __post_init__(self):
-        for name, low, high in (("max_new_tokens", 1, 2**31), ("top_k", 0, 2**31), ("no_repeat_ngram_size", 0, 2**31),
-                                ("min_length", 0, 2**31), ("forced_bos_token_id", 0, 2**31), ("num_beams", 1, 2**16),
-                                ("forced_eos_token_id", 0, 2**31), ("temperature", 0.0, 1e9), ("top_p", 0.0, 1), ("min_p", 0.0, 1),
-                                ("repetition_penalty", 1e-9, 1e9), ("length_penalty", -1e3, 1e3)):
-            value, kind = getattr(self, name), int if isinstance(low, int) else (int, float)
-            require(number(value, low, high, kind) or value is None is getattr(Sampling, name), f"{name} = {value!r}, expected "
-                    f"{'an integer' if kind is int else 'a number'} from {low:g} to {high:g}")
-        require(self.early_stopping in (True, False, "never"), f"early_stopping = {self.early_stopping!r}, expected true, false "
-                "or 'never'")
+        require_ranges(self, SAMPLING_RANGES)
+        require(self.early_stopping in (True, False, "never"),
+                f"early_stopping = {self.early_stopping!r}, expected true, false or 'never'")
         words = self.bad_words_ids
         require(isinstance(words, (list, tuple)) and all(isinstance(w, (list, tuple)) and w and all(
             number(i, 0, 2**31, int) for i in w) for w in words), f"bad_words_ids = {words!r}, expected lists of ids")
@@ -1884,7 +1972,7 @@ class Sampling:
             object.__setattr__(self, "temperature", 0.0)
 
     def kind(self) -> Sampling:
-        """The same with all numbers that a compiled step takes from tensors replaced by ones that say only: it is used."""
+        """The same, but numbers that a compiled step takes from tensors say only whether they are used."""
         used = {name: value if value in (0, 1, None) else 0.5 for name, value in self.values().items()}
         return replace(self, max_new_tokens=1, **used)
 
@@ -1929,15 +2017,17 @@ def constrain(logits: Tensor, state: Decoding, knobs: Sampling) -> Tensor:
     if knobs.min_length:
         ends = (torch.arange(vocab, device=ids.device)[:, None] == state.ends).any(-1)
         logits = torch.where(ends & (length < knobs.min_length), -math.inf, logits)
-    for token, when in ((knobs.forced_bos_token_id, length == 1), (knobs.forced_eos_token_id, state.count == state.last)):
+    forced = (knobs.forced_bos_token_id, length == 1), (knobs.forced_eos_token_id, state.count == state.last)
+    for token, when in forced:
         if token is not None:
-            logits = torch.where(when, torch.where(torch.arange(vocab, device=ids.device) == token, 0.0, -math.inf), logits)
+            only = torch.where(torch.arange(vocab, device=ids.device) == token, 0.0, -math.inf)
+            logits = torch.where(when, only, logits)
     return logits
 
 
 def sample(logits: Tensor, knobs: Sampling, seed: Tensor, step: Tensor, values: dict | None = None) -> Tensor:
-    """One id per row of logits (batch, vocab), drawn by the Gumbel trick; the most likely at temperature 0. `values` are
-    tensors in the place of the knobs' numbers."""
+    """One id per row of logits (batch, vocab), drawn by the Gumbel trick; the most likely at temperature 0. `values`
+    are tensors in the place of the knobs' numbers."""
     values = values or knobs.values()
     if knobs.temperature == 0:
         return logits.argmax(-1)
@@ -1962,11 +2052,14 @@ class Decoding:
     """All that changes while a batch is generated: tensors of fixed shape and address."""
 
     def __init__(self, config: Config, batch: int, length: int, dtype, device, ends: int, context: tuple | None):
-        new = lambda *shape, dtype=torch.long, value=0: torch.full(shape, value, dtype=dtype, device=device)  # noqa: E731
+        def new(*shape, dtype=torch.long, value=0):
+            return torch.full(shape, value, dtype=dtype, device=device)
+
         self.shape = (batch, length, dtype, device, ends, context_shape(context))
         self.cache = KVCache(config, batch, length, dtype, device)
         self.context = None if context is None else (
-            [tuple(map(torch.empty_like, pair)) for pair in context[0]], context[1] if context[1] is None else context[1].clone())
+            [tuple(map(torch.empty_like, pair)) for pair in context[0]],
+            None if context[1] is None else context[1].clone())
         self.ids = new(batch, length + 1)                       # by position: prompt and what came after it
         self.token, self.one = new(batch, 1), new(batch, 1, value=1)      # the newest, and its mask
         self.done, self.alive = (new(batch, dtype=torch.bool) for _ in range(2))  # the row has ended; had not before
@@ -1980,7 +2073,8 @@ class Decoding:
             for held, given in zip(context_tensors(self.context), context_tensors(context)):
                 held.copy_(given)
         self.done.zero_(), self.count.zero_(), self.seed.copy_(torch.as_tensor(seed))
-        self.pad.fill_(pad), self.last.fill_(knobs.max_new_tokens - 1), self.ends.copy_(torch.tensor(ends, dtype=torch.long))
+        self.pad.fill_(pad), self.last.fill_(knobs.max_new_tokens - 1)
+        self.ends.copy_(torch.tensor(ends, dtype=torch.long))
         for name, value in knobs.values().items():
             self.values[name].fill_(1.0 if value is None else value)
         real = mask.bool()
@@ -2008,7 +2102,10 @@ class Decoding:
 
 
 def context_tensors(context: tuple | None) -> list:
-    return [] if context is None else [x for pair in context[0] for x in pair] + [x for x in context[1:] if x is not None]
+    if context is None:
+        return []
+    pairs, mask = context
+    return [x for pair in pairs for x in pair] + ([] if mask is None else [mask])
 
 
 def context_shape(context: tuple | None) -> tuple:

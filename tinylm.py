@@ -2183,15 +2183,15 @@ class TrainOptions:
     batch: int = option(16, "sequences per step", 1, 2**31)
     block: int = option(256, "tokens per sequence, at most", 1, 2**31)
     vocab: int | None = option(None, "train a byte-level BPE of this many tokens; 0: bytes", 0, 2**31)
-    lr: float | None = option(None, "peak learning rate: from scratch Muon's (matrices), else the pretrained body's", 1e-12, 1e12)
-    adam_lr: float | None = option(None, "peak learning rate of AdamW (all else), in fine-tuning of a new head", 1e-12, 1e12)
+    lr: float | None = option(None, "peak learning rate of Muon (matrices); in fine-tuning, of the body", 1e-12, 1e12)
+    adam_lr: float | None = option(None, "that of AdamW (all else); in fine-tuning, of a new head", 1e-12, 1e12)
     weight_decay: float | None = option(None, "of the matrices", 0, 1e3)
-    dropout: float | None = option(None, "of what each sub-layer adds (attention's is lowered to it); else as the config says", 0, 0.99)
+    dropout: float | None = option(None, "of embeddings and sub-layers; else as the config says", 0, 0.99)
     warmup: float | None = option(None, "share of the steps in which the rates rise", 0, 0.99)
     decay: float | None = option(None, "share of the steps in which they fall to zero, at the end", 0, 0.99)
     clip: float = option(1.0, "largest norm of the gradient", 1e-12, 1e12)
     accumulate: int = option(1, "parts in which a step's batch is run, to save memory", 1, 2**31)
-    lora: int = option(0, "train adapters of this rank and a new head only; merged on save, and beside it for PEFT", 0, 2**16)
+    lora: int = option(0, "train adapters of this rank and a new head only; saved merged, and for PEFT", 0, 2**16)
     lora_alpha: float | None = option(None, "scale of the adapters, times their rank; twice the rank", 1e-6, 1e6)
     freeze: str = option("", "what stays as it is: embeddings, body (all but the head), or them and the first N layers")
     class_weights: bool = option(False, "rare classes count as much as frequent ones")
@@ -2206,18 +2206,20 @@ class TrainOptions:
     def __post_init__(self):
         for f in fields(self):
             value, (low, high) = getattr(self, f.name), (f.metadata["low"], f.metadata["high"])
-            require(low is None or value is None or number(value, low, high), f"{flag(f.name)} {value}: expected a number "
-                    f"from {low} to {high}")
+            require(low is None or value is None or number(value, low, high),
+                    f"{flag(f.name)} {value}: expected a number from {low} to {high}")
         for name, known in (("task", TRAINABLE), ("size", SIZES), ("problem", ("", *PROBLEMS))):
-            require(getattr(self, name) in known, f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(known)}")
+            require(getattr(self, name) in known,
+                    f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(known)}")
         require(not self.vocab or self.vocab >= ByteTokenizer.size, f"--vocab {self.vocab}: expected at least "
                 f"{ByteTokenizer.size} (all bytes and two specials), or 0 for bytes")
         require(self.batch % self.accumulate == 0, f"--accumulate {self.accumulate}: expected a divisor of --batch "
                 f"{self.batch}")
-        require(self.freeze in ("", "embeddings", "body") or self.freeze.isdecimal(), f"--freeze {self.freeze}: expected "
-                "embeddings, body or a number of layers")
+        require(self.freeze in ("", "embeddings", "body") or self.freeze.isdecimal(),
+                f"--freeze {self.freeze}: expected embeddings, body or a number of layers")
         require(not self.lora or self.init, f"--lora {self.lora}: expected a pretrained model, --init FOLDER")
-        require(not (self.lora and self.freeze), f"--freeze {self.freeze}: --lora freezes all but the adapters by itself")
+        require(not (self.lora and self.freeze),
+                f"--freeze {self.freeze}: --lora freezes all but the adapters by itself")
         require(self.steps is None or self.epochs is None, f"--epochs {self.epochs}: expected it or --steps, not both")
 
     def filled(self) -> TrainOptions:
@@ -2249,8 +2251,8 @@ NEW_HEADS = ("classify", "tokens", "qa")  # heads that fine-tuning begins at ran
 
 
 def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrix of orthogonal rows or columns, about: Newton-Schulz in Jordan's quintic (2024). In bfloat16 on a
-    GPU; processors without it would take ten times as long as in float32."""
+    """About the nearest matrix of orthogonal rows or columns: Newton-Schulz in Jordan's quintic (2024). In bfloat16 on
+    a GPU; processors without it would take ten times as long as in float32."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = x.shape[0] <= x.shape[1]
     y = (x if wide else x.t()).to(torch.bfloat16 if x.is_cuda else torch.float32)
@@ -2334,8 +2336,8 @@ class FineTuning(MuonAdamW):
 
 
 def next_token_labels(batch: dict) -> Tensor:
-    """What a decoder should say after each token but the last (batch, seq - 1); -100 where it does not matter: at padding
-    and behind it, where nothing stands that the first token could follow from."""
+    """What a decoder should say after each token but the last (batch, seq - 1); -100 where it does not matter: at
+    padding and behind it, where nothing stands that the first token could follow from."""
     mask, labels = batch.get("attention_mask"), batch.get("labels", batch["input_ids"])[:, 1:]
     return labels if mask is None else labels.masked_fill(mask[:, 1:] * mask[:, :-1] == 0, -100)
 
@@ -2365,7 +2367,7 @@ def loss_sum(model: TinyLM, batch: dict, class_weights: Tensor | None = None, bf
                                           target_labels(model, batch), None)
     if config.head == "lm" and model.encoder is None:
         ids, mask = ids[:, :-1], None if mask is None else mask[:, :-1]
-    if config.head in ("lm", "mlm") and model.encoder is None and "labels" in batch:  # spare the head what does not matter
+    if config.head in ("lm", "mlm") and model.encoder is None and "labels" in batch:  # spare the head the other columns
         most = int((labels != -100).sum(1).max().clamp(min=1))
         columns = (labels != -100).int().topk(most).indices
         labels = labels.gather(1, columns)
@@ -2463,7 +2465,8 @@ def save_adapter(folder: Path, lm: TinyLM, base: str):
 
 
 def freeze(lm: TinyLM, what: str):
-    """Keep embeddings as they are; and, if `what` is a number, the first layers of each stack; if body, all but the head."""
+    """Keep embeddings as they are; if `what` is a number, the first layers of each stack too; if body, all but the
+    head."""
     layers = 0 if what == "embeddings" else 2**31 if what == "body" else int(what)
     for name, p in lm.named_parameters():
         parts = name.split(".")
@@ -2472,8 +2475,8 @@ def freeze(lm: TinyLM, what: str):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: files to rows, rows to examples, examples to batches. A row maps roles (text, label, ...) to values; an example is
-# a dict of a model's inputs and labels, one text's, without padding.
+# Data: files to rows, rows to examples, examples to batches. A row maps roles (text, label, ...) to values; an example
+# is a dict of a model's inputs and labels, one text's, without padding.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def as_text(value) -> str:
@@ -2498,7 +2501,7 @@ def as_label(value):
 
 
 def as_answers(value) -> list:
-    """[(text, where it starts or None)] of SQuAD's answers, of {"text": [...], "answer_start": [...]}, or of plain text."""
+    """[(text, where it starts or None)] of SQuAD's answers, of {"text": [...], "answer_start": [...]}, or of texts."""
     if isinstance(value, dict):
         value = [{"text": text, "answer_start": start} for text, start in zip(value["text"], value["answer_start"])]
     value = [value] if isinstance(value, str) else value
@@ -2511,11 +2514,11 @@ def as_messages(value) -> list:
 
 ROLES = {  # role -> (the option that names its column, the usual names, how it reads, what that is)
     "messages": ("messages", "messages conversations", as_messages, "a list of role and content"),
-    "text": ("text", "text sentence review content sentence1 premise question1 comment tweet document", as_text, "a string"),
+    "text": ("text", "text sentence review content sentence1 premise question1 comment tweet", as_text, "a string"),
     "pair": ("pair", "sentence2 hypothesis question2", as_text, "a string"),
     "words": ("text", "tokens words text sentence", as_list, "a list of words"),
     "source": ("text", "source text document article dialogue input abstract", as_text, "a string"),
-    "label": ("label", "label labels class category sentiment stars rating score", as_label, "a label or a list of them"),
+    "label": ("label", "label labels class category sentiment stars rating score", as_label, "a label or a list"),
     "tags": ("label", "ner_tags tags pos_tags labels label", as_list, "a list of tags"),
     "target": ("target", "target summary translation tldr highlights output", lambda value: as_text(
         value[0] if isinstance(value, list) else value), "a string"),
@@ -2535,7 +2538,7 @@ def records(file: Path):
     except OSError as error:
         raise Error(f"{file}: {error.strerror or error}") from None
     if file.suffix == ".jsonl":
-        for n, line in enumerate(content.split("\n"), 1):  # and at no other end of line: JSON may hold U+2028 in a string
+        for n, line in enumerate(content.split("\n"), 1):  # at no other end of line: a string may hold U+2028
             if line.strip():
                 try:
                     yield f"{file}, line {n}", json.loads(line)
@@ -2584,7 +2587,7 @@ def read_row(where: str, record, options: TrainOptions) -> dict:
         if column is None and (role in OPTIONAL or "messages" in row):
             continue
         require(column in record, f"{where}: no column {given or ' or '.join(names.split())} for the {role} (columns: "
-                f"{', '.join(map(str, record))[:200]})" + (f"; {flag(option)} names it" if option and not given else ""))
+                f"{', '.join(map(str, record))[:200]})")
         try:
             row[role] = read(record[column])
         except (TypeError, ValueError, KeyError):
@@ -2604,8 +2607,8 @@ def digest(*paths) -> str:
 
 
 def split_rows(rows: list, share: float) -> tuple[list, list]:
-    """Rows before and after the point that leaves `share` of them behind it: of their characters where they are texts, of
-    each class where they have one label."""
+    """Rows before and after the point that leaves `share` of them behind it: of their characters where they are texts,
+    of each class where they have one label."""
     if set(rows[0]) == {"text"}:
         kept, tail = split_tail([row["text"] for row in rows], share)
         return [{"text": text} for text in kept], [{"text": text} for text in tail]
@@ -2688,8 +2691,8 @@ def mask_token(lm: TinyLM) -> tuple[str, int]:
 
 
 class Batches:
-    """An epoch's examples in batches of similar length, shuffled twice; all of it depends on seed and step alone, so that
-    a resumed run goes on."""
+    """An epoch's examples in batches of similar length, shuffled twice; all of it depends on seed and step alone, so
+    that a resumed run goes on."""
 
     def __init__(self, lm: TinyLM, epoch, batch: int, seed: int):
         self.lm, self.epoch, self.batch, self.seed, self.number = lm, epoch, batch, seed, None
@@ -2726,8 +2729,8 @@ def outputs(lm: TinyLM, examples: list, batch: int = 32) -> list:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tasks: how rows become examples, what their figures are, and how a model answers. What makes examples returns a function
-# of a random generator that gives an epoch's; without one, all of them in order.
+# Tasks: how rows become examples, what their figures are, and how a model answers. What makes examples returns a
+# function of a random generator that gives an epoch's; of None, it gives all of them in order.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def lm_examples(lm: TinyLM, rows: list, block: int):
@@ -2757,16 +2760,16 @@ def text_bytes(texts: list) -> int:
 
 
 def blocks(ids: list, step: int, more: int = 0):
-    """A function of a random generator: consecutive blocks from a random first token on, or all of them without one. Each
+    """A function of a random generator: consecutive blocks from a random first token on, or all of them for None. Each
     has `more` tokens of the next."""
     ids, count = torch.tensor(ids, dtype=torch.long), max(len(ids) - more, 0) // step
 
     def cut(generator) -> list:
         first, last = 0, len(ids) - more
-        if generator is not None and count:
-            first = int(torch.randint(min(step, len(ids) - step), (), generator=generator)) if len(ids) > step else 0
-            last = first + max(count - 1, 1) * step
-        return [ids[i:min(i + step, last) + more] for i in range(first, last, step)] if count or generator is None else []
+        if generator is not None:
+            first = int(torch.randint(max(min(step, len(ids) - step), 1), (), generator=generator))
+            last = first + max(count - 1, min(count, 1)) * step
+        return [ids[i:min(i + step, last) + more] for i in range(first, last, step)]
 
     return cut
 
@@ -2776,9 +2779,10 @@ def chat_example(lm: TinyLM, messages: list, block: int) -> dict:
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             prompt, whole = (chat_prompt(lm.tokenizer, messages[:i + n], n == 0) for n in (0, 1))
-            require(prompt.startswith(done) and whole.startswith(prompt), "messages: the chat template does not write a "
-                    "conversation as the beginning of a longer one")
-            asked, said = (lm.tokenizer.encode(text, special=False) for text in (prompt[len(done):], whole[len(prompt):]))
+            require(prompt.startswith(done) and whole.startswith(prompt), "messages: the chat template does not write "
+                    "a conversation as the beginning of a longer one")
+            texts = prompt[len(done):], whole[len(prompt):]
+            asked, said = (lm.tokenizer.encode(text, special=False) for text in texts)
             ids, labels, done = ids + asked + said, labels + [-100] * len(asked) + said, whole
     require(ids, f"messages: {str(messages)[:60]!r} has nothing that the assistant says")
     return {"input_ids": ids[:limit(lm, block)], "labels": labels[:limit(lm, block)]}
@@ -2830,8 +2834,8 @@ def label_changes(rows: list, options: TrainOptions, known: dict | None) -> dict
 def class_weights(config: Config, examples: list) -> Tensor:
     """Weights (labels,) by which all classes count alike, whatever their share of the examples."""
     labels = torch.cat([torch.as_tensor(example["labels"]).flatten() for example in examples])
-    require(config.problem_type in (None, PROBLEMS["single"]) and config.id2label, "--class-weights: expected one label of each "
-            "text or word")
+    require(config.problem_type in (None, PROBLEMS["single"]) and config.id2label,
+            "--class-weights: expected one label for each text or word")
     counts = torch.bincount(labels[labels != -100], minlength=config.num_labels)
     return counts.sum() / (len(counts) * counts.clamp(min=1)).float()
 
@@ -2859,8 +2863,8 @@ def tokens_examples(lm: TinyLM, rows: list, block: int):
 
 
 def qa_examples(lm: TinyLM, rows: list, block: int):
-    """Question and context; a long context in windows that overlap. The label of a window without the answer is its first
-    column twice."""
+    """Question and context; a long context in windows that overlap. The label of a window without the answer is its
+    first column twice."""
     examples = []
     for i, row in enumerate(rows):
         encoding = lm.tokenizer.encoding(row["question"], row["context"])
@@ -2868,7 +2872,7 @@ def qa_examples(lm: TinyLM, rows: list, block: int):
         before = [c for c in range(len(encoding.ids)) if not inside or c < inside[0]]
         after = [c for c in range(len(encoding.ids)) if inside and c > inside[-1]]
         room = limit(lm, block) - len(before) - len(after)
-        require(room > 1, f"question {row['question'][:60]!r}: {len(before)} tokens leave no room for the context in {block}")
+        require(room > 1, f"question {row['question'][:60]!r}: too long for a context behind it in {block} tokens")
         shared = min(128, room // 2)
         for first in range(0, max(len(inside) - shared, 1), room - shared):
             kept = before + inside[first:first + room] + after
@@ -2911,7 +2915,7 @@ def text_figures(lm: TinyLM, examples: list, batch: int) -> dict:
             total += loss_sum(lm, inputs).item()
         weight += label_weight(target_labels(lm, inputs)).item()
     nats, size = total / max(weight, 1), sum(example.get("bytes", 0) for example in examples)
-    figures = {"nats/token": nats} | ({"bits/byte": total / size / math.log(2)} if size and lm.config.head == "lm" else {})
+    figures = {"nats/token": nats} | ({"bits/byte": total / size / math.log(2)} if size else {})
     return figures | {"perplexity": math.exp(min(nats, 700))}
 
 
@@ -2964,8 +2968,8 @@ def tokens_figures(lm: TinyLM, examples: list, batch: int) -> dict:
 
 
 def best_spans(lm: TinyLM, examples: list, batch: int, longest: int = 30) -> list:
-    """The likeliest answer of each question over its windows: {answer, score, start, end}. The score is the probability of
-    its first column times that of its last, among the context's columns and the first one, which stands for none."""
+    """The likeliest answer of each question over its windows: {answer, score, start, end}. The score is the probability
+    of its first column times that of its last, among the context's columns and the first one, which stands for none."""
     best = {}
     for example, logits in zip(examples, outputs(lm, examples, batch)):
         context, offsets = example["row"]["context"], example["offsets"]
@@ -3027,25 +3031,29 @@ def continuations(lm: TinyLM, examples: list, batch: int, max_new_tokens: int | 
     for indices in similar(examples, batch):
         inputs = collate(lm.eval(), [examples[i] for i in indices])
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        new = lm.generate(ids, mask, max_new_tokens=max_new_tokens)[:, 1 if lm.encoder is not None else ids.shape[1]:].tolist()
-        for i, row in zip(indices, new):
+        new = lm.generate(ids, mask, max_new_tokens=max_new_tokens)
+        for i, row in zip(indices, new[:, 1 if lm.encoder is not None else ids.shape[1]:].tolist()):
             texts[i] = lm.tokenizer.decode(row[:next((k for k, token in enumerate(row) if token in ends), len(row))])
     return texts
 
 
 def text_answers(lm: TinyLM, texts: list, options) -> list:
-    examples = [columns_example(lm, encoding, list(range(len(encoding.ids)))) for encoding in map(lm.tokenizer.encoding, texts)]
+    encodings = map(lm.tokenizer.encoding, texts)
+    examples = [columns_example(lm, encoding, list(range(len(encoding.ids)))) for encoding in encodings]
     return [[{"generated_text": text}] for text in continuations(lm, examples, options.batch, options.max_new_tokens)]
 
 
 def classify_answers(lm: TinyLM, texts: list, options) -> list:
     """Classes and their scores, the best first. A tab divides a text from a second one."""
     examples = [text_example(lm, LONGEST, *text.split("\t", 1))[0] for text in texts]
-    one = lm.config.num_labels == 1 or lm.config.problem_type == "multi_label_classification"
-    score = (lambda x: x) if lm.config.problem_type == "regression" else torch.sigmoid if one else lambda x: x.softmax(-1)
-    found = [score(logits).tolist() for logits in outputs(lm, examples, options.batch)]
-    return [sorted(({"label": lm.config.id2label[i], "score": s} for i, s in enumerate(scores)), key=lambda a: -a["score"])
-            [:options.top_k] for scores in found]
+    config, found = lm.config, []
+    alone = config.num_labels == 1 or config.problem_type == PROBLEMS["multi"]
+    for logits in outputs(lm, examples, options.batch):
+        scores = logits if config.problem_type == "regression" else logits.sigmoid() if alone else logits.softmax(-1)
+        scores, order = scores.sort(descending=True)
+        found.append([{"label": config.id2label[i], "score": score} for i, score in
+                      zip(order[:options.top_k].tolist(), scores.tolist())])
+    return found
 
 
 def tokens_answers(lm: TinyLM, texts: list, options) -> list:
@@ -3095,11 +3103,13 @@ POOLINGS = {  # of sentence-transformers -> states (seq, hidden) as one vector
 
 
 def embeddings(lm: TinyLM, texts: list, options) -> list:
-    """Vectors as the files of sentence-transformers say: pooled, and normalised where modules.json has it; else the mean."""
+    """Vectors as the files of sentence-transformers say: pooled, and normalised where modules.json has it; without
+    files, the mean."""
     read = lambda name: read_json(options.folder / name) if (options.folder / name).exists() else {}  # noqa: E731
     chosen = [pool for name, pool in POOLINGS.items() if read("1_Pooling/config.json").get(name)] or [POOLINGS[
         "pooling_mode_mean_tokens"]]
-    longest, modules = read("sentence_bert_config.json").get("max_seq_length") or LONGEST, options.folder / "modules.json"
+    longest = read("sentence_bert_config.json").get("max_seq_length") or LONGEST
+    modules = options.folder / "modules.json"
     unit = modules.exists() and "Normalize" in modules.read_text(encoding="utf-8")
     found = []
     for states in outputs(lm, [text_example(lm, longest, text)[0] for text in texts], options.batch):
@@ -3124,10 +3134,12 @@ SCRATCH = dict(steps=None, epochs=20, vocab=4096, dropout=0.3, lr=0.01, adam_lr=
 TASKS = {
     "lm": Task("lm", "qwen3", ("messages", "text"), lm_examples, text_figures, text_answers, defaults={
         "scratch": dict(eval_every=250)}),
-    "mlm": Task("mlm", "bert", ("text",), mlm_examples, text_figures, mlm_answers, defaults={"scratch": SCRATCH | dict(dropout=0.0)}),
-    "classify": Task("classify", "bert", ("text", "pair", "label"), classify_examples, classify_figures, classify_answers, defaults={
+    "mlm": Task("mlm", "bert", ("text",), mlm_examples, text_figures, mlm_answers, defaults={
+        "scratch": SCRATCH | dict(dropout=0.0)}),
+    "classify": Task("classify", "bert", ("text", "pair", "label"), classify_examples, classify_figures,
+                     classify_answers, defaults={"scratch": SCRATCH}),
+    "tokens": Task("tokens", "bert", ("words", "tags"), tokens_examples, tokens_figures, tokens_answers, defaults={
         "scratch": SCRATCH}),
-    "tokens": Task("tokens", "bert", ("words", "tags"), tokens_examples, tokens_figures, tokens_answers, defaults={"scratch": SCRATCH}),
     "qa": Task("qa", "bert", ("question", "context", "answer", "start"), qa_examples, qa_figures, qa_answers, defaults={
         "scratch": SCRATCH, "init": dict(lr=3e-4, epochs=6)}),
     "seq2seq": Task("lm", "t5", ("source", "target"), seq2seq_examples, text_figures, text_answers, written_figures, {
@@ -3153,13 +3165,13 @@ def train_bpe(texts: list, vocab: int, encoder: bool = False) -> Tokenizer:
     try:
         from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, processors, trainers
     except ImportError:
-        raise Error("a tokenizer for this needs `pip install tokenizers`; without it, tokens of decoders are bytes") from None
+        raise Error("--vocab needs `pip install tokenizers`; without it, tokens of decoders are bytes") from None
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=encoder)
     backend.decoder = decoders.ByteLevel()
     special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"] if encoder else list(ByteTokenizer.specials)
-    trainer = trainers.BpeTrainer(vocab_size=max(vocab, 256 + len(special)), special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=max(vocab, 256 + len(special)), special_tokens=special,
+                                  show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(texts, trainer)
     named = json.loads(tokenizer_config(*((special[2], special[0]) if encoder else special)))
     if encoder:
@@ -3176,15 +3188,16 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
     starts smoothly."""
     task = TASKS[options.task]
     encoder, row = task.family == "bert", FAMILIES[task.family]
-    texts = [" ".join(row[role]) if role == "words" else row[role] for row in rows for role in READ_ALOUD if role in row]
+    texts = [as_text(row[role]) for row in rows for role in READ_ALOUD if role in row]
     tokenizer = train_bpe(texts, options.vocab, encoder) if options.vocab or encoder else ByteTokenizer()
     size = SIZES[options.size]
     ours = size | dict(
-        vocab_size=-(-tokenizer.size // 64) * 64, num_encoder_layers=size["num_hidden_layers"], tie_word_embeddings=True,
+        vocab_size=-(-tokenizer.size // 64) * 64, tie_word_embeddings=True,
+        num_encoder_layers=size["num_hidden_layers"],
         head_dim=size["hidden_size"] // size["num_attention_heads"], max_position_embeddings=max(options.block, 1024),
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=tokenizer.pad_token_id)
-    raw = {keys(row.fields[name])[0]: value for name, value in ours.items() if name in row.fields}
+    raw = {row.fields[name][0]: value for name, value in ours.items() if name in row.fields}
     config = config_from_hf({"model_type": task.family} | raw, head=task.head)
     torch.manual_seed(options.seed)
     lm = TinyLM(replace(config, **label_changes(rows, options, None), **dropouts(config, options.dropout)))
@@ -3204,11 +3217,12 @@ def dropouts(config: Config, p: float | None) -> dict:
 
 def opened_model(folder: Path, rows: list, options: TrainOptions) -> TinyLM:
     """A checkpoint in fp32, with the task's head and the rows' labels."""
-    head = TASKS[options.task].head
-    config = config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"), "config" if head == "lm" else head)
+    head, file = TASKS[options.task].head, folder / "config.json"
+    head = "config" if head == "lm" else head  # no language model begins with a head at random
+    config = config_from_hf(read_json(file), str(file), head)
     torch.manual_seed(options.seed)  # of a new head
     changes = label_changes(rows, options, config.id2label) | dropouts(config, options.dropout)
-    lm = TinyLM.from_pretrained(folder, torch.float32, head="config" if head == "lm" else head, **changes)
+    lm = TinyLM.from_pretrained(folder, torch.float32, head=head, **changes)
     require(task_of(lm.config) == options.task, f"{folder}: a model for {task_of(lm.config)}, expected one for "
             f"--task {options.task}")
     require(lm.tokenizer, f"{folder / 'tokenizer.json'}: no such file")
@@ -3300,14 +3314,14 @@ def same_run(notes: dict, options: TrainOptions, data: str):
     """Raises Error if a run was begun with other options or other data."""
     mine = asdict(options)
     for name, value in notes["options"].items():
-        require(name == "out" or mine.get(name) == value, f"--resume: {flag(name)} was {value}, not {mine.get(name)}, in "
-                "the run to go on with")
+        require(name == "out" or mine.get(name) == value,
+                f"--resume: {flag(name)} was {value}, not {mine.get(name)}, in the run to go on with")
     require(notes["data"] == data, "--resume: the data is not that of the run to go on with")
 
 
 def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
-    """Train on `data` (see `read_rows`) from scratch or from `options.init`; or go on where `options.out`/last stopped: bit
-    for bit the run that was not interrupted, since data order and dropout depend on seed and step alone."""
+    """Train on `data` (see `read_rows`) from scratch or from `options.init`; or go on where `options.out`/last stopped:
+    bit for bit the run that was not interrupted, since data order and dropout depend on seed and step alone."""
     out, task, asked, options = Path(options.out), TASKS[options.task], options, options.filled()
     tensors, notes = load_training(out / "last") if resume else ({}, None)
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file, expected a folder")
@@ -3435,7 +3449,7 @@ def main(argv: list | None = None) -> int:
     add_options(sub, (*COLUMNS, "batch", "block", "device"))
     sub.add_argument("--json", action="store_true", help="print them as JSON")
 
-    sub = commands.add_parser("run", help="whatever a checkpoint's head is for: labels, spans, answers, texts, embeddings")
+    sub = commands.add_parser("run", help="whatever a checkpoint's head is for: labels, answers, texts, embeddings")
     sub.add_argument("folder", help="a checkpoint")
     sub.add_argument("inputs", nargs="*", help="texts; without any, or for a -, the lines of standard input")
     sub.add_argument("--context", help="the text in which all questions find their answer")
@@ -3502,8 +3516,9 @@ def run_eval(options: dict):
 def run_run(options: dict):
     """A line for each input: what the head says, the likeliest first, with scores."""
     options = SimpleNamespace(**options | {"folder": Path(options["folder"])})
-    for name, value in (("top_k", options.top_k), ("batch", options.batch), ("max_new_tokens", options.max_new_tokens or 1)):
-        require(value > 0, f"{flag(name)} {value}: expected a positive number")
+    for name in ("top_k", "batch", "max_new_tokens"):
+        value = getattr(options, name)
+        require(value is None or value > 0, f"{flag(name)} {value}: expected a positive number")
     lm = TinyLM.from_pretrained(options.folder, device=usable_device(options.device))
     require(lm.tokenizer, f"{options.folder / 'tokenizer.json'}: no such file")
     texts = iter(texts_of(options.inputs))
@@ -3524,19 +3539,22 @@ def texts_of(inputs: list):
 def answer_line(answer: dict) -> str:
     """What an answer says, and its score; or its numbers."""
     texts = [value for name, value in answer.items() if isinstance(value, str) and name != "sequence"]
-    return " ".join(texts + [f"{answer[name]:.4f}" for name in ("score",) if name in answer]) or json.dumps(*answer.values())
+    texts += [f"{answer['score']:.4f}"] if "score" in answer else []
+    return " ".join(texts) if texts else json.dumps(*answer.values())
 
 
 def run_sample(options: dict):
-    lm, prompt = TinyLM.from_pretrained(options.pop("folder"), device=usable_device(options.pop("device"))), options.pop("prompt")
+    lm = TinyLM.from_pretrained(options.pop("folder"), device=usable_device(options.pop("device")))
+    prompt = options.pop("prompt")
     print(prompt, end="", flush=True)
     show(lm.stream(prompt, **options))
 
 
 def run_chat(options: dict):
     """Questions from standard input, one a line; answers to standard output."""
-    lm, system = TinyLM.from_pretrained(options.pop("folder"), device=usable_device(options.pop("device"))), options.pop("system")
-    messages, terminal = [{"role": "system", "content": system}] * bool(system), sys.stdin.isatty()
+    lm = TinyLM.from_pretrained(options.pop("folder"), device=usable_device(options.pop("device")))
+    system, terminal = options.pop("system"), sys.stdin.isatty()
+    messages = [{"role": "system", "content": system}] * bool(system)
     while True:
         if terminal:
             print("> ", end="", flush=True)

@@ -76,8 +76,8 @@ def scratch(tmp_path_factory):
         if task not in made:
             folder = tmp_path_factory.mktemp(task)
             data = write(folder / f"data.{'csv' if task == 'classify' else 'jsonl'}", rows_of(task, 200))
-            command("train", data, "--task", task, "--size", "nano", "--epochs", SHORT[task], "--block", 48, "--vocab", 600,
-                    "--dropout", 0, "--out", folder / "out")
+            command("train", data, "--task", task, "--size", "nano", "--epochs", SHORT[task], "--block", 48,
+                    "--vocab", 600, "--dropout", 0, "--out", folder / "out")
             made[task] = data, folder / "out" / "best"
         return made[task]
     return train
@@ -131,7 +131,7 @@ def test_scratch_mask_filler_is_that_of_the_pipeline(scratch, capsys):
 
 
 def test_scratch_answers_are_those_of_transformers(scratch, capsys):
-    """By the rule of the pipeline that transformers had: softmax over the context and the first token of each window."""
+    """By the rule of the pipeline that transformers had: softmax over a window's context and first token."""
     data, folder = scratch("qa")
     assert figures(folder, data, capsys)["span F1"] > 0.5
     question, context = "Where did they go?", "yesterday Bob went to Oslo by train and people"
@@ -174,7 +174,7 @@ def tune(body, data, out, *options, task="classify"):
 
 
 def test_lora_is_merged_and_kept_as_peft_names_it(body, tmp_path):
-    """W + B A alpha / rank, by hand from the adapter's file, is the checkpoint's weight; the rest of the body is as it was."""
+    """W + B A alpha / rank, by hand from the adapter's file, is the checkpoint's weight; the rest is as it was."""
     data = write(tmp_path / "data.csv", rows_of("classify"))
     best = tune(body, data, tmp_path / "out", "--lora", 4, "--epochs", 1)
     merged, before = load_file(best / "model.safetensors"), load_file(body / "model.safetensors")
@@ -184,8 +184,8 @@ def test_lora_is_merged_and_kept_as_peft_names_it(body, tmp_path):
     names = {name.removesuffix(".lora_A.weight") for name in adapter if ".lora_A." in name}
     assert len(names) == 4 * 6
     for name in names:
-        a, b, plain = (adapter[f"{name}.lora_{kind}.weight"] for kind in "AB"), None, name.removeprefix("base_model.model.")
-        a, b = a
+        a, b = (adapter[f"{name}.lora_{kind}.weight"] for kind in "AB")
+        plain = name.removeprefix("base_model.model.")
         assert b.abs().max() > 0
         assert torch.allclose(merged[plain + ".weight"], before[plain + ".weight"] + b @ a * 2, atol=1e-6), plain
         assert plain.split(".", 4)[-1] in notes["target_modules"]
@@ -233,8 +233,8 @@ def test_resumed_is_the_uninterrupted_run(body, tmp_path, monkeypatch):
 def test_chat_learns_the_assistants_words_only(monkeypatch):
     """By the template, token for token; a U+2028 in a string ends no row."""
     lm = TinyLM(Config(vocab_size=320))
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>" \
-        "{% endif %}"
+    template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+                "{% if add_generation_prompt %}<assistant>{% endif %}")
 
     class Chatting(tinylm.ByteTokenizer):
         files = {"tokenizer_config.json": json.dumps({"chat_template": template}).encode()}
@@ -243,7 +243,8 @@ def test_chat_learns_the_assistants_words_only(monkeypatch):
     messages = [dict(role=role, content=content) for role, content in (
         ("user", "hi\u2028there"), ("assistant", "yes"), ("user", "and"), ("assistant", "no"))]
     example = tinylm.chat_example(lm, messages, 256)
-    assert bytes(example["input_ids"]).decode() == "<user>hi\u2028there</s><assistant>yes</s><user>and</s><assistant>no</s>"
+    text = bytes(example["input_ids"]).decode()
+    assert text == "<user>hi\u2028there</s><assistant>yes</s><user>and</s><assistant>no</s>"
     learnt = [token for token in example["labels"] if token != -100]
     assert bytes(learnt).decode() == "yes</s>no</s>"
 
@@ -260,7 +261,8 @@ def test_rows_of_every_format_are_the_same(suffix, tmp_path):
     (["a", "b", "c"], "single_label_classification", 3), ([["a"], ["b", "c"], []], "multi_label_classification", 3),
     ([0.5, 1.5, 2], "regression", 1), ([10, 9, 1], "single_label_classification", 3)], ids=str)
 def test_labels_show_the_problem_and_train(labels, problem, count, body, tmp_path, capsys):
-    data = write(tmp_path / "data.jsonl", [dict(text=sentence(random.Random(i), i % 2), label=labels[i % 3]) for i in range(30)])
+    rows = [dict(text=sentence(random.Random(i), i % 2), label=labels[i % 3]) for i in range(30)]
+    data = write(tmp_path / "data.jsonl", rows)
     best = tune(body, data, tmp_path / "out", "--steps", 2)
     config = json.loads((best / "config.json").read_text())
     assert config["problem_type"] == problem and len(config["id2label"]) == count
@@ -276,7 +278,7 @@ def test_labels_show_the_problem_and_train(labels, problem, count, body, tmp_pat
 def test_long_contexts_answer_from_any_window(body, tmp_path):
     """Windows overlap and cover the context; the answer's columns say its text in those that have it."""
     lm = TinyLM.from_pretrained(body, head="qa")
-    context = " ".join(f"word{i}" for i in range(200)) + " Bonn is the answer " + " ".join(f"tail{i}" for i in range(60))
+    context = " ".join([*(f"word{i}" for i in range(200)), "Bonn is the answer", *(f"tail{i}" for i in range(60))])
     row = dict(question="Where?", context=context, answer=[("Bonn", context.index("Bonn"))])
     examples = tinylm.qa_examples(lm, [row], 64)(None)
     assert len(examples) > 5 and all(len(example["input_ids"]) <= 64 for example in examples)
@@ -290,8 +292,8 @@ def test_long_contexts_answer_from_any_window(body, tmp_path):
 def test_early_stopping_and_class_weights(body, tmp_path, capsys):
     rows = [row for i, row in enumerate(rows_of("classify")) if i % 2 or i % 10 == 0]
     data = write(tmp_path / "data.csv", rows)
-    tune(body, data, tmp_path / "out", "--steps", 40, "--eval-every", 2, "--lr", 1e-9, "--adam-lr", 1e-9, "--patience", 2,
-         "--class-weights")
+    tune(body, data, tmp_path / "out", "--steps", 40, "--eval-every", 2, "--lr", 1e-9, "--adam-lr", 1e-9,
+         "--patience", 2, "--class-weights")
     assert "no better validation" in capsys.readouterr().err
     weights = tinylm.class_weights(Config(head="classify"), [dict(labels=0)] * 3 + [dict(labels=1)])
     assert weights.tolist() == pytest.approx([4 / 6, 2.0])
@@ -310,7 +312,8 @@ def test_lines_of_standard_input_and_options_behind_inputs(scratch, capsys, monk
     lines = capsys.readouterr().out.splitlines()
     monkeypatch.setattr(sys, "stdin", io.StringIO("awful\n"))
     command("run", folder, "great", "--batch", 1, "-")
-    assert capsys.readouterr().out.splitlines() == lines and lines[0].startswith("positive") and lines[1].startswith("negative")
+    assert capsys.readouterr().out.splitlines() == lines
+    assert lines[0].startswith("positive") and lines[1].startswith("negative")
 
 
 BAD_ROWS = {
@@ -335,7 +338,7 @@ def test_step_takes_an_empty_mask():
 
 
 def test_classifying_step_is_the_step_of_transformers(body, tmp_path):
-    """Loss and gradient of a padded batch, of one label and of several."""
+    """The loss of a padded batch."""
     data = write(tmp_path / "data.csv", rows_of("classify"))
     best = tune(body, data, tmp_path / "out", "--steps", 1)
     lm, oracle = TinyLM.from_pretrained(best, hidden_dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0), \
@@ -343,6 +346,7 @@ def test_classifying_step_is_the_step_of_transformers(body, tmp_path):
     ids = torch.randint(5, 300, (3, 9))
     mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3, [1] * 4 + [0] * 5])
     labels = torch.tensor([0, 1, 1])
-    loss = train_step(lm, torch.optim.SGD(lm.parameters(), lr=0.0), dict(input_ids=ids, attention_mask=mask, labels=labels))
+    batch = dict(input_ids=ids, attention_mask=mask, labels=labels)
+    loss = train_step(lm, torch.optim.SGD(lm.parameters(), lr=0.0), batch)
     assert loss.item() == pytest.approx(oracle(ids, mask, labels=labels).loss.item(), rel=1e-5)
     assert difference(lm.eval()(ids, mask), oracle(ids, mask).logits) < 1e-4

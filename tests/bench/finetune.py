@@ -8,6 +8,7 @@ The last tenth of each file of rt-polarity, and the last fifth of xquad's paragr
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def transformers_loop(minilm, train, test, batch=32, lr=1e-4):
     sets = []
     for path in (train, test):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")]
+        random.Random(0).shuffle(rows)  # the file is sorted by label: texts of one length would be of one label too
         ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=256)["input_ids"]
         sets.append(sorted(zip(ids, (int(row["label"] == "pos") for row in rows)), key=lambda pair: len(pair[0])))
     cut = [[pairs[i:i + batch] for i in range(0, len(pairs), batch)] for pairs in sets]

@@ -1089,7 +1089,7 @@ def shape_of(x) -> tuple:
 
 
 def last_column(mask: Tensor) -> Tensor:
-    """The column (batch, 1) of the last real token. In floats, of which ONNX Runtime's CUDA kernel takes the largest."""
+    """The column (batch, 1) of the last real token. In floats: ONNX Runtime's CUDA kernel takes the largest of those."""
     return (mask.float() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1, keepdim=True)
 
 

@@ -196,7 +196,8 @@ def test_lora_is_merged_and_kept_as_peft_names_it(body, tmp_path):
 
 
 @pytest.mark.parametrize("options, moved", [(("--freeze", "embeddings"), {"layer"}), (("--freeze", "body"), set()),
-                                            (("--freeze", "4"), set()), ((), {"layer", "embeddings"})], ids=str)
+                                            (("--freeze", "4"), set()), ((), {"layer", "embeddings"})],
+                         ids=["embeddings", "body", "blocks", "nothing"])
 def test_what_is_frozen_stays(options, moved, body, tmp_path):
     data = write(tmp_path / "data.csv", rows_of("classify"))
     best = tune(body, data, tmp_path / "out", "--steps", 2, *options)

@@ -136,7 +136,7 @@ def test_decoders_classify_by_the_last_real_token(case, masked, folder, oracle):
 @torch.no_grad()
 def test_a_row_of_pads_alone_is_classified_as_transformers_does(case, folder, oracle):
     ids = torch.zeros(2, 5, dtype=torch.long)
-    assert difference(TinyLM.from_pretrained(folder(case))(ids), output(oracle(case), ids)) < 1e-5
+    assert difference(TinyLM.from_pretrained(folder(case))(ids), output(oracle(case), ids)) < 1e-4
 
 
 @torch.no_grad()

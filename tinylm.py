@@ -2168,19 +2168,16 @@ class TrainOptions:
     task: str = option("lm", "lm, classify, tokens, qa, seq2seq or mlm")
     init: str = option("", "checkpoint to fine-tune; without one, a model from scratch")
     out: str = option("out", "folder for the checkpoints `best` and `last`")
-    val: str = option("", "file to validate on; without one, the held-back tail")
+    val: str = option("", "file to validate on; without one, the last tenth of the data (of each class)")
     text: str = option("", "column of the text, of its words, or of the source; by default its usual name")
-    pair: str = option("", "column of a second text to classify with the first")
     label: str = option("", "column of the label, a list of labels, a number, or a tag for each word")
     target: str = option("", "column of the text to write")
     question: str = option("", "column of the question")
     context: str = option("", "column of the text that has the answer")
-    answer: str = option("", "column of the answer")
-    problem: str = option("", "single, multi or regression, if the labels do not show it")
-    size: str = option("small", "nano, small, medium or large, from scratch")
+    size: str | None = option(None, "nano, small, medium or large, from scratch")
     epochs: float | None = option(None, "passes over the data, in place of --steps", 1e-6, 1e6)
     steps: int | None = option(None, "optimizer steps", 1, 2**31)
-    batch: int = option(16, "sequences per step", 1, 2**31)
+    batch: int | None = option(None, "sequences per step", 1, 2**31)
     block: int = option(256, "tokens per sequence, at most", 1, 2**31)
     vocab: int | None = option(None, "train a byte-level BPE of this many tokens; 0: bytes", 0, 2**31)
     lr: float | None = option(None, "peak learning rate of Muon (matrices); in fine-tuning, of the body", 1e-12, 1e12)
@@ -2192,11 +2189,9 @@ class TrainOptions:
     clip: float = option(1.0, "largest norm of the gradient", 1e-12, 1e12)
     accumulate: int = option(1, "parts in which a step's batch is run, to save memory", 1, 2**31)
     lora: int = option(0, "train adapters of this rank and a new head only; saved merged, and for PEFT", 0, 2**16)
-    lora_alpha: float | None = option(None, "scale of the adapters, times their rank; twice the rank", 1e-6, 1e6)
     freeze: str = option("", "what stays as it is: embeddings, body (all but the head), or them and the first N layers")
     class_weights: bool = option(False, "rare classes count as much as frequent ones")
     patience: int = option(0, "stop after so many validations without a better one; 0: never", 0, 2**31)
-    held_back: float = option(0.1, "share of the data, at its end (of each class), kept for validation", 0, 0.99)
     eval_every: int | None = option(None, "steps between validations and checkpoints; else an epoch's", 1, 2**31)
     seed: int = option(0, "of weights, data order and dropout", 0, 2**31)
     device: str = option("", "cpu, cuda, ...; cuda where there is one")
@@ -2208,28 +2203,30 @@ class TrainOptions:
             value, (low, high) = getattr(self, f.name), (f.metadata["low"], f.metadata["high"])
             require(low is None or value is None or number(value, low, high),
                     f"{flag(f.name)} {value}: expected a number from {low} to {high}")
-        for name, known in (("task", TRAINABLE), ("size", SIZES), ("problem", ("", *PROBLEMS))):
+        for name, known in (("task", TRAINABLE), ("size", (None, *SIZES))):
             require(getattr(self, name) in known,
-                    f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(known)}")
-        require(not self.vocab or self.vocab >= ByteTokenizer.size, f"--vocab {self.vocab}: expected at least "
-                f"{ByteTokenizer.size} (all bytes and two specials), or 0 for bytes")
-        require(self.batch % self.accumulate == 0, f"--accumulate {self.accumulate}: expected a divisor of --batch "
-                f"{self.batch}")
-        require(self.freeze in ("", "embeddings", "body") or self.freeze.isdecimal(),
-                f"--freeze {self.freeze}: expected embeddings, body or a number of layers")
-        require(not self.lora or self.init, f"--lora {self.lora}: expected a pretrained model, --init FOLDER")
-        require(not (self.lora and self.freeze),
-                f"--freeze {self.freeze}: --lora freezes all but the adapters by itself")
-        require(self.steps is None or self.epochs is None, f"--epochs {self.epochs}: expected it or --steps, not both")
+                    f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(filter(None, known))}")
+        for name, ok, expected in (
+                ("vocab", not self.vocab or self.vocab >= ByteTokenizer.size,
+                 f"at least {ByteTokenizer.size} (all bytes and two specials), or 0 for bytes"),
+                ("freeze", self.freeze in ("", "embeddings", "body") or self.freeze.isdecimal(),
+                 "embeddings, body or a number of layers"),
+                ("freeze", not (self.lora and self.freeze), "no --lora, which freezes all but the adapters by itself"),
+                ("lora", not self.lora or self.init, "a pretrained model, --init FOLDER"),
+                ("epochs", self.steps is None or self.epochs is None, "it or --steps, not both")):
+            require(ok, f"{flag(name)} {getattr(self, name)}: expected {expected}")
 
     def filled(self) -> TrainOptions:
         """With what the start (from scratch, pretrained, adapters) and the task say of the options that are None."""
         start = "lora" if self.lora else "init" if self.init else "scratch"
-        said = STARTS[start] | TASKS[self.task].defaults.get(start, {})
+        said = STARTS[start] | getattr(TASKS[self.task], start, {})
         given = {name: value for name, value in asdict(self).items() if value is not None}
         length = {"steps", "epochs"}
         said = {name: value for name, value in said.items() if name not in length or not length & set(given)}
-        return replace(self, **said | given)
+        options = replace(self, **said | given)
+        require(options.batch % options.accumulate == 0,
+                f"--accumulate {options.accumulate}: expected a divisor of --batch {options.batch}")
+        return options
 
 
 def flag(name: str) -> str:
@@ -2237,9 +2234,10 @@ def flag(name: str) -> str:
 
 
 STARTS = {  # where a training starts -> its defaults
-    "scratch": dict(steps=1000, lr=0.02, adam_lr=4e-3, weight_decay=0.1, warmup=0.02, decay=0.6, dropout=0.0, vocab=0),
-    "init": dict(epochs=3, lr=1e-4, adam_lr=5e-4, weight_decay=0.01, warmup=0.06, decay=0.94),
-    "lora": dict(epochs=3, lr=1e-3, adam_lr=1e-3, weight_decay=0.0, warmup=0.06, decay=0.94),
+    "scratch": dict(steps=1000, lr=0.02, adam_lr=4e-3, weight_decay=0.1, warmup=0.02, decay=0.6, dropout=0.0, vocab=0,
+                    size="small", batch=16),
+    "init": dict(epochs=3, lr=1e-4, adam_lr=5e-4, weight_decay=0.01, warmup=0.06, decay=0.94, batch=16),
+    "lora": dict(epochs=3, lr=1e-3, adam_lr=1e-3, weight_decay=0.0, warmup=0.06, decay=0.94, batch=16),
 }
 SIZES = {
     "nano": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4),
@@ -2263,88 +2261,52 @@ def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
     return (y if wide else y.t()).to(x.dtype)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update of each matrix is made orthogonal (Jordan 2024); the same as torch.optim.Muon, but that
-    `orthogonal` chooses its precision."""
-
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                update = orthogonal(p.grad.lerp(average, momentum))
-                p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
-
-
-class MuonAdamW:
-    """Muon for the matrices of the layers, AdamW for embeddings, head, norms and biases, as one optimizer."""
+class MuonAdamW(torch.optim.Optimizer):
+    """AdamW for embeddings, head, norms and biases; Muon for the matrices of the layers: momentum whose update of each
+    matrix is made orthogonal (Jordan 2024), as in torch.optim.Muon, but that `orthogonal` chooses its precision."""
 
     def __init__(self, model: nn.Module, lr: float = 0.02, adam_lr: float = 4e-3, weight_decay: float = 0.1):
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name and "head" not in name]
-        others = [p for p in named.values() if not any(p is m for m in matrices)]
-        parts = [torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0, fused=True)]
-        self.join(named, parts + [Muon(matrices, lr, weight_decay=weight_decay)] * bool(matrices))
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "head" not in name]
+        others = [p for _, p in named if not any(p is matrix for matrix in matrices)]
+        self.adamw = torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0, fused=True)
+        super().__init__([*self.adamw.param_groups, dict(params=matrices, lr=lr, weight_decay=weight_decay)], {})
 
-    def join(self, named: dict, parts: list):
-        self.names, self.parts = {p: name for name, p in named.items()}, parts
-        for group in self.param_groups:
-            group["peak_lr"] = group["lr"]
-
-    @property
-    def param_groups(self) -> list:
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self):
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none: bool = True):
-        for part in self.parts:
-            part.zero_grad(set_to_none=set_to_none)
-
-    def tensors(self) -> dict:
-        """The whole state, as tensors by `parameter/key`."""
-        return {f"{self.names[p]}/{key}": value for part in self.parts for p, state in part.state.items()
-                for key, value in state.items()}
-
-    def load_tensors(self, tensors: dict):
-        for part in self.parts:
-            for p in (p for group in part.param_groups for p in group["params"]):
-                prefix = self.names[p] + "/"
-                part.state[p] = {key.removeprefix(prefix): value for key, value in tensors.items()
-                                 if key.startswith(prefix)}
+    @torch.no_grad()
+    def step(self, momentum: float = 0.95):
+        self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[:1]
+        self.adamw.step()
+        lr, decay = self.param_groups[1]["lr"], self.param_groups[1]["weight_decay"]
+        for p in (p for p in self.param_groups[1]["params"] if p.grad is not None):
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+            update = orthogonal(p.grad.lerp(average, momentum))
+            p.mul_(1 - lr * decay).add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
-class FineTuning(MuonAdamW):
-    """AdamW with one rate for what was pretrained and another for a new head; only matrices decay."""
-
-    def __init__(self, model: TinyLM, lr: float, adam_lr: float, weight_decay: float):
-        named, groups = {name: p for name, p in model.named_parameters() if p.requires_grad}, {}
-        require(named, "--freeze: nothing is left to train")
-        for name, p in named.items():
-            new = name.startswith("head.") and model.config.head in NEW_HEADS
-            groups.setdefault((adam_lr if new else lr, weight_decay if p.ndim == 2 else 0.0), []).append(p)
-        self.join(named, [torch.optim.AdamW([dict(params=params, lr=rate, weight_decay=decay) for (rate, decay), params
-                                             in groups.items()], fused=True)])
-
-
-def next_token_labels(batch: dict) -> Tensor:
-    """What a decoder should say after each token but the last (batch, seq - 1); -100 where it does not matter: at
-    padding and behind it, where nothing stands that the first token could follow from."""
-    mask, labels = batch.get("attention_mask"), batch.get("labels", batch["input_ids"])[:, 1:]
-    return labels if mask is None else labels.masked_fill(mask[:, 1:] * mask[:, :-1] == 0, -100)
+def make_optimizer(lm: TinyLM, options: TrainOptions) -> torch.optim.Optimizer:
+    """Muon and AdamW from scratch; in fine-tuning AdamW, with one rate for what was pretrained and another for a new
+    head, where only matrices decay."""
+    if not options.init:
+        return MuonAdamW(lm, options.lr, options.adam_lr, options.weight_decay)
+    groups = {}
+    for name, p in lm.named_parameters():
+        if p.requires_grad:
+            rate = options.adam_lr if name.startswith("head.") and lm.config.head in NEW_HEADS else options.lr
+            groups.setdefault((rate, options.weight_decay if p.ndim == 2 else 0.0), []).append(p)
+    require(groups, f"--freeze {options.freeze}: nothing is left to train")
+    return torch.optim.AdamW([dict(params=params, lr=rate, weight_decay=decay)
+                              for (rate, decay), params in groups.items()], fused=True)
 
 
 def target_labels(model: TinyLM, batch: dict) -> Tensor:
-    """What the model's outputs are compared with."""
-    return next_token_labels(batch) if model.config.head == "lm" and model.encoder is None else batch["labels"]
+    """What the model's outputs are compared with. Of a decoder what it should say after each token but the last (batch,
+    seq - 1), where nothing follows from padding."""
+    if model.config.head != "lm" or model.encoder is not None:
+        return batch["labels"]
+    mask, labels = batch.get("attention_mask"), batch.get("labels", batch["input_ids"])[:, 1:]
+    return labels if mask is None else labels.masked_fill(mask[:, 1:] * mask[:, :-1] == 0, -100)
 
 
 def label_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -2401,13 +2363,12 @@ def train_step(model: TinyLM, optimizer, batch, max_grad_norm: float = 1.0, accu
 
 
 class LoRA(Linear):
-    """A frozen projection, and for each part fused in it a trained one of low rank: W x + B A x alpha / rank (Hu et al.
-    2021). Its state dict is the merged projection's, so that a checkpoint needs no adapters."""
+    """A frozen projection, and for each part fused in it a trained one of low rank: W x + 2 B A x (Hu et al. 2021; 2 is
+    alpha / rank). Its state dict is the merged projection's, so that a checkpoint needs no adapters."""
 
-    def __init__(self, base: Linear, sizes: tuple, rank: int, alpha: float):
+    def __init__(self, base: Linear, sizes: tuple, rank: int):
         nn.Module.__init__(self)
-        self.weight, self.sizes, self.scale = base.weight, sizes, alpha / rank
-        self.register_parameter("bias", base.bias)
+        self.weight, self.bias, self.sizes = base.weight, base.bias, sizes
         self.a = nn.Parameter(torch.randn(len(sizes) * rank, base.in_features) * base.in_features ** -0.5)
         self.b = nn.Parameter(torch.zeros(sum(sizes), rank))
 
@@ -2417,17 +2378,15 @@ class LoRA(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(x, self.a).chunk(len(self.sizes), dim=-1)
-        added = torch.cat([F.linear(part, b) for part, (_, b) in zip(low, self.parts())], dim=-1)
-        return super().forward(x) + added * self.scale
+        return super().forward(x) + 2 * torch.cat([F.linear(part, b) for part, (_, b) in zip(low, self.parts())], -1)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        merged = self.weight + torch.cat([b @ a for a, b in self.parts()]) * self.scale
-        destination[prefix + "weight"] = merged if keep_vars else merged.detach()
+        destination[prefix + "weight"] = (self.weight + 2 * torch.cat([b @ a for a, b in self.parts()])).detach()
         if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+            destination[prefix + "bias"] = self.bias.detach()
 
 
-def add_adapters(lm: TinyLM, rank: int, alpha: float):
+def add_adapters(lm: TinyLM, rank: int):
     """Freeze all but a new head, and give every projection of the layers an adapter."""
     for name, p in lm.named_parameters():
         p.requires_grad_(name.startswith("head.") and lm.config.head in NEW_HEADS)
@@ -2435,43 +2394,40 @@ def add_adapters(lm: TinyLM, rank: int, alpha: float):
         if isinstance(module, Linear) and "layers." in name:
             fused = len(sources(name + ".weight", lm.config.model_type, lm.config.head)[0]) > 1
             sizes = fused_sizes(name + ".weight", lm.config) if fused else (module.out_features,)
-            parent, _, child = name.rpartition(".")
-            setattr(lm.get_submodule(parent), child, LoRA(module, sizes, rank, alpha))
+            lm.set_submodule(name, LoRA(module, sizes, rank).to(lm.device))
 
 
-def save_adapter(folder: Path, lm: TinyLM, base: str):
+def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
     """adapter_config.json and adapter_model.safetensors as PEFT names them, after the family's own modules."""
-    config, tensors, targets = lm.config, {}, set()
-    adapters = {name: module for name, module in lm.named_modules() if isinstance(module, LoRA)}
-    for name, module in adapters.items():
-        for theirs, pair in zip(sources(name + ".weight", config.model_type, config.head)[0], module.parts()):
-            theirs = theirs.removesuffix(".weight")
-            targets.add(theirs.split(f".{next(part for part in theirs.split('.') if part.isdigit())}.", 1)[1])
-            tensors |= {f"{theirs}.lora_{kind}.weight": tensor for kind, tensor in zip("AB", pair)}
+    config, tensors, targets, transposed = lm.config, {}, set(), False
+    for name, module in lm.named_modules():
+        if isinstance(module, LoRA):
+            names, kind = sources(name + ".weight", config.model_type, config.head)
+            transposed |= kind is Transposed
+            for theirs, pair in zip(names, module.parts()):
+                theirs = theirs.removesuffix(".weight")
+                targets.add(theirs.split(f".{next(part for part in theirs.split('.') if part.isdigit())}.", 1)[1])
+                tensors |= {f"{theirs}.lora_{side}.weight": tensor for side, tensor in zip("AB", pair)}
     head = {f"head.{name}": p for name, p in lm.head.named_parameters() if p.requires_grad}
     head = to_checkpoint(head, config, config.model_type)
-    first = next(iter(adapters.values()))
     kinds = {"lm": "SEQ_2_SEQ_LM" if config.num_encoder_layers else "CAUSAL_LM", "classify": "SEQ_CLS",
              "tokens": "TOKEN_CLS", "qa": "QUESTION_ANS"}
-    rank = first.b.shape[1]
-    transposed = any(sources(name + ".weight", config.model_type, config.head)[1] is Transposed for name in adapters)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.safetensors",
                   {f"base_model.model.{name}": tensor for name, tensor in (tensors | head).items()}, {"format": "pt"})
     write_json(folder / "adapter_config.json", dict(
-        peft_type="LORA", task_type=kinds.get(config.head), base_model_name_or_path=base, inference_mode=True, r=rank,
-        lora_alpha=first.scale * rank, lora_dropout=0.0, bias="none", fan_in_fan_out=transposed,
+        peft_type="LORA", task_type=kinds.get(config.head), base_model_name_or_path=options.init, inference_mode=True,
+        r=options.lora, lora_alpha=2 * options.lora, lora_dropout=0.0, bias="none", fan_in_fan_out=transposed,
         target_modules=sorted(targets), modules_to_save=sorted({name.rpartition(".")[0] for name in head}) or None))
 
 
 def freeze(lm: TinyLM, what: str):
-    """Keep embeddings as they are; if `what` is a number, the first layers of each stack too; if body, all but the
-    head."""
+    """Keep the embeddings as they are; for a number so many layers of each stack too; for "body" all but the head."""
     layers = 0 if what == "embeddings" else 2**31 if what == "body" else int(what)
     for name, p in lm.named_parameters():
         parts = name.split(".")
         layer = next((int(part) for part in parts if part.isdigit()), -1)
-        p.requires_grad_(not ("embed" in name or layer in range(layers) or what == "body" and parts[0] != "head"))
+        p.requires_grad_(not ("embed" in name or 0 <= layer < layers or what == "body" and parts[0] != "head"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2480,15 +2436,10 @@ def freeze(lm: TinyLM, what: str):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def as_text(value) -> str:
-    if isinstance(value, list):
-        value = " ".join(value)
+    value = " ".join(value) if isinstance(value, list) else value
     if not isinstance(value, str):
         raise TypeError
     return value
-
-
-def as_list(value) -> list:
-    return [str(item) for item in (value.split() if isinstance(value, str) else [*value])]
 
 
 def as_label(value):
@@ -2508,35 +2459,36 @@ def as_answers(value) -> list:
     return [(item, None) if isinstance(item, str) else (as_text(item["text"]), item["answer_start"]) for item in value]
 
 
+def as_list(value) -> list:
+    return [str(item) for item in (value.split() if isinstance(value, str) else [*value])]
+
+
 def as_messages(value) -> list:
-    return [{"role": as_text(message["role"]), "content": as_text(message["content"])} for message in value]
+    return [{name: as_text(message[name]) for name in ("role", "content")} for message in value]
 
 
 ROLES = {  # role -> (the option that names its column, the usual names, how it reads, what that is)
-    "messages": ("messages", "messages conversations", as_messages, "a list of role and content"),
+    "messages": ("", "messages conversations", as_messages, "a list of role and content"),
     "text": ("text", "text sentence review content sentence1 premise question1 comment tweet", as_text, "a string"),
-    "pair": ("pair", "sentence2 hypothesis question2", as_text, "a string"),
+    "pair": ("", "sentence2 hypothesis question2", as_text, "a string"),
     "words": ("text", "tokens words text sentence", as_list, "a list of words"),
     "source": ("text", "source text document article dialogue input abstract", as_text, "a string"),
     "label": ("label", "label labels class category sentiment stars rating score", as_label, "a label or a list"),
     "tags": ("label", "ner_tags tags pos_tags labels label", as_list, "a list of tags"),
-    "target": ("target", "target summary translation tldr highlights output", lambda value: as_text(
-        value[0] if isinstance(value, list) else value), "a string"),
+    "target": ("target", "target summary translation tldr highlights output", as_text, "a string"),
     "question": ("question", "question query", as_text, "a string"),
     "context": ("context", "context passage paragraph document text", as_text, "a string"),
-    "answer": ("answer", "answers answer", as_answers, "an answer"),
-    "start": ("", "answer_start start", int, "an integer"),
+    "answer": ("", "answers answer", as_answers, "an answer"),
 }
-OPTIONAL = ("messages", "pair", "start")
+COLUMNS = tuple(dict.fromkeys(option for option, *_ in ROLES.values() if option))
+OPTIONAL = ("messages", "pair")
 READ_ALOUD = ("text", "pair", "words", "source", "target", "question", "context")  # what a tokenizer is trained on
+HELD_BACK = 0.1  # the share of the data that is validated on
 
 
 def records(file: Path):
     """(place, record) of a file: of jsonl, csv, tsv, of SQuAD's json, or one of a plain text."""
-    try:
-        content = file.read_text(encoding="utf-8-sig", errors="replace")
-    except OSError as error:
-        raise Error(f"{file}: {error.strerror or error}") from None
+    content = file.read_text(encoding="utf-8-sig", errors="replace")
     if file.suffix == ".jsonl":
         for n, line in enumerate(content.split("\n"), 1):  # at no other end of line: a string may hold U+2028
             if line.strip():
@@ -2569,8 +2521,7 @@ def read_rows(path: Path, options: TrainOptions) -> list:
     rows = []
     for file in files:
         try:
-            for where, record in records(file):
-                rows.append(read_row(where, record, options))
+            rows += [read_row(where, record, options) for where, record in records(file)]
         except (KeyError, TypeError, AttributeError) as error:
             raise Error(f"{file}: expected SQuAD's json: data, paragraphs, qas ({error!r})") from None
     require(rows, f"{path}: no rows")
@@ -2592,26 +2543,19 @@ def read_row(where: str, record, options: TrainOptions) -> dict:
             row[role] = read(record[column])
         except (TypeError, ValueError, KeyError):
             raise Error(f"{where}: {column} = {str(record[column])[:60]!r}, expected {kind}") from None
-    if "start" in row:
-        row["answer"] = [(text, row["start"]) for text, _ in row["answer"]]
     return row
 
 
-def digest(*paths) -> str:
-    """Of all bytes below the paths: a run is gone on with on the data that it began with."""
-    total = hashlib.sha256()
-    for path in map(Path, paths):
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            total.update(file.read_bytes())
-    return total.hexdigest()
-
-
-def split_rows(rows: list, share: float) -> tuple[list, list]:
+def split_rows(rows: list, share: float = HELD_BACK) -> tuple[list, list]:
     """Rows before and after the point that leaves `share` of them behind it: of their characters where they are texts,
     of each class where they have one label."""
     if set(rows[0]) == {"text"}:
-        kept, tail = split_tail([row["text"] for row in rows], share)
-        return [{"text": text} for text in kept], [{"text": text} for text in tail]
+        left, kept, held = int(sum(len(row["text"]) for row in rows) * (1 - share)), [], []
+        for text in (row["text"] for row in rows):
+            kept += [{"text": text[:left]}] * (left > 0)
+            held += [{"text": text[left:]}] * (left < len(text))
+            left = max(left - len(text), 0)
+        return kept, held
     groups = {}
     for row in rows:
         groups.setdefault(row["label"] if isinstance(row.get("label"), str) else None, []).append(row)
@@ -2619,36 +2563,25 @@ def split_rows(rows: list, share: float) -> tuple[list, list]:
     return [row for group, cut in cuts for row in group[:cut]], [row for group, cut in cuts for row in group[cut:]]
 
 
-def split_tail(texts: list, share: float) -> tuple[list, list]:
-    """Texts before and after the point that leaves `share` of all characters behind it."""
-    left, kept = int(sum(map(len, texts)) * (1 - share)), []
-    for i, text in enumerate(texts):
-        if len(text) > left:
-            return kept + [text[:left]] * (left > 0), [text[left:], *texts[i + 1:]]
-        kept.append(text)
-        left -= len(text)
-    return kept, []
-
-
 def limit(lm: TinyLM, block: int) -> int:
     """Tokens that a text may have."""
     return min(block, lm.config.max_position_embeddings) if lm.config.position in LIMITED else block
 
 
-def text_example(lm: TinyLM, block: int, text: str, pair: str | None = None) -> tuple:
-    """A text, or two, as (example, its encoding, which of its columns are kept): specials, and as much as fits, cut at
-    the end of the longer text."""
+def text_example(lm: TinyLM, block: int, text: str, pair: str | None = None) -> dict:
+    """A text, or two, between specials: as much as fits, cut at the end of the longer text."""
     encoding = lm.tokenizer.encoding(text, pair)
-    parts = {part: [c for c, p in enumerate(encoding.sequence_ids) if p == part] for part in (None, 0, 1)}
-    texts = [parts[0], parts[1]]
+    columns = {part: [c for c, p in enumerate(encoding.sequence_ids) if p == part] for part in (None, 0, 1)}
+    texts = [columns[0], columns[1]]
     for _ in range(len(encoding.ids) - limit(lm, block)):
         max(texts, key=len).pop()
-    kept = sorted(parts[None] + texts[0] + texts[1])
-    return columns_example(lm, encoding, kept), encoding, kept
+    return columns_example(lm, encoding, sorted(columns[None] + texts[0] + texts[1]), 0)
 
 
-def columns_example(lm: TinyLM, encoding, kept: list) -> dict:
-    example = {"input_ids": [encoding.ids[c] for c in kept] or [*lm.ends(), 0][:1]}
+def columns_example(lm: TinyLM, encoding, kept: list, part: int) -> dict:
+    """Some columns of an encoding; `offsets` are their places in one of its texts, None elsewhere."""
+    example = {"input_ids": [encoding.ids[c] for c in kept] or [*lm.ends(), 0][:1],
+               "offsets": [encoding.offsets[c] if encoding.sequence_ids[c] == part else None for c in kept]}
     if lm.config.type_vocab_size > 1:
         example["token_type_ids"] = [encoding.type_ids[c] for c in kept] or [0]
     return example
@@ -2666,14 +2599,13 @@ def collate(lm: TinyLM, examples: list, seed: int = 0) -> dict:
     if lengths.min() < lengths.max():
         batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     if "guess" in examples[0]:
-        batch |= masked(lm, batch["input_ids"], torch.Generator().manual_seed(seed))
-    return {name: (tensor.long() if not tensor.is_floating_point() else tensor).to(lm.device)
+        batch |= masked(lm, batch["input_ids"].long(), torch.Generator().manual_seed(seed))
+    return {name: (tensor if tensor.is_floating_point() else tensor.long()).to(lm.device)
             for name, tensor in batch.items()}
 
 
 def masked(lm: TinyLM, ids: Tensor, generator: torch.Generator) -> dict:
     """15% of the tokens to be guessed: 80% of them masked, 10% replaced, 10% as they are (Devlin et al. 2019)."""
-    ids = ids.long()
     special = torch.isin(ids, torch.tensor([*lm.tokenizer.encode(""), lm.config.pad_token_id or 0]))
     dice, chosen = torch.rand(ids.shape, generator=generator), torch.rand(ids.shape, generator=generator) < 0.15
     chosen &= ~special
@@ -2710,6 +2642,55 @@ class Batches:
         return collate(self.lm, self.batches[i], self.seed * 1_000_003 + step)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks: how a row becomes examples, how what a model's head says answers it, and how good that is.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Task:
+    """What is common: each row makes its own examples; a model is as good as its loss is low."""
+    head, family = None, "bert"         # of a model from scratch
+    inputs, roles = ("text",), ()       # of a row: what a line given to `run` has, what there is to learn from
+    scratch, init = {}, {}              # what differs from STARTS
+    longest = 512                       # tokens of a text that `run` reads, where the model has no limit of its own
+
+    def examples(self, lm: TinyLM, row: dict, block: int):
+        """Yield the examples of a row: one, or a window at a time of a long text."""
+        yield text_example(lm, block, *(row[name] for name in self.inputs if name in row))
+
+    def answer(self, lm: TinyLM, windows: list) -> list:
+        """A list of dicts, the likeliest first, from the windows (example, what the head says of it) of a row."""
+        return [{"generated_text": text} for _, text in windows]
+
+    def figures(self, lm: TinyLM, examples: list, batch: int) -> dict:
+        """Name -> figure; the first one chooses the best checkpoint."""
+        total = weight = 0.0
+        for i, indices in enumerate(similar(examples, batch)):
+            inputs = collate(lm.eval(), [examples[j] for j in indices], seed=i)
+            with torch.no_grad():
+                total += loss_sum(lm, inputs).item()
+            weight += label_weight(target_labels(lm, inputs)).item()
+        nats, size = total / max(weight, 1), sum(example.get("bytes", 0) for example in examples)
+        figures = {"nats/token": nats} | ({"bits/byte": total / size / math.log(2)} if size else {})
+        return figures | {"perplexity": math.exp(min(nats, 700))}
+
+    def report(self, lm: TinyLM, examples: list, batch: int) -> dict:
+        """The figures where `eval` has more time."""
+        return self.figures(lm, examples, batch)
+
+    def epochs(self, lm: TinyLM, rows: list, block: int) -> Callable:
+        """A function of a random generator that gives an epoch's examples; of None, it gives all of them in order."""
+        examples = [example | {"row": row, "number": number} for number, row in enumerate(rows)
+                    for example in self.examples(lm, row, block)]
+        return lambda generator: examples
+
+    def answers(self, lm: TinyLM, examples: list, batch: int, **options) -> list:
+        """The answer to each row of the examples."""
+        rows = {}
+        for example, said in zip(examples, outputs(lm, examples, batch, **options)):
+            rows.setdefault(example["number"], []).append((example, said))
+        return [self.answer(lm, windows) for windows in rows.values()]
+
+
 def similar(examples: list, batch: int) -> list:
     """Indices of examples in batches of similar length, the longest first."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
@@ -2717,97 +2698,161 @@ def similar(examples: list, batch: int) -> list:
 
 
 @torch.no_grad()
-def outputs(lm: TinyLM, examples: list, batch: int = 32) -> list:
-    """What the head says of each example, on the CPU and without padding."""
-    found = [None] * len(examples)
+def outputs(lm: TinyLM, examples: list, batch: int, max_new_tokens: int | None = None) -> list:
+    """What the head says of each example, on the CPU and without padding; of a language model the text it writes."""
+    found, ends = [None] * len(examples), lm.ends()
     for indices in similar(examples, batch):
         inputs = collate(lm.eval(), [examples[i] for i in indices])
-        said = lm(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("token_type_ids")).float().cpu()
-        for i, row in zip(indices, said):
-            found[i] = row if lm.config.head == "classify" else row[:len(examples[i]["input_ids"])]
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if lm.config.head == "lm":
+            new = lm.generate(ids, mask, max_new_tokens=max_new_tokens)[:, 1 if lm.encoder else ids.shape[1]:].tolist()
+            said = [lm.tokenizer.decode(itertools.takewhile(lambda token: token not in ends, row)) for row in new]
+        else:
+            said = lm(ids, mask, inputs.get("token_type_ids")).float().cpu()
+        for i, one in zip(indices, said):
+            found[i] = one if lm.config.head in ("lm", "classify") else one[:len(examples[i]["input_ids"])]
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks: how rows become examples, what their figures are, and how a model answers. What makes examples returns a
-# function of a random generator that gives an epoch's; of None, it gives all of them in order.
-# ---------------------------------------------------------------------------------------------------------------------
-
-def lm_examples(lm: TinyLM, rows: list, block: int):
-    """Blocks of the texts, one after the other with the end-of-text token between them; or chats, where the assistant's
-    words are learnt."""
-    if "messages" in rows[0]:
-        chats = [chat_example(lm, row["messages"], block) for row in rows]
-        return lambda generator: chats
-    end, ids, texts = [*lm.ends()][:1], [], [row["text"] for row in rows if row["text"]]
-    for i, text in enumerate(texts):
-        ids += end * (i > 0) + lm.tokenizer.encode(text)
-    cut, share = blocks(ids, limit(lm, block), 1), text_bytes(texts) / max(len(ids), 1)
-    return lambda generator: [{"input_ids": part, "bytes": share * (len(part) - 1)} for part in cut(generator)]
+SCRATCH = dict(steps=None, epochs=10, vocab=4096, dropout=0.3, lr=0.01, adam_lr=2e-3, size="nano", batch=32)
 
 
-def mlm_examples(lm: TinyLM, rows: list, block: int):
-    """Blocks of the texts, one after the other, with the tokenizer's specials around each block."""
-    special = torch.tensor(lm.tokenizer.encode(""), dtype=torch.long)
-    ids = [token for row in rows for token in lm.tokenizer.encode(row["text"], special=False)]
-    cut = blocks(ids, limit(lm, block) - len(special))
-    return lambda generator: [{"input_ids": torch.cat((special[:1], part, special[1:])), "guess": True}
-                              for part in cut(generator)]
+class LanguageModelling(Task):
+    """Texts one after the other, with end-of-text between them; or chats, where the assistant's words are learnt."""
+    head, family, roles, longest = "lm", "qwen3", ("messages", "text"), 2**31
+    scratch = dict(eval_every=250)
+
+    def epochs(self, lm, rows, block):
+        """Of texts, consecutive blocks: all of them, or as many whole ones from a random first token on."""
+        if any("messages" in row for row in rows):
+            return super().epochs(lm, rows, block)
+        texts, ids, causal = [row["text"] for row in rows if row["text"]], [], self.head == "lm"
+        for text in texts:
+            ids += [*lm.ends()][:1] * (causal and bool(ids)) + lm.tokenizer.encode(text, special=causal)
+        share = sum(len(text.encode("utf-8", errors="replace")) for text in texts) / max(len(ids), 1)
+        special = torch.tensor([] if causal else lm.tokenizer.encode(""), dtype=torch.long)
+        step, end, ids = limit(lm, block) - len(special), len(ids) - causal, torch.tensor(ids, dtype=torch.long)
+
+        def epoch(generator) -> list:
+            shift = 0 if generator is None else int(torch.randint(step, (), generator=generator))
+            last, stream = end if generator is None else end // step * step, ids.roll(-shift)
+            parts = [stream[i:min(i + step, last) + causal] for i in range(0, last, step)]
+            if causal:  # a block has the next token too
+                return [{"input_ids": part, "bytes": share * (len(part) - 1)} for part in parts]
+            return [{"input_ids": torch.cat((special[:1], part, special[1:])), "guess": True} for part in parts]
+
+        return epoch
+
+    def examples(self, lm, row, block):
+        if "messages" not in row:
+            yield from super().examples(lm, row, block)
+            return
+        ids, labels, done, messages = [], [], "", row["messages"]
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt, whole = (chat_prompt(lm.tokenizer, messages[:i + n], n == 0) for n in (0, 1))
+                require(prompt.startswith(done) and whole.startswith(prompt), "messages: the chat template does not "
+                        "write a conversation as the beginning of a longer one")
+                texts = prompt[len(done):], whole[len(prompt):]
+                asked, said = (lm.tokenizer.encode(text, special=False) for text in texts)
+                ids, labels, done = ids + asked + said, labels + [-100] * len(asked) + said, whole
+        require(ids, f"messages: {str(messages)[:60]!r} has nothing that the assistant says")
+        yield {"input_ids": ids[:limit(lm, block)], "labels": labels[:limit(lm, block)]}
 
 
-def text_bytes(texts: list) -> int:
-    return sum(len(text.encode("utf-8", errors="replace")) for text in texts)
+class MaskFilling(LanguageModelling):
+    """Texts one after the other, where some tokens are to be guessed."""
+    head, family, roles, longest, scratch = "mlm", "bert", ("text",), 512, SCRATCH | dict(dropout=0.0)
+
+    def examples(self, lm, row, block):
+        yield text_example(lm, block, row["text"].replace("<mask>", mask_token(lm)[0]))
+
+    def answer(self, lm, windows):
+        """The five likeliest tokens in the place of each mask."""
+        (example, logits), = windows
+        ids, (name, mask) = example["input_ids"], mask_token(lm)
+        require(mask in ids, f"{example['row']['text'][:60]!r}: expected {name} or <mask> in it")
+        return [dict(token_str=lm.tokenizer.decode([token]), score=score,
+                     sequence=lm.tokenizer.decode(ids[:c] + [token] + ids[c + 1:]))
+                for c in range(len(ids)) if ids[c] == mask
+                for score, token in zip(*(x.tolist() for x in logits[c].softmax(-1).topk(5)))]
 
 
-def blocks(ids: list, step: int, more: int = 0):
-    """A function of a random generator: consecutive blocks from a random first token on, or all of them for None. Each
-    has `more` tokens of the next."""
-    ids, count = torch.tensor(ids, dtype=torch.long), max(len(ids) - more, 0) // step
+class Writing(Task):
+    """Translation, summarisation: a source and what to write of it."""
+    head, family, inputs, roles, longest = "lm", "t5", ("source",), ("source", "target"), 2**31
+    scratch = SCRATCH | dict(dropout=0.1)
 
-    def cut(generator) -> list:
-        first, last = 0, len(ids) - more
-        if generator is not None:
-            first = int(torch.randint(max(min(step, len(ids) - step), 1), (), generator=generator))
-            last = first + max(count - 1, min(count, 1)) * step
-        return [ids[i:min(i + step, last) + more] for i in range(first, last, step)]
+    def examples(self, lm, row, block):
+        example, end = text_example(lm, block, row["source"]), [*lm.ends()][:1]
+        if "target" in row:
+            labels = lm.tokenizer.encode(row["target"])
+            labels = labels[:-1] if labels[-1:] == end else labels
+            example["labels"] = labels[:limit(lm, block) - 1] + end
+            start = int(lm._prompt(torch.zeros(1, 1, dtype=torch.long)))
+            example["decoder_input_ids"] = [start, *example["labels"][:-1]]
+        yield example
 
-    return cut
+    def report(self, lm, examples, batch):
+        """Perplexity; and BLEU and ROUGE of what the model writes, each if its library is installed."""
+        figures, true = self.figures(lm, examples, batch), [example["row"]["target"] for example in examples]
+        bleu, rouge = (importlib.util.find_spec(name) for name in ("sacrebleu", "rouge_score"))
+        said = outputs(lm, examples, batch) if bleu or rouge else []
+        if bleu:
+            import sacrebleu
+            figures["BLEU"] = sacrebleu.corpus_bleu(said, [true]).score
+        if rouge:
+            from rouge_score.rouge_scorer import RougeScorer
+            scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+            scores = [scorer.score(*pair) for pair in zip(true, said)]
+            figures |= {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in scores[0]}
+        return figures
 
 
-def chat_example(lm: TinyLM, messages: list, block: int) -> dict:
-    ids, labels, done = [], [], ""
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt, whole = (chat_prompt(lm.tokenizer, messages[:i + n], n == 0) for n in (0, 1))
-            require(prompt.startswith(done) and whole.startswith(prompt), "messages: the chat template does not write "
-                    "a conversation as the beginning of a longer one")
-            texts = prompt[len(done):], whole[len(prompt):]
-            asked, said = (lm.tokenizer.encode(text, special=False) for text in texts)
-            ids, labels, done = ids + asked + said, labels + [-100] * len(asked) + said, whole
-    require(ids, f"messages: {str(messages)[:60]!r} has nothing that the assistant says")
-    return {"input_ids": ids[:limit(lm, block)], "labels": labels[:limit(lm, block)]}
+class Classification(Task):
+    """Texts, or pairs of texts, and their label: one of several classes, a list of them, or a number."""
+    head, inputs, roles = "classify", ("text", "pair"), ("text", "pair", "label")
+    scratch = SCRATCH | dict(epochs=4)
 
-
-def classify_examples(lm: TinyLM, rows: list, block: int):
-    examples, kind = [], lm.config.problem_type
-    for row in rows:
-        example, label = text_example(lm, block, row["text"], row.get("pair"))[0], row.get("label")
-        if label is not None and kind == "regression":
-            example["labels"] = label_number(label)
-        elif label is not None and kind == "multi_label_classification":
+    def examples(self, lm, row, block):
+        (example,), label, problem = super().examples(lm, row, block), row.get("label"), lm.config.problem_type
+        if label is not None and problem == "regression":
+            require(isinstance(label, float) or isinstance(label, str) and label.lstrip("-").isdecimal(),
+                    f"label {label!r}: expected a number, as the model is a regression")
+            example["labels"] = float(label)
+        elif label is not None and problem == "multi_label_classification":
             ids = {label_id(lm, name) for name in ([label] if isinstance(label, str) else label)}
             example["labels"] = [float(i in ids) for i in range(lm.config.num_labels)]
         elif label is not None:
             example["labels"] = label_id(lm, label)
-        examples.append(example)
-    return lambda generator: examples
+        yield example
+
+    def answer(self, lm, windows):
+        (_, logits), = windows
+        problem, alone = lm.config.problem_type, lm.config.num_labels == 1
+        alone |= problem == "multi_label_classification"
+        scores = logits if problem == "regression" else logits.sigmoid() if alone else logits.softmax(-1)
+        return [{"label": lm.config.id2label[i], "score": score}
+                for score, i in zip(*(x.tolist() for x in scores.sort(descending=True)))]
+
+    def figures(self, lm, examples, batch):
+        """Accuracy, and the mean of the F1 of each class that occurs."""
+        logits, problem = torch.stack(outputs(lm, examples, batch)), lm.config.problem_type
+        labels = torch.tensor([example["labels"] for example in examples])
+        if problem == "regression":
+            pair = torch.stack((logits.flatten(), labels.flatten()))
+            return {"mean squared error": F.mse_loss(*pair).item(), "correlation": pair.corrcoef()[0, 1].item()}
+        if problem == "multi_label_classification":
+            said, true = logits > 0, labels > 0
+        else:
+            said, true = (F.one_hot(classes, lm.config.num_labels).bool() for classes in (logits.argmax(-1), labels))
+        counts = zip(*(part.sum(0).tolist() for part in (said & true, said, true)))
+        scores = [f1(*count) for count in counts if any(count)]
+        return {"accuracy": (said == true).all(-1).float().mean().item(), "macro F1": sum(scores) / len(scores)}
 
 
-def label_number(label) -> float:
-    try:
-        return float(label)
-    except (TypeError, ValueError):
-        raise Error(f"label {label!r}: expected a number, as the model is a regression") from None
+def f1(right: float, said: float, true: float) -> float:
+    return 2 * right / (said + true) if said + true else 0.0
 
 
 def label_id(lm: TinyLM, name) -> int:
@@ -2816,131 +2861,70 @@ def label_id(lm: TinyLM, name) -> int:
     return ids[str(name)]
 
 
-def label_changes(rows: list, options: TrainOptions, known: dict | None) -> dict:
+def label_changes(rows: list, known: dict | None) -> dict:
     """id2label and problem_type as the labels are, for a Config; labels that a checkpoint knows keep their numbers."""
     labels = [row["label"] for row in rows if "label" in row]
-    looks = "multi" if any(isinstance(label, list) for label in labels) else \
-        "regression" if any(isinstance(label, float) for label in labels) else "single"
-    problem = PROBLEMS[options.problem or looks] if labels else None
-    if problem == "regression":
-        return dict(id2label={0: "LABEL_0"}, problem_type=problem)
+    if any(isinstance(label, float) for label in labels):
+        return dict(id2label={0: "LABEL_0"}, problem_type="regression")
+    several = any(isinstance(label, list) for label in labels)
     names = {str(name) for label in labels for name in (label if isinstance(label, list) else [label])}
     names |= {tag for row in rows for tag in row.get("tags", ())}
     if not names <= set((known or {}).values()):
         known = dict(enumerate(sorted(names, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))))
+    problem = f"{'multi' if several else 'single'}_label_classification" if labels else None
     return dict(id2label=known, problem_type=problem) if names else {}
 
 
 def class_weights(config: Config, examples: list) -> Tensor:
     """Weights (labels,) by which all classes count alike, whatever their share of the examples."""
     labels = torch.cat([torch.as_tensor(example["labels"]).flatten() for example in examples])
-    require(config.problem_type in (None, PROBLEMS["single"]) and config.id2label,
+    require(config.problem_type in (None, "single_label_classification") and config.id2label,
             "--class-weights: expected one label for each text or word")
     counts = torch.bincount(labels[labels != -100], minlength=config.num_labels)
     return counts.sum() / (len(counts) * counts.clamp(min=1)).float()
 
 
-def tokens_examples(lm: TinyLM, rows: list, block: int):
-    """Words joined by spaces; the first token of each word has its tag."""
-    examples = []
-    for row in rows:
-        words, tags = row["words"], row.get("tags")
-        require(tags is None or len(tags) == len(words), f"{len(tags or ())} tags for the {len(words)} words "
-                f"{' '.join(words)[:60]!r}")
-        example, encoding, kept = text_example(lm, block, " ".join(words))
-        example["row"], word_at = row, [i for i, word in enumerate(words) for _ in word + " "]
-        example["first"] = firsts = {}  # word -> its first column
-        for c, column in enumerate(kept):
-            start, end = encoding.offsets[column]
-            if encoding.sequence_ids[column] is not None and end > start:  # a token may begin with the space before it
-                firsts.setdefault(word_at[end - 1], c)
+class Tagging(Task):
+    """Words and their tags; the first token of each word has the word's."""
+    head, inputs, roles, scratch = "tokens", ("words",), ("words", "tags"), SCRATCH
+
+    def examples(self, lm, row, block):
+        words, tags = row["words"] if isinstance(row["words"], list) else row["words"].split(" "), row.get("tags")
+        require(tags is None or len(tags) == len(words),
+                f"{len(tags or ())} tags for the {len(words)} words {' '.join(words)[:60]!r}")
+        example = text_example(lm, block, " ".join(words))
+        word_at, first = [i for i, word in enumerate(words) for _ in word + " "], {}  # word -> its first column
+        for c, offset in enumerate(example["offsets"]):
+            if offset and offset[1] > offset[0]:  # a token may begin with the space before it
+                first.setdefault(word_at[offset[1] - 1], c)
         if tags is not None:
-            example["labels"] = [-100] * len(kept)
-            for word, c in firsts.items():
+            example |= {"first": first, "labels": [-100] * len(example["input_ids"])}
+            for word, c in first.items():
                 example["labels"][c] = label_id(lm, tags[word])
-        examples.append(example)
-    return lambda generator: examples
+        yield example
 
+    def answer(self, lm, windows):
+        """Entities: neighbouring tokens of one kind, with the mean of their scores."""
+        (example, logits), = windows
+        columns = [c for c, offset in enumerate(example["offsets"]) if offset]
+        scores, tags = logits.softmax(-1)[columns].max(-1)
+        found, places = [], [example["offsets"][c] for c in columns]
+        for kind, first, end in spans([lm.config.id2label[int(tag)] for tag in tags]):
+            start, stop = places[first][0], places[end - 1][1]
+            found.append(dict(entity_group=kind, word=example["row"]["words"][start:stop].strip(),
+                              score=scores[first:end].mean().item(), start=start, end=stop))
+        return found
 
-def qa_examples(lm: TinyLM, rows: list, block: int):
-    """Question and context; a long context in windows that overlap. The label of a window without the answer is its
-    first column twice."""
-    examples = []
-    for i, row in enumerate(rows):
-        encoding = lm.tokenizer.encoding(row["question"], row["context"])
-        inside = [c for c, part in enumerate(encoding.sequence_ids) if part == 1]
-        before = [c for c in range(len(encoding.ids)) if not inside or c < inside[0]]
-        after = [c for c in range(len(encoding.ids)) if inside and c > inside[-1]]
-        room = limit(lm, block) - len(before) - len(after)
-        require(room > 1, f"question {row['question'][:60]!r}: too long for a context behind it in {block} tokens")
-        shared = min(128, room // 2)
-        for first in range(0, max(len(inside) - shared, 1), room - shared):
-            kept = before + inside[first:first + room] + after
-            offsets = [encoding.offsets[c] if encoding.sequence_ids[c] == 1 else None for c in kept]
-            example = columns_example(lm, encoding, kept) | dict(row=row, number=i, offsets=offsets)
-            if "answer" in row:
-                example["labels"] = answer_columns(offsets, row)
-            examples.append(example)
-    return lambda generator: examples
-
-
-def answer_columns(offsets: list, row: dict) -> list:
-    """First and last column of a row's first answer, if the window has the whole of it."""
-    text, start = row["answer"][0] if row["answer"] else ("", -1)
-    start = row["context"].find(text) if start is None else start
-    shown = [offset for offset in offsets if offset]
-    inside = [c for c, offset in enumerate(offsets) if offset and offset[1] > start and offset[0] < start + len(text)]
-    whole = start >= 0 and inside and shown[0][0] <= start and start + len(text) <= shown[-1][1]
-    return [inside[0], inside[-1]] if whole else [0, 0]
-
-
-def seq2seq_examples(lm: TinyLM, rows: list, block: int):
-    examples, end, start = [], [*lm.ends()][:1], int(lm._prompt(torch.zeros(1, 1, dtype=torch.long)))
-    for row in rows:
-        example = text_example(lm, block, row["source"])[0] | {"row": row}
-        if "target" in row:
-            labels = lm.tokenizer.encode(row["target"])
-            labels = labels[:-1] if labels[-1:] == end else labels
-            example["labels"] = labels[:limit(lm, block) - 1] + end
-            example["decoder_input_ids"] = [start, *example["labels"][:-1]]
-        examples.append(example)
-    return lambda generator: examples
-
-
-def text_figures(lm: TinyLM, examples: list, batch: int) -> dict:
-    total = weight = 0.0
-    for i, indices in enumerate(similar(examples, batch)):
-        inputs = collate(lm.eval(), [examples[j] for j in indices], seed=i)
-        with torch.no_grad():
-            total += loss_sum(lm, inputs).item()
-        weight += label_weight(target_labels(lm, inputs)).item()
-    nats, size = total / max(weight, 1), sum(example.get("bytes", 0) for example in examples)
-    figures = {"nats/token": nats} | ({"bits/byte": total / size / math.log(2)} if size else {})
-    return figures | {"perplexity": math.exp(min(nats, 700))}
-
-
-def f1(right: float, said: float, true: float) -> float:
-    return 2 * right / (said + true) if said + true else 0.0
-
-
-def macro_f1(said: Tensor, true: Tensor) -> float:
-    """Mean over the classes that occur of the F1 of said and true, (texts, classes) each."""
-    scores = [f1(*counts) for counts in zip((said & true).sum(0).tolist(), said.sum(0).tolist(), true.sum(0).tolist())
-              if counts[1] + counts[2]]
-    return sum(scores) / max(len(scores), 1)
-
-
-def classify_figures(lm: TinyLM, examples: list, batch: int) -> dict:
-    logits, kind = torch.stack(outputs(lm, examples, batch)), lm.config.problem_type
-    labels = torch.tensor([example["labels"] for example in examples])
-    if kind == "regression":
-        pair = torch.stack((logits.flatten(), labels.flatten()))
-        return {"mean squared error": F.mse_loss(*pair).item(), "correlation": pair.corrcoef()[0, 1].item()}
-    if kind == "multi_label_classification":
-        said, true = logits > 0, labels > 0
-    else:
-        said, true = (F.one_hot(classes, lm.config.num_labels).bool() for classes in (logits.argmax(-1), labels))
-    return {"accuracy": (said == true).all(-1).float().mean().item(), "macro F1": macro_f1(said, true)}
+    def figures(self, lm, examples, batch):
+        pairs, counts = [], Counter()
+        for example, logits in zip(examples, outputs(lm, examples, batch)):
+            said = [lm.config.id2label[int(logits[c].argmax())] for c in example["first"].values()]
+            true = [example["row"]["tags"][word] for word in example["first"]]
+            pairs += zip(said, true)
+            said, true = set(spans(said)), set(spans(true))
+            counts.update(right=len(said & true), said=len(said), true=len(true))
+        return {"entity F1": f1(*(counts[name] for name in ("right", "said", "true"))),
+                "accuracy": sum(said == true for said, true in pairs) / max(len(pairs), 1)}
 
 
 def spans(tags: list) -> list:
@@ -2956,37 +2940,61 @@ def spans(tags: list) -> list:
     return [span for span in found if span[0] != "O"]
 
 
-def tokens_figures(lm: TinyLM, examples: list, batch: int) -> dict:
-    right = words = both = said_spans = true_spans = 0
-    for example, logits in zip(examples, outputs(lm, examples, batch)):
-        said = [lm.config.id2label[int(logits[c].argmax())] for c in example["first"].values()]
-        true = [example["row"]["tags"][word] for word in example["first"]]
-        right, words = right + sum(map(str.__eq__, said, true)), words + len(true)
-        said, true = set(spans(said)), set(spans(true))
-        both, said_spans, true_spans = both + len(said & true), said_spans + len(said), true_spans + len(true)
-    return {"entity F1": f1(both, said_spans, true_spans), "accuracy": right / max(words, 1)}
+class QuestionAnswering(Task):
+    """Questions whose answer stands in a context; a long one is read in windows that overlap. The label of a window
+    without the answer is its first column twice."""
+    head, inputs, roles = "qa", ("question", "context"), ("question", "context", "answer")
+    scratch, init, longest = SCRATCH, dict(lr=3e-4, epochs=6), 384
 
+    def examples(self, lm, row, block):
+        encoding = lm.tokenizer.encoding(row["question"], row["context"])
+        inside = [c for c, part in enumerate(encoding.sequence_ids) if part == 1]
+        before = [c for c in range(len(encoding.ids)) if not inside or c < inside[0]]
+        after = [c for c in range(len(encoding.ids)) if inside and c > inside[-1]]
+        room = limit(lm, block) - len(before) - len(after)
+        require(room > 1, f"question {row['question'][:60]!r}: too long for a context behind it in {block} tokens")
+        shared = min(128, room // 2)
+        for first in range(0, max(len(inside) - shared, 1), room - shared):
+            example = columns_example(lm, encoding, before + inside[first:first + room] + after, 1)
+            yield example | ({"labels": self.columns(example["offsets"], row)} if "answer" in row else {})
 
-def best_spans(lm: TinyLM, examples: list, batch: int, longest: int = 30) -> list:
-    """The likeliest answer of each question over its windows: {answer, score, start, end}. The score is the probability
-    of its first column times that of its last, among the context's columns and the first one, which stands for none."""
-    best = {}
-    for example, logits in zip(examples, outputs(lm, examples, batch)):
-        context, offsets = example["row"]["context"], example["offsets"]
-        inside = torch.tensor([offset is not None for offset in offsets])
-        shown = inside.clone()
-        shown[0] = True
-        p = logits.masked_fill(~shown[:, None], -math.inf).softmax(0) * inside[:, None]
-        scores = (p[:, :1] * p[:, 1]).triu().tril(longest - 1)
-        first, last = divmod(int(scores.argmax()), len(offsets))
-        (start, _), (_, end) = offsets[first] or (0, 0), offsets[last] or (0, 0)
-        while 0 < start < end and context[start - 1:start + 1].isalnum():  # whole words
-            start -= 1
-        while start < end < len(context) and context[end - 1:end + 1].isalnum():
-            end += 1
-        found = dict(answer=context[start:end].strip(), score=scores[first, last].item(), start=start, end=end)
-        best[example["number"]] = max(found, best.get(example["number"], found), key=lambda answer: answer["score"])
-    return [best[number] for number in sorted(best)]
+    def columns(self, offsets: list, row: dict) -> list:
+        """First and last column of a row's first answer, if the window has the whole of it."""
+        text, start = row["answer"][0] if row["answer"] else ("", -1)
+        start = row["context"].find(text) if start is None else start
+        places = [(c, *offset) for c, offset in enumerate(offsets) if offset]
+        inside = [c for c, first, last in places if last > start and first < start + len(text)]
+        whole = start >= 0 and inside and places[0][1] <= start and start + len(text) <= places[-1][2]
+        return [inside[0], inside[-1]] if whole else [0, 0]
+
+    def answer(self, lm, windows):
+        """The likeliest one of all windows. Its score is the probability of its first column times that of its last,
+        among the context's columns and the first one, which stands for none."""
+        found = []
+        for example, logits in windows:
+            context, offsets = example["row"]["context"], example["offsets"]
+            inside = torch.tensor([offset is not None for offset in offsets])
+            shown = inside.clone()
+            shown[0] = True
+            p = logits.masked_fill(~shown[:, None], -math.inf).softmax(0) * inside[:, None]
+            scores = (p[:, :1] * p[:, 1]).triu().tril(29)  # of at most 30 tokens
+            first, last = divmod(int(scores.argmax()), len(offsets))
+            (start, _), (_, end) = offsets[first] or (0, 0), offsets[last] or (0, 0)
+            while 0 < start < end and context[start - 1:start + 1].isalnum():  # whole words
+                start -= 1
+            while start < end < len(context) and context[end - 1:end + 1].isalnum():
+                end += 1
+            found.append(dict(answer=context[start:end].strip(), score=scores[first, last].item(), start=start,
+                              end=end))
+        return [max(found, key=lambda answer: answer["score"])]
+
+    def figures(self, lm, examples, batch):
+        rows = {example["number"]: example["row"] for example in examples}.values()
+        pairs = [(found["answer"], [text for text, _ in row["answer"]] or [""])
+                 for (found,), row in zip(self.answers(lm, examples, batch), rows)]
+        scores = {"span F1": overlap, "exact match": lambda said, text: plain(said) == plain(text)}
+        return {name: sum(max(score(said, text) for text in true) for said, true in pairs) / len(pairs)
+                for name, score in scores.items()}
 
 
 def plain(text: str) -> list:
@@ -3001,155 +3009,36 @@ def overlap(said: str, true: str) -> float:
     return f1((Counter(said) & Counter(true)).total(), len(said), len(true)) if said and true else float(said == true)
 
 
-def qa_figures(lm: TinyLM, examples: list, batch: int) -> dict:
-    rows = {example["number"]: example["row"] for example in examples}
-    pairs = [(found["answer"], [text for text, _ in row["answer"]] or [""])
-             for found, row in zip(best_spans(lm, examples, batch), rows.values())]
-    return {"span F1": sum(max(overlap(said, text) for text in true) for said, true in pairs) / len(pairs),
-            "exact match": sum(any(plain(said) == plain(text) for text in true) for said, true in pairs) / len(pairs)}
+class Embedding(Task):
+    """A vector for each text, as the files of sentence-transformers say: pooled, and normalised where modules.json has
+    it; without files, the mean."""
+    poolings = {  # name -> states (seq, hidden) as one vector
+        "pooling_mode_cls_token": lambda states: states[0],
+        "pooling_mode_mean_tokens": lambda states: states.mean(0),
+        "pooling_mode_max_tokens": lambda states: states.amax(0),
+        "pooling_mode_mean_sqrt_len_tokens": lambda states: states.sum(0) / len(states) ** 0.5,
+        "pooling_mode_lasttoken": lambda states: states[-1],
+    }
+
+    def examples(self, lm, row, block):
+        yield text_example(lm, self.said(lm, "sentence_bert_config.json").get("max_seq_length") or block, row["text"])
+
+    def answer(self, lm, windows):
+        (_, states), = windows
+        said, modules = self.said(lm, "1_Pooling/config.json"), lm.folder / "modules.json"
+        chosen = [pool for name, pool in self.poolings.items() if said.get(name)]
+        vector = torch.cat([pool(states) for pool in chosen or [self.poolings["pooling_mode_mean_tokens"]]])
+        unit = modules.exists() and "Normalize" in modules.read_text(encoding="utf-8")
+        return [{"embedding": (F.normalize(vector, dim=0) if unit else vector).tolist()}]
+
+    def said(self, lm, name) -> dict:
+        return read_json(lm.folder / name) if (lm.folder / name).exists() else {}
 
 
-def written_figures(lm: TinyLM, examples: list, batch: int) -> dict:
-    """Perplexity; and BLEU and ROUGE of what the model writes, each if its library is installed."""
-    figures, true = text_figures(lm, examples, batch), [example["row"]["target"] for example in examples]
-    bleu, rouge = (importlib.util.find_spec(name) for name in ("sacrebleu", "rouge_score"))
-    said = continuations(lm, examples, batch) if bleu or rouge else []
-    if bleu:
-        import sacrebleu
-        figures["BLEU"] = sacrebleu.corpus_bleu(said, [true]).score
-    if rouge:
-        from rouge_score.rouge_scorer import RougeScorer
-        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-        scores = [scorer.score(*pair) for pair in zip(true, said)]
-        figures |= {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in scores[0]}
-    return figures
-
-
-def continuations(lm: TinyLM, examples: list, batch: int, max_new_tokens: int | None = None) -> list:
-    """What a language model writes behind each text."""
-    texts, ends = [""] * len(examples), lm.ends()
-    for indices in similar(examples, batch):
-        inputs = collate(lm.eval(), [examples[i] for i in indices])
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        new = lm.generate(ids, mask, max_new_tokens=max_new_tokens)
-        for i, row in zip(indices, new[:, 1 if lm.encoder is not None else ids.shape[1]:].tolist()):
-            texts[i] = lm.tokenizer.decode(row[:next((k for k, token in enumerate(row) if token in ends), len(row))])
-    return texts
-
-
-def text_answers(lm: TinyLM, texts: list, options) -> list:
-    encodings = map(lm.tokenizer.encoding, texts)
-    examples = [columns_example(lm, encoding, list(range(len(encoding.ids)))) for encoding in encodings]
-    return [[{"generated_text": text}] for text in continuations(lm, examples, options.batch, options.max_new_tokens)]
-
-
-def classify_answers(lm: TinyLM, texts: list, options) -> list:
-    """Classes and their scores, the best first. A tab divides a text from a second one."""
-    examples = [text_example(lm, LONGEST, *text.split("\t", 1))[0] for text in texts]
-    config, found = lm.config, []
-    alone = config.num_labels == 1 or config.problem_type == PROBLEMS["multi"]
-    for logits in outputs(lm, examples, options.batch):
-        scores = logits if config.problem_type == "regression" else logits.sigmoid() if alone else logits.softmax(-1)
-        scores, order = scores.sort(descending=True)
-        found.append([{"label": config.id2label[i], "score": score} for i, score in
-                      zip(order[:options.top_k].tolist(), scores.tolist())])
-    return found
-
-
-def tokens_answers(lm: TinyLM, texts: list, options) -> list:
-    """Entities: neighbouring tokens of one kind, with the mean of their scores."""
-    parts, found = [text_example(lm, LONGEST, text) for text in texts], []
-    for text, (_, encoding, kept), logits in zip(texts, parts, outputs(lm, [part[0] for part in parts], options.batch)):
-        columns = [c for c, column in enumerate(kept) if encoding.sequence_ids[column] is not None]
-        scores, tags = logits.softmax(-1)[columns].max(-1) if columns else (torch.zeros(0), torch.zeros(0))
-        places = [encoding.offsets[kept[c]] for c in columns]
-        found.append([dict(entity_group=kind, word=text[places[first][0]:places[end - 1][1]].strip(),
-                           score=scores[first:end].mean().item(), start=places[first][0], end=places[end - 1][1])
-                      for kind, first, end in spans([lm.config.id2label[int(tag)] for tag in tags])])
-    return found
-
-
-def qa_answers(lm: TinyLM, texts: list, options) -> list:
-    """A tab divides a question from its context, if all have not the same one."""
-    pairs = [[text, options.context] if options.context else text.split("\t", 1) for text in texts]
-    for text, pair in zip(texts, pairs):
-        require(len(pair) == 2, f"{text[:60]!r}: expected --context, or the question, a tab and the context")
-    examples = qa_examples(lm, [dict(zip(("question", "context"), pair)) for pair in pairs], 384)(None)
-    return [[answer] for answer in best_spans(lm, examples, options.batch)]
-
-
-def mlm_answers(lm: TinyLM, texts: list, options) -> list:
-    """The likeliest tokens in the place of each <mask> (or what the tokenizer calls it)."""
-    name, mask = mask_token(lm)
-    examples = [text_example(lm, LONGEST, text.replace("<mask>", name))[0] for text in texts]
-    found = []
-    for text, example, logits in zip(texts, examples, outputs(lm, examples, options.batch)):
-        ids = example["input_ids"]
-        require(mask in ids, f"{text[:60]!r}: expected {name} or <mask> in it")
-        top = [(c, *pair) for c in range(len(ids)) if ids[c] == mask
-               for pair in zip(*(x.tolist() for x in logits[c].softmax(-1).topk(options.top_k)))]
-        found.append([dict(token_str=lm.tokenizer.decode([token]), score=score,
-                           sequence=lm.tokenizer.decode(ids[:c] + [token] + ids[c + 1:])) for c, score, token in top])
-    return found
-
-
-POOLINGS = {  # of sentence-transformers -> states (seq, hidden) as one vector
-    "pooling_mode_cls_token": lambda states: states[0],
-    "pooling_mode_mean_tokens": lambda states: states.mean(0),
-    "pooling_mode_max_tokens": lambda states: states.amax(0),
-    "pooling_mode_mean_sqrt_len_tokens": lambda states: states.sum(0) / len(states) ** 0.5,
-    "pooling_mode_lasttoken": lambda states: states[-1],
-}
-
-
-def embeddings(lm: TinyLM, texts: list, options) -> list:
-    """Vectors as the files of sentence-transformers say: pooled, and normalised where modules.json has it; without
-    files, the mean."""
-    read = lambda name: read_json(options.folder / name) if (options.folder / name).exists() else {}  # noqa: E731
-    chosen = [pool for name, pool in POOLINGS.items() if read("1_Pooling/config.json").get(name)] or [POOLINGS[
-        "pooling_mode_mean_tokens"]]
-    longest = read("sentence_bert_config.json").get("max_seq_length") or LONGEST
-    modules = options.folder / "modules.json"
-    unit = modules.exists() and "Normalize" in modules.read_text(encoding="utf-8")
-    found = []
-    for states in outputs(lm, [text_example(lm, longest, text)[0] for text in texts], options.batch):
-        vector = torch.cat([pool(states) for pool in chosen])
-        found.append([{"embedding": (F.normalize(vector, dim=0) if unit else vector).tolist()}])
-    return found
-
-
-@dataclass(frozen=True)
-class Task:
-    head: str | None
-    family: str | None          # of a model from scratch
-    roles: tuple                # of its rows
-    examples: Callable | None   # (lm, rows, block) -> a function of a random generator
-    figures: Callable | None    # (lm, examples, batch) -> {name: figure}, the one that chooses the best first
-    answers: Callable           # (lm, texts, options of `run`) -> for each text a list of dicts
-    report: Callable | None = None                # as figures, where `eval` has more time
-    defaults: dict = field(default_factory=dict)  # start -> what differs from STARTS
-
-
-SCRATCH = dict(steps=None, epochs=20, vocab=4096, dropout=0.3, lr=0.01, adam_lr=2e-3)
-TASKS = {
-    "lm": Task("lm", "qwen3", ("messages", "text"), lm_examples, text_figures, text_answers, defaults={
-        "scratch": dict(eval_every=250)}),
-    "mlm": Task("mlm", "bert", ("text",), mlm_examples, text_figures, mlm_answers, defaults={
-        "scratch": SCRATCH | dict(dropout=0.0)}),
-    "classify": Task("classify", "bert", ("text", "pair", "label"), classify_examples, classify_figures,
-                     classify_answers, defaults={"scratch": SCRATCH}),
-    "tokens": Task("tokens", "bert", ("words", "tags"), tokens_examples, tokens_figures, tokens_answers, defaults={
-        "scratch": SCRATCH}),
-    "qa": Task("qa", "bert", ("question", "context", "answer", "start"), qa_examples, qa_figures, qa_answers, defaults={
-        "scratch": SCRATCH, "init": dict(lr=3e-4, epochs=6)}),
-    "seq2seq": Task("lm", "t5", ("source", "target"), seq2seq_examples, text_figures, text_answers, written_figures, {
-        "scratch": SCRATCH | dict(dropout=0.1)}),
-    "embed": Task(None, None, (), None, None, embeddings),
-}
-TRAINABLE = tuple(name for name, task in TASKS.items() if task.examples)
-PROBLEMS = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
+TASKS = dict(lm=LanguageModelling(), mlm=MaskFilling(), classify=Classification(), tokens=Tagging(),
+             qa=QuestionAnswering(), seq2seq=Writing(), embed=Embedding())
+TRAINABLE = tuple(name for name, task in TASKS.items() if task.head)
 LEAST = ("nats/token", "mean squared error")  # figures of which less is better
-LONGEST = 512  # tokens of a text that `run` reads, where the model has no limit of its own
 
 
 def task_of(config: Config) -> str:
@@ -3200,7 +3089,7 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
     raw = {row.fields[name][0]: value for name, value in ours.items() if name in row.fields}
     config = config_from_hf({"model_type": task.family} | raw, head=task.head)
     torch.manual_seed(options.seed)
-    lm = TinyLM(replace(config, **label_changes(rows, options, None), **dropouts(config, options.dropout)))
+    lm = TinyLM(replace(config, **label_changes(rows, None), **dropouts(config, options.dropout)))
     for block in (module for module in lm.modules() if isinstance(module, Block)):
         nn.init.zeros_(block.attention.o.weight), nn.init.zeros_(block.mlp.down.weight)
     if config.scale_logits:  # then an embedding is as large as a state
@@ -3221,7 +3110,7 @@ def opened_model(folder: Path, rows: list, options: TrainOptions) -> TinyLM:
     head = "config" if head == "lm" else head  # no language model begins with a head at random
     config = config_from_hf(read_json(file), str(file), head)
     torch.manual_seed(options.seed)  # of a new head
-    changes = label_changes(rows, options, config.id2label) | dropouts(config, options.dropout)
+    changes = label_changes(rows, config.id2label) | dropouts(config, options.dropout)
     lm = TinyLM.from_pretrained(folder, torch.float32, head=head, **changes)
     require(task_of(lm.config) == options.task, f"{folder}: a model for {task_of(lm.config)}, expected one for "
             f"--task {options.task}")
@@ -3232,19 +3121,16 @@ def opened_model(folder: Path, rows: list, options: TrainOptions) -> TinyLM:
     return lm
 
 
-def prepared_model(rows: list, options: TrainOptions, resume: bool) -> tuple:
-    """The model, with what is to be trained of it, and its optimizer."""
-    if options.init or resume:
-        lm = opened_model(Path(options.init or Path(options.out) / "last"), rows, options)
-    else:
-        lm = new_model(rows, options)
+def prepared_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
+    """The model, new or opened, with what is to be trained of it."""
+    folder = options.init or Path(options.out) / "last"
+    lm = opened_model(Path(folder), rows, options) if options.init or resume else new_model(rows, options)
     lm.to(usable_device(options.device))
     if options.freeze:
         freeze(lm, options.freeze)
     if options.lora:
-        add_adapters(lm, options.lora, options.lora_alpha or 2.0 * options.lora)
-        lm.to(lm.device)
-    return lm, (FineTuning if options.init else MuonAdamW)(lm, options.lr, options.adam_lr, options.weight_decay)
+        add_adapters(lm, options.lora)
+    return lm
 
 
 def rate(step: int, steps: int, options: TrainOptions) -> float:
@@ -3257,160 +3143,147 @@ class Progress:
 
     def __init__(self, steps: int, first: int):
         self.steps, self.first, self.tokens, self.live = steps, first, 0, sys.stderr.isatty()
-        self.begin, self.shown, self.width = time.monotonic(), -math.inf, 0
+        self.begin, self.shown = time.monotonic(), -math.inf
 
     def line(self, step: int, loss: Tensor, lr: float, tokens: int):
         now, self.tokens = time.monotonic(), self.tokens + tokens
-        if now - self.shown < (0.2 if self.live else 10) and step + 1 < self.steps:
-            return
-        self.shown, done, spent = now, step + 1 - self.first, now - self.begin
-        eta = int(spent / done * (self.steps - step - 1))
-        text = (f"step {step + 1}/{self.steps}  loss {loss.item():.3f}  lr {lr:.2e}  {self.tokens / spent:,.0f} "
-                f"tok/s  ETA {eta // 60}:{eta % 60:02d}")
-        if self.live:
-            print("\r" + text.ljust(self.width), end="", file=sys.stderr, flush=True)
-            self.width = len(text)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        if now - self.shown > (0.2 if self.live else 10) or step == self.steps:
+            self.shown, spent = now, now - self.begin
+            eta = int(spent / (step - self.first) * (self.steps - step))
+            self.note(f"step {step}/{self.steps}  loss {loss.item():.3f}  lr {lr:.2e}  {self.tokens / spent:,.0f} "
+                      f"tok/s  ETA {eta // 60}:{eta % 60:02d}", "" if self.live else "\n")
 
-    def note(self, text: str):
-        """A line that stays."""
-        print("\r".ljust(self.width + 1) + "\r" + text if self.live else text, file=sys.stderr, flush=True)
+    def note(self, text: str, end: str = "\n"):
+        print("\r\x1b[K" * self.live + text, end=end, file=sys.stderr, flush=True)
 
 
-def save_training(folder: Path, lm: TinyLM, optimizer: MuonAdamW, progress: dict, options: TrainOptions, data: str):
-    """A checkpoint for everyone, and beside it all that `--resume` needs, in one file that is replaced at once."""
-    save_trained(folder, lm, options)
-    tensors = {f"model/{name}": p for name, p in lm.named_parameters() if p.requires_grad}
-    tensors |= {f"optimizer/{name}": t for name, t in optimizer.tensors().items()}
-    meta = json.dumps({"progress": progress, "options": asdict(options), "data": data})
-    write_tensors(folder / "training.safetensors", tensors, {"training": meta})
-
-
-def save_trained(folder: Path, lm: TinyLM, options: TrainOptions):
+def save(folder: Path, lm: TinyLM, options: TrainOptions, optimizer=None, notes: dict | None = None):
+    """A checkpoint for everyone; with an optimizer, beside it all that `--resume` needs, in one file that is replaced
+    at once."""
     lm.save_pretrained(folder)
     if options.lora:
-        save_adapter(folder / "adapter", lm, options.init)
+        save_adapter(folder / "adapter", lm, options)
+    if optimizer is not None:
+        tensors = {f"model/{name}": p for name, p in lm.named_parameters() if p.requires_grad}
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{i}/{key}": tensor for key, tensor in state.items()}
+        write_tensors(folder / "training.safetensors", tensors, {"training": json.dumps(notes)})
 
 
-def load_training(folder: Path) -> tuple[dict, dict]:
-    """Tensors and notes of `save_training`."""
+def saved(folder: Path) -> tuple[dict, dict]:
+    """What `save` has for `--resume`: tensors and notes."""
     file = open_tensors(folder / "training.safetensors")
     notes = json.loads((file.metadata() or {}).get("training", "null"))
     require(notes, f"{folder / 'training.safetensors'}: not written by tinylm's training")
     return {name: file.get_tensor(name) for name in file.keys()}, notes
 
 
-def restore(lm: TinyLM, optimizer: MuonAdamW, tensors: dict):
-    with torch.no_grad():
-        for name, p in lm.named_parameters():
-            if p.requires_grad:
-                p.copy_(tensors[f"model/{name}"])
-    optimizer.load_tensors({name.removeprefix("optimizer/"): tensor.to(lm.device) for name, tensor in tensors.items()
-                            if name.startswith("optimizer/")})
-
-
-def same_run(notes: dict, options: TrainOptions, data: str):
-    """Raises Error if a run was begun with other options or other data."""
-    mine = asdict(options)
-    for name, value in notes["options"].items():
-        require(name == "out" or mine.get(name) == value,
-                f"--resume: {flag(name)} was {value}, not {mine.get(name)}, in the run to go on with")
-    require(notes["data"] == data, "--resume: the data is not that of the run to go on with")
+def restore(lm: TinyLM, optimizer, tensors: dict):
+    state = {}
+    for name, tensor in tensors.items():
+        kind, name, *key = name.split("/")
+        if kind == "optimizer":
+            state.setdefault(int(name), {})[key[0]] = tensor
+        else:
+            lm.get_parameter(name).data.copy_(tensor)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     """Train on `data` (see `read_rows`) from scratch or from `options.init`; or go on where `options.out`/last stopped:
     bit for bit the run that was not interrupted, since data order and dropout depend on seed and step alone."""
-    out, task, asked, options = Path(options.out), TASKS[options.task], options, options.filled()
-    tensors, notes = load_training(out / "last") if resume else ({}, None)
+    asked, options, out, task = asdict(options), options.filled(), Path(options.out), TASKS[options.task]
+    tensors, notes = saved(out / "last") if resume else ({}, None)
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file, expected a folder")
     rows, held = read_rows(Path(data), options), read_rows(Path(options.val), options) if options.val else None
-    hashed = digest(data, *[options.val] * bool(options.val))
-    if resume:
-        same_run(notes, asked, hashed)
+    hashed = hashlib.sha256(repr((rows, held)).encode("utf-8", errors="replace")).hexdigest()
+    for name, value in notes["options"].items() if resume else ():
+        require(name == "out" or asked.get(name) == value,
+                f"--resume: {flag(name)} was {value}, not {asked.get(name)}, in the run to go on with")
+    require(not resume or notes["data"] == hashed, "--resume: the data is not that of the run to go on with")
     if held is None:
-        rows, held = split_rows(rows, options.held_back)
-    lm, optimizer = prepared_model(rows, options, resume)
-    batches = Batches(lm, task.examples(lm, rows, options.block), options.batch, options.seed)
+        rows, held = split_rows(rows)
+    lm = prepared_model(rows, options, resume)
+    optimizer = make_optimizer(lm, options)
+    batches = Batches(lm, task.epochs(lm, rows, options.block), options.batch, options.seed)
     require(batches.per_epoch, f"{data}: expected more than --block {options.block} tokens to train on")
-    held = task.examples(lm, held, options.block)(None) if held else []
+    held = task.epochs(lm, held, options.block)(None) if held else []
     weights = class_weights(lm.config, batches.epoch(None)).to(lm.device) if options.class_weights else None
     steps = options.steps or math.ceil(options.epochs * batches.per_epoch)
-    every, at = options.eval_every or min(batches.per_epoch, steps), {"step": 0, "best": None, "stale": 0}
     if resume:
-        at = notes["progress"]
         restore(lm, optimizer, tensors)
+    notes = notes or dict(options=asked, data=hashed, step=0, best=None, stale=0)
     out.mkdir(parents=True, exist_ok=True)
     if options.compile:
         lm.compile(fullgraph=True)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.set_flush_denormal(True)  # a CPU takes a hundred times as long over them
-    progress = Progress(steps, at["step"])
-    sizes = [sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True)]
-    progress.note(f"{sizes[0]:,} parameters, {sizes[1]:,} of them trained; {batches.per_epoch:,} batches to train on, "
+    progress = Progress(steps, notes["step"])
+    total, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True))
+    progress.note(f"{total:,} parameters, {trained:,} of them trained; {batches.per_epoch:,} batches to train on, "
                   f"{len(held):,} sequences held back; {lm.device}")
-    with interruptible() as interrupted:
-        for step in range(at["step"], steps):
-            if options.patience and at["stale"] >= options.patience:
-                progress.note(f"stopped at step {step}: no better validation in the last {at['stale']}")
-                break
-            torch.manual_seed(options.seed * 1_000_003 + step)
-            scale = rate(step, steps, options)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * scale
-            batch = batches.draw(step)
-            loss = train_step(lm, optimizer, batch, options.clip, options.accumulate, options.bf16, weights)
-            at["step"] = step + 1
-            progress.line(step, loss, options.lr * scale, batch["input_ids"].numel())
-            due = at["step"] % every == 0 or at["step"] == steps
-            if due:
-                validate(lm, held, at, options, progress)
-            if due or interrupted.is_set():
-                save_training(out / "last", lm, optimizer, at, asked, hashed)
-            if interrupted.is_set() and at["step"] < steps:
-                progress.note(f"stopped at step {at['step']}; {out / 'last'} is saved; --resume goes on")
-                break
+    train_steps(lm, optimizer, batches, held, weights, steps, notes, options, progress)
     return lm.eval()
 
 
-def validate(lm: TinyLM, held: list, at: dict, options: TrainOptions, progress: Progress):
+def train_steps(lm, optimizer, batches, held, weights, steps: int, notes: dict, options: TrainOptions, progress):
+    """The loop, from the step that the notes name to the last, or to an interruption."""
+    every, last = options.eval_every or min(batches.per_epoch, steps), Path(options.out) / "last"
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    with interruptible() as interrupted:
+        while notes["step"] < steps and not (interrupted.is_set() or 0 < options.patience <= notes["stale"]):
+            torch.manual_seed(options.seed * 1_000_003 + notes["step"])
+            scale, batch = rate(notes["step"], steps, options), batches.draw(notes["step"])
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * scale
+            loss = train_step(lm, optimizer, batch, options.clip, options.accumulate, options.bf16, weights)
+            notes["step"] += 1
+            progress.line(notes["step"], loss, options.lr * scale, batch["input_ids"].numel())
+            due = notes["step"] % every == 0 or notes["step"] == steps
+            if due:
+                validate(lm, held, notes, options, progress)
+            if due or interrupted.is_set():
+                save(last, lm, options, optimizer, notes)
+    if notes["step"] < steps:
+        progress.note(f"stopped at step {notes['step']}: " + (
+            f"{last} is saved; --resume goes on" if interrupted.is_set() else
+            f"no better validation in the last {notes['stale']}"))
+
+
+def validate(lm: TinyLM, held: list, notes: dict, options: TrainOptions, progress: Progress):
     """Score what was held back, keep the best, show a sample of what a decoder writes."""
     better, task = True, TASKS[options.task]
     if held:
         figures = task.figures(lm, held, options.batch)
         name, figure = next(iter(figures.items()))
-        better = at["best"] is None or (figure < at["best"] if name in LEAST else figure > at["best"])
-        at["best"], at["stale"] = (figure, 0) if better else (at["best"], at["stale"] + 1)
-        progress.note(f"step {at['step']}  validation " + figures_line(figures) + "  best" * better)
+        better = notes["best"] is None or (figure < notes["best"] if name in LEAST else figure > notes["best"])
+        notes |= dict(best=figure, stale=0) if better else dict(stale=notes["stale"] + 1)
+        progress.note(f"step {notes['step']}  validation " + "  ".join(
+            f"{figure:.4f} {name}" for name, figure in figures.items()) + "  best" * better)
     if better:
-        save_trained(Path(options.out) / "best", lm, options)
-    if task.head == "lm" and lm.encoder is None and held:
+        save(Path(options.out) / "best", lm, options)
+    if options.task == "lm" and held:
         text = lm.tokenizer.decode(held[0]["input_ids"][:1])
-        text += "".join(lm.eval().stream(text, 120, temperature=0.8, top_p=0.95, seed=at["step"]))
+        text += "".join(lm.eval().stream(text, 120, temperature=0.8, top_p=0.95, seed=notes["step"]))
         progress.note("  | " + text.replace("\n", "\n  | "))
-
-
-def figures_line(figures: dict) -> str:
-    return "  ".join(f"{figure:.4f} {name}" for name, figure in figures.items())
 
 
 @contextlib.contextmanager
 def interruptible():
     """An event that the first Ctrl-C or SIGTERM sets; a second one ends the program as ever."""
-    event, names = threading.Event(), (signal.SIGINT, signal.SIGTERM)
+    event, before = threading.Event(), {}
 
     def handle(number, _):
         signal.signal(number, signal.default_int_handler)
         event.set()
 
-    on_main = threading.current_thread() is threading.main_thread()  # no other one may set handlers
-    before = {name: signal.signal(name, handle) for name in names if on_main}
+    if threading.current_thread() is threading.main_thread():  # no other one may set handlers
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3420,46 +3293,43 @@ def interruptible():
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped beside this file
 
 
-COLUMNS = ("text", "pair", "label", "target", "question", "context", "answer")
-
-
-def add_options(parser, names=None):
-    """TrainOptions, or those named, as options of a command."""
-    for f in fields(TrainOptions):
-        if names is None or f.name in names:
+def add_options(parser, owner, *names: str, **defaults):
+    """Fields of a dataclass, or those named, as options of a command. What is not said is not there."""
+    for f in fields(owner):
+        if f.name in names or not names:
             kind = {"int": int, "float": float, "str": str, "bool": None}[f.type.split(" ")[0]]
             kind = dict(type=kind, metavar=f.name.upper()) if kind else dict(action="store_true")
-            shown = "" if f.default in (None, "", False) else f" (default: {f.default})"
-            parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f.metadata["help"] + shown, **kind)
+            default = defaults.get(f.name, f.default)
+            shown = "" if default in (None, "", False) else f" (default: {default})"
+            parser.add_argument(flag(f.name), default=defaults.get(f.name, argparse.SUPPRESS),
+                                help=f.metadata.get("help", "") + shown, **kind)
 
 
-def main(argv: list | None = None) -> int:
-    """`tinylm.py train | eval | run | sample | chat`; an Error is one line on stderr and exit code 1."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tinylm", description="A whole language-model library in one file.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     sub = commands.add_parser("train", help="train a model from scratch, or fine-tune one, for a task")
     sub.add_argument("data", help="text, jsonl, csv, tsv or SQuAD's json, or a folder of these")
-    add_options(sub)
+    add_options(sub, TrainOptions)
     sub.add_argument("--resume", action="store_true", help="go on where --out/last stopped, with its options")
 
     sub = commands.add_parser("eval", help="the figures of a checkpoint's task on data")
     sub.add_argument("folder", help="a checkpoint")
     sub.add_argument("data", help="as for train")
-    add_options(sub, (*COLUMNS, "batch", "block", "device"))
+    add_options(sub, TrainOptions, *COLUMNS, "batch", "block", "device")
     sub.add_argument("--json", action="store_true", help="print them as JSON")
 
     sub = commands.add_parser("run", help="whatever a checkpoint's head is for: labels, answers, texts, embeddings")
     sub.add_argument("folder", help="a checkpoint")
     sub.add_argument("inputs", nargs="*", help="texts; without any, or for a -, the lines of standard input")
     sub.add_argument("--context", help="the text in which all questions find their answer")
-    sub.add_argument("--top-k", type=int, default=5, help="so many labels or words (default: 5)")
-    sub.add_argument("--max-new-tokens", type=int, help="of a text")
-    sub.add_argument("--batch", type=int, default=32, help="texts at once (default: 32)")
+    add_options(sub, Sampling, "max_new_tokens")
+    add_options(sub, TrainOptions, "batch", "device", batch=32)
     sub.add_argument("--json", action="store_true", help="an object per line")
-    sub.add_argument("--device", help="cpu, cuda, ...; cuda where there is one")
 
-    for name, text in (("sample", "continue a prompt"), ("chat", "talk with an instruction-tuned model")):
+    for name, text, defaults in (("sample", "continue a prompt", dict(max_new_tokens=300, temperature=0.8, top_p=0.95)),
+                                 ("chat", "talk with an instruction-tuned model", dict(max_new_tokens=512))):
         sub = commands.add_parser(name, help=text)
         if name == "sample":
             sub.add_argument("folder", nargs="?", default=str(WEIGHTS), help="a checkpoint (default: the shipped one)")
@@ -3467,17 +3337,18 @@ def main(argv: list | None = None) -> int:
         else:
             sub.add_argument("folder", help="a checkpoint with a chat template")
             sub.add_argument("--system", help="the system message")
-        sub.add_argument("--max-new-tokens", type=int, default=300 if name == "sample" else 512)
-        sub.add_argument("--temperature", type=float, default=0.8 if name == "sample" else 0.0, help="0: greedy")
-        sub.add_argument("--top-k", type=int)
-        sub.add_argument("--top-p", type=float, default=0.95 if name == "sample" else None)
-        sub.add_argument("--min-p", type=float)
-        sub.add_argument("--repetition-penalty", type=float, default=1.0)
+        add_options(sub, Sampling, "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+                    **defaults)
         sub.add_argument("--stop", action="append", help="end before this text; may be given again")
         sub.add_argument("--seed", type=int)
         sub.add_argument("--compile", action="store_true", help="torch.compile the decode step")
-        sub.add_argument("--device", help="cpu, cuda, ...; cuda where there is one")
+        add_options(sub, TrainOptions, "device")
+    return parser
 
+
+def main(argv: list | None = None) -> int:
+    """`tinylm.py train | eval | run | sample | chat`; an Error is one line on stderr and exit code 1."""
+    parser = make_parser()
     known, more = parser.parse_known_args(argv)
     options = vars(known)
     if more and (known.command != "run" or any(text.startswith("-") and text != "-" for text in more)):
@@ -3497,43 +3368,46 @@ def main(argv: list | None = None) -> int:
 def run_train(options: dict):
     data, resume = options.pop("data"), options.pop("resume")
     if resume:  # what is not said again is as it was
-        saved = load_training(Path(options.get("out", TrainOptions.out)) / "last")[1]["options"]
-        options = saved | options
+        options = saved(Path(options.get("out", TrainOptions.out)) / "last")[1]["options"] | options
     train(data, TrainOptions(**options), resume)
 
 
+def opened(options: dict) -> TinyLM:
+    """The checkpoint that a command names, with a tokenizer."""
+    folder = Path(options.pop("folder"))
+    lm = TinyLM.from_pretrained(folder, device=usable_device(options.pop("device", None)))
+    require(lm.tokenizer, f"{folder / 'tokenizer.json'}: no such file")
+    lm.folder = folder
+    return lm
+
+
 def run_eval(options: dict):
-    as_json, folder, data = options.pop("json"), options.pop("folder"), options.pop("data")
-    lm = TinyLM.from_pretrained(folder, device=usable_device(options.get("device")))
+    lm, as_json, data = opened(options), options.pop("json"), options.pop("data")
     name = task_of(lm.config)
-    require(name in TRAINABLE and lm.tokenizer, f"{folder}: expected a model with a task's head and a tokenizer.json")
-    options = TrainOptions(task=name, **options)
-    examples = TASKS[name].examples(lm, read_rows(Path(data), options), options.block)(None)
-    figures = (TASKS[name].report or TASKS[name].figures)(lm, examples, options.batch)
+    require(name in TRAINABLE, f"{lm.folder}: expected a model with a task's head")
+    options, task = TrainOptions(task=name, **options).filled(), TASKS[name]
+    examples = task.epochs(lm, read_rows(Path(data), options), options.block)(None)
+    figures = task.report(lm, examples, options.batch)
     print(json.dumps(figures) if as_json else "\n".join(f"{name}  {figure:.4f}" for name, figure in figures.items()))
 
 
 def run_run(options: dict):
-    """A line for each input: what the head says, the likeliest first, with scores."""
-    options = SimpleNamespace(**options | {"folder": Path(options["folder"])})
-    for name in ("top_k", "batch", "max_new_tokens"):
-        value = getattr(options, name)
-        require(value is None or value > 0, f"{flag(name)} {value}: expected a positive number")
-    lm = TinyLM.from_pretrained(options.folder, device=usable_device(options.device))
-    require(lm.tokenizer, f"{options.folder / 'tokenizer.json'}: no such file")
-    texts = iter(texts_of(options.inputs))
-    while some := list(itertools.islice(texts, options.batch)):
-        for text, answers in zip(some, TASKS[task_of(lm.config)].answers(lm, some, options)):
-            if options.json:
-                print(json.dumps({"input": text, "output": answers}, ensure_ascii=False), flush=True)
-            else:
-                print("  ".join(answer_line(answer) for answer in answers), flush=True)
-
-
-def texts_of(inputs: list):
-    """The inputs; lines of standard input for a -, or where there are none."""
-    for text in inputs or ["-"]:
-        yield from (line.rstrip("\r\n") for line in sys.stdin) if text == "-" else [text]
+    """A line for each input: what the head says, the likeliest first, with scores. A tab divides a question from its
+    context, a text from its pair."""
+    lm, context, as_json, batch = opened(options), options["context"], options["json"], options["batch"]
+    require(batch > 0, f"--batch {batch}: expected a positive number")
+    task, lines = TASKS[task_of(lm.config)], (line.rstrip("\r\n") for line in sys.stdin)
+    texts = itertools.chain.from_iterable(lines if text == "-" else [text] for text in options["inputs"] or ["-"])
+    while some := list(itertools.islice(texts, batch)):
+        rows = [dict(zip(task.inputs, [text, context] if context else text.split("\t", len(task.inputs) - 1)))
+                for text in some]
+        for text, row in zip(some, rows):
+            require("context" in row or task.head != "qa",
+                    f"{text[:60]!r}: expected --context, or the question, a tab and the context")
+        examples = Task.epochs(task, lm, rows, task.longest)(None)
+        for text, found in zip(some, task.answers(lm, examples, batch, max_new_tokens=options.get("max_new_tokens"))):
+            print(json.dumps({"input": text, "output": found}, ensure_ascii=False) if as_json else
+                  "  ".join(map(answer_line, found[:5])), flush=True)
 
 
 def answer_line(answer: dict) -> str:
@@ -3544,20 +3418,17 @@ def answer_line(answer: dict) -> str:
 
 
 def run_sample(options: dict):
-    lm = TinyLM.from_pretrained(options.pop("folder"), device=usable_device(options.pop("device")))
-    prompt = options.pop("prompt")
+    lm, prompt = opened(options), options.pop("prompt")
     print(prompt, end="", flush=True)
     show(lm.stream(prompt, **options))
 
 
 def run_chat(options: dict):
     """Questions from standard input, one a line; answers to standard output."""
-    lm = TinyLM.from_pretrained(options.pop("folder"), device=usable_device(options.pop("device")))
-    system, terminal = options.pop("system"), sys.stdin.isatty()
+    lm, system = opened(options), options.pop("system")
     messages = [{"role": "system", "content": system}] * bool(system)
     while True:
-        if terminal:
-            print("> ", end="", flush=True)
+        print("> " * sys.stdin.isatty(), end="", flush=True)
         question = sys.stdin.readline()
         if not question:
             return

@@ -77,7 +77,7 @@ def scratch(tmp_path_factory):
             folder = tmp_path_factory.mktemp(task)
             data = write(folder / f"data.{'csv' if task == 'classify' else 'jsonl'}", rows_of(task, 200))
             command("train", data, "--task", task, "--size", "nano", "--epochs", SHORT[task], "--block", 48,
-                    "--vocab", 600, "--dropout", 0, "--out", folder / "out")
+                    "--batch", 16, "--vocab", 600, "--dropout", 0, "--out", folder / "out")
             made[task] = data, folder / "out" / "best"
         return made[task]
     return train
@@ -243,7 +243,7 @@ def test_chat_learns_the_assistants_words_only(monkeypatch):
     lm.tokenizer = Chatting()
     messages = [dict(role=role, content=content) for role, content in (
         ("user", "hi\u2028there"), ("assistant", "yes"), ("user", "and"), ("assistant", "no"))]
-    example = tinylm.chat_example(lm, messages, 256)
+    example = next(tinylm.TASKS["lm"].examples(lm, {"messages": messages}, 256))
     text = bytes(example["input_ids"]).decode()
     assert text == "<user>hi\u2028there</s><assistant>yes</s><user>and</s><assistant>no</s>"
     learnt = [token for token in example["labels"] if token != -100]
@@ -281,7 +281,7 @@ def test_long_contexts_answer_from_any_window(body, tmp_path):
     lm = TinyLM.from_pretrained(body, head="qa")
     context = " ".join([*(f"word{i}" for i in range(200)), "Bonn is the answer", *(f"tail{i}" for i in range(60))])
     row = dict(question="Where?", context=context, answer=[("Bonn", context.index("Bonn"))])
-    examples = tinylm.qa_examples(lm, [row], 64)(None)
+    examples = [*tinylm.TASKS["qa"].examples(lm, row, 64)]
     assert len(examples) > 5 and all(len(example["input_ids"]) <= 64 for example in examples)
     seen = {c for example in examples for span in example["offsets"] if span for c in range(*span)}
     assert all(c in seen for c, char in enumerate(context) if char != " ")

@@ -3052,16 +3052,12 @@ def task_of(config: Config) -> str:
 def train_bpe(texts: list, vocab: int, encoder: bool = False) -> Tokenizer:
     """A byte-level BPE of `vocab` tokens, trained by the `tokenizers` library; an encoder's has BERT's specials."""
     try:
-        from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, processors, trainers
+        from tokenizers import ByteLevelBPETokenizer, processors
     except ImportError:
         raise Error("--vocab needs `pip install tokenizers`; without it, tokens of decoders are bytes") from None
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=encoder)
-    backend.decoder = decoders.ByteLevel()
     special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"] if encoder else list(ByteTokenizer.specials)
-    trainer = trainers.BpeTrainer(vocab_size=max(vocab, 256 + len(special)), special_tokens=special,
-                                  show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    backend.train_from_iterator(texts, trainer)
+    backend = ByteLevelBPETokenizer(add_prefix_space=encoder)
+    backend.train_from_iterator(texts, max(vocab, 256 + len(special)), show_progress=False, special_tokens=special)
     named = json.loads(tokenizer_config(*((special[2], special[0]) if encoder else special)))
     if encoder:
         backend.post_processor = processors.TemplateProcessing(

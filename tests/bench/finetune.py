@@ -112,8 +112,7 @@ def sentiment(folder):
 
 def scratch(folder):
     train, test = rt_polarity(folder)
-    seconds, log = tinylm("train", train, "--task", "classify", "--val", test, "--size", "nano", "--epochs", 4,
-                          "--batch", 32, "--out", folder / "scratch")
+    seconds, log = tinylm("train", train, "--task", "classify", "--val", test, "--out", folder / "scratch")
     best = max(float(value) for value in re.findall(r"validation ([\d.]+) accuracy", log))
     print(f"tinylm, from scratch: {seconds:.0f} s, accuracy {best:.4f}")
 

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import ctypes
 import json
+import math
 import os
 import shutil
 import sys
@@ -24,17 +25,39 @@ import time
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped beside this file
-SUFFIX = {"fp32": ""}                                  # precision -> what the names of its files in onnx/ end with
 MARK = ".tinylm-export"                                # this file says: the next export may replace the folder
 OPSET = 23                                             # the first with Attention, RotaryEmbedding, RMSNormalization
-TOLERANCE = 2e-4                                       # largest difference of logits, relative to the largest logit
+BLOCK = 32                                             # weights in a row that share a scale, where they are rounded
 EXTERNAL_ABOVE = 2**31 - 2**26                         # bytes; a protobuf file ends at 2 GiB
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+WINDOW, WINDOWS, MEASURED = 256, 40, 8                 # tokens, windows to round for and, of these, to measure on
 POOLING = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the numbers of a graph are stored."""
+    suffix: str              # of its files' names in onnx/
+    tolerance: float         # largest difference from torch with the same weights, relative to the largest value,
+                             # before the products with rounded weights are told to compute in 8 bits
+    dtype: str = "float32"   # of what flows through it, and of weights that are not rounded
+    bits: int = 0            # of its matrices, but 8 for embedding and head; 0: as dtype
+    exact: bool = False      # greedy decoding must say what torch says
+    cuda: bool = False       # all its nodes run there: ONNX Runtime groups queries on CUDA in 16 bits only
+
+
+PRECISIONS = {
+    "fp32": Precision("", 2e-4, exact=True, cuda=True),
+    "fp16": Precision("_fp16", 2e-2, "float16", cuda=True),
+    "int8": Precision("_quantized", 2e-4, bits=8),
+    "int4": Precision("_q4", 2e-4, bits=4),
+    "q4f16": Precision("_q4f16", 2e-2, "float16", bits=4, cuda=True),
+}
 
 
 class Error(ValueError):
@@ -68,41 +91,61 @@ class Session:
             self.session = ort.InferenceSession(path, options, providers=providers)
         except Exception as error:  # onnxruntime's own exceptions have no common base
             raise Error(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
-        self.value, self.provider = ort.OrtValue.ortvalue_from_numpy, self.session.get_providers()[0]
-        self.inputs = {i.name: i.shape for i in self.session.get_inputs()}
+        self.values, self.provider = ort.OrtValue, self.session.get_providers()[0]
+        self.device = "cpu" if self.provider == CPU else "cuda"
+        inputs = self.session.get_inputs()
+        self.inputs, self.types = {i.name: i.shape for i in inputs}, {i.name: i.type for i in inputs}
         self.outputs = {o.name: o.shape for o in self.session.get_outputs()}
-        self.limit = int(self.session.get_modelmeta().custom_metadata_map.get("max_position_embeddings", 2**31))
+        self.notes = self.session.get_modelmeta().custom_metadata_map
+        self.limit = int(self.notes.get("max_position_embeddings", 2**31))
 
-    def __call__(self, **feeds) -> list:
-        """All outputs. What the graph does not take is left out."""
-        feeds = {name: self.value(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
-                 for name, x in feeds.items() if name in self.inputs}
+    def buffer(self, name: str, *shape):
+        """Memory of an input's type on the graph's device."""
+        dtype = np.float16 if "float16" in self.types[name] else np.float32
+        return self.values.ortvalue_from_numpy(np.zeros(shape, dtype), self.device)
+
+    def __call__(self, into: dict = {}, **feeds) -> list:
+        """All outputs, on the graph's device; `into`: an output's name -> the value that it is written to. What the
+        graph does not take is left out."""
+        feeds = {name: self.values.ortvalue_from_numpy(np.ascontiguousarray(x), self.device)
+                 if isinstance(x, np.ndarray) else x for name, x in feeds.items() if name in self.inputs}
+        binding = self.session.io_binding()
         try:
-            return self.session.run_with_ort_values([*self.outputs], feeds)
+            for name, x in feeds.items():
+                binding.bind_ortvalue_input(name, x)
+            for name in self.outputs:
+                if name in into:
+                    binding.bind_ortvalue_output(name, into[name])
+                else:
+                    binding.bind_output(name, self.device)
+            self.session.run_with_iobinding(binding)
         except Exception as error:  # e.g. more tokens than there are learned positions
             raise Error(f"onnxruntime: {first_line(error)}") from None
+        return binding.get_outputs()
 
 
 class OnnxLM:
     """An exported model under ONNX Runtime: numpy in, numpy out.
 
-    folder: what `export_onnx` wrote; precision: a key of SUFFIX; providers: ONNX Runtime's names, tried in order (None:
+    folder: what `export_onnx` wrote; precision: a key of PRECISIONS; providers: ONNX Runtime's names, tried in order (None:
     CUDA where there is a driver, else CPU); threads: of the CPU (None: ONNX Runtime's choice, one per core).
     Raises Error where a file is missing or where a provider that was asked for does not load.
     """
 
     def __init__(self, folder, precision: str = "fp32", providers=None, threads: int | None = None):
         import onnxruntime as ort
-        require(precision in SUFFIX, f"precision = {precision!r}, expected one of {', '.join(SUFFIX)}")
+        require(precision in PRECISIONS, f"precision = {precision!r}, expected one of {', '.join(PRECISIONS)}")
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json") | self._json("generation_config.json")
         stems = ("encoder_model", "decoder_model_merged") if self.config.get("is_encoder_decoder") else ("model",)
-        paths = [self.folder / "onnx" / f"{stem}{SUFFIX[precision]}.onnx" for stem in stems]
+        stored = PRECISIONS[precision]
+        paths = [self.folder / "onnx" / f"{stem}{stored.suffix}.onnx" for stem in stems]
         for path in paths:
-            require(path.exists(), f"{path}: no such file; write it with `python export.py FOLDER --onnx`")
+            require(path.exists(), f"{path}: no such file; write it with `python export.py FOLDER --onnx --precision "
+                    f"{precision}`")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        asked, providers = providers, providers or ([CUDA, CPU] if has_cuda(ort) else [CPU])
+        asked, providers = providers, providers or ([CUDA, CPU] if stored.cuda and has_cuda(ort) else [CPU])
         names = [provider if isinstance(provider, str) else provider[0] for provider in providers]  # or (name, options)
         for name in names:
             require(name in ort.get_available_providers(), f"providers: {name} is not in this onnxruntime (it has "
@@ -112,6 +155,7 @@ class OnnxLM:
         require(not asked or self.provider == names[0], f"providers: {names[0]} did not load; onnxruntime fell back to "
                 f"{self.provider}")
         self.past = {name: shape for name, shape in self.session.inputs.items() if name.startswith("past_key_values.")}
+        self.shared = "shared_cache" in self.session.notes
         self.vocab_size, self._tokenizer = self.config["vocab_size"], None
 
     @property
@@ -134,16 +178,21 @@ class OnnxLM:
         states, = self.encoder(input_ids=input_ids, attention_mask=mask)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
+    def cache(self, batch: int, length: int = 0) -> list:
+        """A cache's buffers; the graphs that say `shared_cache` write into those of their length in place."""
+        return [self.session.buffer(name, batch, heads, length, width) for name, (_, heads, _, width)
+                in self.past.items()]
+
     def step(self, input_ids, mask, past=None, source=None):
         """One call of a graph with a cache: (logits, present). Ids (batch, seq), mask (batch, past + seq), past as
-        returned; behind an encoder its `source`."""
+        returned, or of the `cache`; behind an encoder its `source`."""
         first = past is None
-        if first:
-            empty = ((len(input_ids), heads, 0, width) for _, heads, _, width in self.past.values())
-            past = [np.zeros(shape, np.float32) for shape in empty]
+        past = self.cache(len(input_ids)) if first else past
+        shared = self.shared and past[0].shape()[2] >= mask.shape[1]
+        into = dict(zip([*self.session.outputs][1:], past)) if shared else {}
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1]:]
         feeds = dict(zip(self.past, past)) | (source or {})
-        logits, *present = self.session(input_ids=input_ids, attention_mask=mask, position_ids=positions,
+        logits, *present = self.session(into, input_ids=input_ids, attention_mask=mask, position_ids=positions,
                                         use_cache_branch=np.array([not first]), **feeds)
         return logits.numpy(), present
 
@@ -223,14 +272,16 @@ class OnnxLM:
             source = self.source(input_ids, mask)
             input_ids = self._prompt(input_ids)
             mask = np.ones_like(input_ids)
-        (batch, seq), past = input_ids.shape, None
+        batch, seq = input_ids.shape
         texts = [row[real].tolist() for row, real in zip(input_ids, mask.astype(bool))]  # prompts, and what follows
         starts, ended = [*map(len, texts)], np.zeros(batch, bool)
-        last = (mask * np.arange(1, seq + 1)).argmax(1)  # each row's last token
+        order = mask.argsort(1, kind="stable")  # every row's last token goes to the last column
+        input_ids, mask = (np.take_along_axis(x, order, 1) for x in (input_ids, mask))
         longest = np.concatenate([mask, np.ones((batch, knobs.max_new_tokens), np.int64)], 1)
+        past = self.cache(batch, seq + knobs.max_new_tokens) if self.shared else None
         for count in range(knobs.max_new_tokens):
             logits, past = self.step(input_ids, mask, past, source)
-            logits = constrain(logits[np.arange(batch), last], texts, knobs, ends, count)
+            logits = constrain(logits[:, -1], texts, knobs, ends, count)
             token = np.where(ended, pad, sample(logits, knobs, seed, count))
             yield token
             for row, (text, id) in enumerate(zip(texts, token.tolist())):
@@ -239,7 +290,7 @@ class OnnxLM:
                     s in self.tokenizer.decode(text[starts[row]:][-2 * len(s.encode()) - 8:]) for s in stop)
             if ended.all():
                 return
-            input_ids, mask, last = token[:, None], longest[:, :seq + count + 1], -1
+            input_ids, mask = token[:, None], longest[:, :seq + count + 1]
 
     def run(self, texts, pairs=None, batch: int = 32, **options) -> list:
         """What the model is for: for each text (and its pair: of a question the context) what `tinylm.py run` says of
@@ -587,24 +638,25 @@ def read_json(path: Path) -> dict:
 # Tracing: the model's leaves as single operators. From here on torch is needed.
 # ---------------------------------------------------------------------------------------------------------------------
 
-def operator(name: str, inputs: tuple, like, *more_shapes, **attributes):
-    """One node of the ONNX graph in the place of a traced function. Its outputs have the dtype of `like`; the first
-    has its shape too, those after it have `more_shapes`."""
+def operator(name: str, inputs: tuple, like, *shapes, **attributes):
+    """One node of the ONNX graph in the place of a traced function. Its outputs have the dtype of `like` and the
+    `shapes`, or the one shape of `like`."""
     import torch
-    shapes = [like.shape, *more_shapes]
+    shapes = shapes or (like.shape,)
     out = torch.onnx.ops.symbolic_multi_out(name, inputs, attributes, dtypes=[like.dtype] * len(shapes), shapes=shapes,
-                                            version=OPSET)
-    return out if more_shapes else out[0]
+                                            version=1 if "::" in name else OPSET)
+    return out if len(shapes) > 1 else out[0]
 
 
 def onnx_rms_norm(x, weight, eps):
-    return operator("RMSNormalization", (x, weight), x, axis=-1, epsilon=eps)
+    return operator("RMSNormalization", (x, weight.to(x.dtype)), x, axis=-1, epsilon=eps)
 
 
 def onnx_rotate(x, cos, sin, head_dim):
     width = 2 * cos.shape[-1]
     part = {} if width == head_dim else {"rotary_embedding_dim": width}
-    return operator("RotaryEmbedding", (x, cos, sin), x, num_heads=x.shape[-1] // head_dim, **part)
+    return operator("RotaryEmbedding", (x, cos.to(x.dtype), sin.to(x.dtype)), x, num_heads=x.shape[-1] // head_dim,
+                    **part)
 
 
 def onnx_attend(q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache=None, layer=0, causal=True):
@@ -619,18 +671,62 @@ def onnx_attend(q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache
     options |= dict(q_num_heads=q.shape[-1] // head_dim, kv_num_heads=k.shape[-1] // head_dim)
     if cache is None:
         return operator("Attention", (q, k, v, mask), q, **options)
-    past = cache.past[2 * layer:2 * layer + 2]
-    longer = (*past[0].shape[:2], past[0].shape[2] + k.shape[1], head_dim)
-    x, *present = operator("Attention", (q, k, v, mask, *past), q, longer, longer, **options)
-    cache.present += present
-    return x
+    return cache.append(layer, "Attention", (q, k, v, mask), k.shape[1], q, **options)
+
+
+def grouped_attention(self, x, rope, mask, cache, layer):
+    """tinylm's `Attention.forward` as ONNX Runtime's own operator: it rotates by the tables of all positions, writes
+    keys and values behind those of the past, in place where past and present are one buffer, and masks by lengths."""
+    import tinylm
+    qkv = self.qkv(x)
+    like, inputs = qkv[..., :self.sizes[0]], (qkv, None, None)
+    if self.q_norm is not None:
+        q, k, v = qkv.split(self.sizes, dim=-1)
+        inputs = tinylm.normed(q, self.q_norm), tinylm.normed(k, self.k_norm), v
+    heads, groups, _ = (size // self.head_dim for size in self.sizes)
+    more = dict(softcap=self.softcap) if self.softcap else {}
+    more |= dict(local_window_size=cache.windows[layer]) if cache.windows[layer] else {}
+    return self.o(cache.append(layer, "com.microsoft::GroupQueryAttention", inputs, x.shape[1], like,
+                               (*cache.lengths, *rope), num_heads=heads, kv_num_heads=groups, scale=self.scale,
+                               do_rotary=1, **more))
+
+
+def onnx_linear(x, weight, bias, blocks: Blocks | None):
+    """tinylm's `linear` on rounded weights, which `put_blocks` puts in the place of the traced ones."""
+    import torch
+    if blocks is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    rows, columns = weight.shape
+    y = operator("com.microsoft::MatMulNBits", (x, weight, weight, weight), x, (*x.shape[:-1], rows), N=rows, K=columns,
+                 bits=blocks.bits, block_size=BLOCK)
+    return y if bias is None else y + bias
+
+
+def onnx_embedding(weight, ids):
+    """Rows of a rounded table, which may be a tied head's too."""
+    return operator("com.microsoft::GatherBlockQuantized", (weight, ids, weight, weight), weight,
+                    (*ids.shape, weight.shape[1]), gather_axis=0, quantize_axis=1, block_size=BLOCK, bits=8)
+
+
+def rotary_tables(self, positions):
+    """tinylm's `Rotary.forward` where the attention looks up its positions by itself."""
+    return self.cos, self.sin
 
 
 class Past:
     """The cache of an exported graph, in the place of tinylm's KVCache: past comes in, present goes out, longer."""
 
-    def __init__(self, past: list, positions=None):
-        self.past, self.positions, self.present = past, positions, []
+    def __init__(self, past: list, positions=None, lengths: tuple = (), windows: tuple = ()):
+        self.past, self.positions, self.lengths, self.windows, self.present = past, positions, lengths, windows, []
+
+    def append(self, layer: int, name: str, inputs: tuple, new: int, like, more: tuple = (), **attributes):
+        """An attention operator of a layer, after which its cache has `new` more columns."""
+        past = self.past[2 * layer:2 * layer + 2]
+        batch, heads, length, width = past[0].shape
+        longer = batch, heads, length + new, width
+        x, *present = operator(name, (*inputs, *past, *more), like, like.shape, longer, longer, **attributes)
+        self.present += present
+        return x
 
     def extend(self, mask):
         """Positions of the queries and of the keys. The mask spans past and new tokens, or, where no positions are
@@ -651,51 +747,147 @@ class Graph:
     forward: object
     inputs: dict   # name -> dtype and axes: sizes, or names where the size varies
     outputs: list
+    grouped: bool = False  # its attention is ONNX Runtime's GroupQueryAttention
 
 
-def key_values(config, prefix: str, sides: dict) -> dict:
+def key_values(config, prefix: str, sides: dict, dtype: str = "float32") -> dict:
     """Names of keys and values -> dtype and axes; sides: what names say of whose they are -> the name of their axis."""
     heads, width = config.num_key_value_heads, config.head_dim
-    return {f"{prefix}.{layer}{side}.{part}": ("float32", "batch_size", heads, length, width)
+    return {f"{prefix}.{layer}{side}.{part}": (dtype, "batch_size", heads, length, width)
             for layer in range(config.num_hidden_layers) for side, length in sides.items() for part in ("key", "value")}
 
 
 SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5, "total_sequence_length": 8,
-         "encoder_sequence_length": 7}  # axes that vary, and an example: no two alike, and none 0 or 1
+         "encoder_sequence_length": 7, "eos_tokens": 4}  # axes that vary, and an example: no two alike, and none 0 or 1
 IDS = ("int64", "batch_size", "sequence_length")
+KNOBS = {"temperature": ("float32",), "top_k": ("int64",), "top_p": ("float32",), "seed": ("int64",),
+         "eos_token_id": ("int64", "eos_tokens")}
 SOURCE_IDS = ("int64", "batch_size", "encoder_sequence_length")
 
 
-def decoder_graph(config) -> list:
+def groups_queries(config, stored: Precision) -> bool:
+    """Does GroupQueryAttention compute it? In fp32 it has no CUDA kernel."""
+    scaling = config.rope_scaling or {}
+    fixed = config.position == "rope" and scaling.get("rope_type", scaling.get("type")) != "dynamic"
+    return not stored.exact and fixed and config.head_dim % 8 == 0 and config.rotary_dim % 16 == 0
+
+
+def decoder_graph(config, stored: Precision) -> list:
     """With a cache: the mask spans past and new tokens."""
-    past = key_values(config, "past_key_values", {"": "past_sequence_length"})
+    past = key_values(config, "past_key_values", {"": "past_sequence_length"}, stored.dtype)
 
     def forward(lm, feed):
-        cache = Past([feed[name] for name in past], feed["position_ids"])
-        return [lm(feed["input_ids"], feed["attention_mask"], cache=cache), *cache.present]
+        return decoder_step(lm, feed, [feed[name] for name in past], stored)
 
     inputs = {"input_ids": IDS, "attention_mask": ("int64", "batch_size", "total_sequence_length"), "position_ids": IDS}
-    return [Graph("model", forward, inputs | past, ["logits", *key_values(config, "present", {"": ""})])]
+    return [Graph("model", forward, inputs | past, ["logits", *key_values(config, "present", {"": ""})],
+                  groups_queries(config, stored))]
 
 
-def encoder_graph(config) -> list:
+def decoder_step(lm, feed: dict, past: list, stored: Precision, columns=None) -> list:
+    """Logits (batch, seq, vocab) in float32, or those of `columns`, and the cache after a call."""
+    import torch
+    import tinylm
+    ids, mask, lengths, config = feed["input_ids"], feed["attention_mask"], (), lm.config
+    if groups_queries(config, stored):  # it takes rows that begin with their first token: padding goes behind
+        new = mask[:, -ids.shape[1]:]
+        columns = tinylm.count_positions(new)[0] if columns is None else columns
+        ids = ids.gather(1, new.argsort(1, descending=True))
+        total = operator("Gather", (operator("Shape", (mask,), mask, (2,)), torch.tensor(1)), mask, ())
+        lengths = (mask.sum(1) - 1).int(), total.int()
+    windows = tuple(kind == "sliding_attention" and config.sliding_window for kind in config.layer_types)
+    cache = Past(past, feed["position_ids"], lengths, windows)
+    return [lm(ids, mask, cache=cache, columns=columns).float(), *cache.present]
+
+
+def generate_graph(config, stored: Precision) -> Graph:
+    """What `in_a_loop` repeats: a step of the decoder, the choice of a token, and whether all rows have ended."""
+    import torch
+    past = key_values(config, "past", {"": "past_sequence_length"}, stored.dtype)
+    pad = config.pad_token_id
+
+    def forward(lm, feed):
+        ids, text, ended, ends = (feed[name] for name in ("ids", "text", "ended", "eos_token_id"))
+        positions = torch.arange(text.shape[1])[None].expand_as(text)[:, -ids.shape[1]:]
+        step = dict(input_ids=ids, attention_mask=torch.ones_like(text), position_ids=positions)
+        last = torch.full_like(ids[:, :1], ids.shape[1] - 1)
+        logits, *present = decoder_step(lm, step, [feed[name] for name in past], stored, last)
+        knobs = [feed[name] for name in ("temperature", "top_k", "top_p", "seed", "step")]
+        token = torch.cond(knobs[0] > 0, choose, lambda logits, *_: logits.argmax(-1), (logits[:, 0], *knobs))
+        token = torch.where(ended, ends[0] if pad is None else pad, token)
+        ended = ended | (token[:, None] == ends).any(-1)
+        return [~ended.all(), token[:, None], torch.cat((text, token[:, None]), 1), ended, *present]
+
+    inputs = {"step": ("int64",), "ids": IDS, "text": ("int64", "batch_size", "total_sequence_length"),
+              "ended": ("bool", "batch_size")} | past
+    return Graph("generate", forward, inputs | KNOBS, ["go_on", "new_ids", "new_text", "have_ended",
+                 *key_values(config, "present", {"": ""})], groups_queries(config, stored))
+
+
+def choose(logits, temperature, top_k, top_p, seed, step):
+    """tinylm's `sample` (batch, vocab) -> (batch,), where every knob is a tensor."""
+    import torch
+    import tinylm
+    ordered, order = (logits / temperature).sort(descending=True)
+    rank = torch.arange(logits.shape[1])
+    ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), -math.inf)
+    p = ordered.softmax(-1)
+    outside = (top_p < 1) & (rank > 0) & (p.cumsum(-1) - p >= top_p)
+    noise = tinylm.uniform(seed, step, *logits.shape).gather(1, order)
+    best = (ordered.masked_fill(outside, -math.inf) - (-noise.log()).log()).argmax(-1, keepdim=True)
+    return order.gather(1, best)[:, 0]
+
+
+def in_a_loop(model, config, stored: Precision):
+    """A traced `generate_graph` as the body of an ONNX Loop: from ids and knobs to whole sequences in one call."""
+    import onnx_ir as ir
+    body, given = model.graph, {}
+    for value in [value for value in body.inputs if value.name in KNOBS]:  # the body sees them from outside
+        body.inputs.remove(value)
+        given[value.name] = ir.val(value.name, value.dtype, value.shape)
+        ir.convenience.replace_all_uses_with(value, given[value.name])
+    body.inputs.insert(1, ir.val("going_on", ir.DataType.BOOL, []))
+    weights = list(body.initializers.values())
+    body.initializers.clear()
+    heads = ir.tensor(np.array([config.num_key_value_heads, 0, config.head_dim]), name="no_past")
+    weights.append(ir.val(heads.name, const_value=heads, type=ir.TensorType(heads.dtype), shape=heads.shape))
+    prompt = ir.val("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+    steps = ir.val("max_new_tokens", ir.DataType.INT64, [])
+    nothing, false = np.zeros(1, stored.dtype), np.zeros(1, bool)
+    batch = ir.node("Shape", [prompt], {"end": 1})
+    shape = ir.node("Concat", [batch.outputs[0], weights[-1]], {"axis": 0})
+    empty = ir.node("ConstantOfShape", shape.outputs, {"value": ir.tensor(nothing)})
+    ended = ir.node("ConstantOfShape", batch.outputs, {"value": ir.tensor(false)})
+    past = [empty.outputs[0]] * (2 * config.num_hidden_layers)
+    loop = ir.node("Loop", [steps, None, prompt, prompt, ended.outputs[0], *past], {"body": body},
+                   num_outputs=3 + len(past))
+    nodes, text = [batch, shape, empty, ended, loop], loop.outputs[1]
+    for i, value in enumerate(value for node in nodes for value in node.outputs):
+        value.name = f"loop.{i}"  # no name of the body's
+    text.name, text.type = "sequences", ir.TensorType(ir.DataType.INT64)
+    text.shape = ir.Shape(["batch_size", "total_sequence_length"])
+    graph = ir.Graph([prompt, steps, *given.values()], [text], nodes=nodes, initializers=weights, opset_imports=body.opset_imports, name="tinylm")
+    return ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
+
+
+def encoder_graph(config, stored: Precision) -> list:
     """Whatever reads a text in one call: no cache."""
     names = ["input_ids", "attention_mask"] + ["token_type_ids"] * bool(config.type_vocab_size)
 
     def forward(lm, feed):
         outputs = lm(**feed)
-        return list(outputs.unbind(-1)) if config.head == "qa" else [outputs]
+        return [x.float() for x in (outputs.unbind(-1) if config.head == "qa" else [outputs])]
 
     outputs = {"qa": ["start_logits", "end_logits"], None: ["last_hidden_state"]}.get(config.head, ["logits"])
     return [Graph("model", forward, dict.fromkeys(names, IDS), outputs)]
 
 
-def encoder_decoder_graphs(config) -> list:
+def encoder_decoder_graphs(config, stored: Precision) -> list:
     """The encoder, and the decoder with two caches: of what it said, and of the source, filled by the first call."""
     import torch
     from einops import rearrange
     sides = {".decoder": "past_sequence_length", ".encoder": "encoder_sequence_length"}  # the latter may be 0 at first
-    past, outputs = key_values(config, "past_key_values", sides), [*key_values(config, "present", sides)]
+    past, outputs = key_values(config, "past_key_values", sides, stored.dtype), [*key_values(config, "present", sides)]
 
     def encode(lm, feed):
         return [lm.encoder.states(lm.embed(feed["input_ids"]), feed["attention_mask"])]
@@ -710,25 +902,26 @@ def encoder_decoder_graphs(config) -> list:
 
         kept = torch.cond(feed["use_cache_branch"], lambda: [x.clone() for x in kept], source)
         cache, mask = Past(own), feed["encoder_attention_mask"].bool()[:, None, None, :]
-        logits = lm(feed["input_ids"], cache=cache, context=(list(zip(kept[::2], kept[1::2])), mask))
+        logits = lm(feed["input_ids"], cache=cache, context=(list(zip(kept[::2], kept[1::2])), mask)).float()
         present = dict(zip([n for n in outputs if ".decoder." in n], cache.present))
         present |= zip([n for n in outputs if ".encoder." in n], kept)
         return [logits, *map(present.get, outputs)]
 
-    states = ("float32", "batch_size", "encoder_sequence_length", config.hidden_size)
+    states = (stored.dtype, "batch_size", "encoder_sequence_length", config.hidden_size)
     inputs = {"encoder_attention_mask": SOURCE_IDS, "input_ids": IDS, "encoder_hidden_states": states} | past
     sources = dict.fromkeys(["input_ids", "attention_mask"], SOURCE_IDS)
     return [Graph("encoder_model", encode, sources, ["last_hidden_state"]),
             Graph("decoder_model_merged", decode, inputs | {"use_cache_branch": ("bool", 1)}, ["logits", *outputs])]
 
 
-def trace(lm, graph: Graph):
-    """An onnx_ir.Model."""
+def trace(lm, graph: Graph, blocks: dict = {}):
+    """An onnx_ir.Model; blocks: the rounded weights of `lm` by their names."""
     import logging
     import warnings
     from unittest import mock
     import torch
     import tinylm
+    leaves = mock.patch.multiple(tinylm, rms_norm=onnx_rms_norm, rotate=onnx_rotate, attend=onnx_attend)
 
     class Traced(torch.nn.Module):
         def __init__(self):
@@ -736,23 +929,65 @@ def trace(lm, graph: Graph):
             self.lm = lm
 
         def forward(self, tensors):
-            return graph.forward(self.lm, dict(zip(graph.inputs, tensors)))
+            rounded = {id(weight): blocks[name] for name, weight in lm.named_parameters() if name in blocks}
+            linear = lambda x, weight, bias=None: onnx_linear(x, weight, bias, rounded.get(id(weight)))  # noqa: E731
+            with mock.patch.object(tinylm, "linear", linear), contextlib.ExitStack() as patches:
+                if "embed.weight" in blocks:
+                    rows = lambda ids: onnx_embedding(lm.embed.weight, ids)  # noqa: E731
+                    patches.enter_context(mock.patch.object(lm.embed, "forward", rows))
+                return graph.forward(self.lm, dict(zip(graph.inputs, tensors)))
 
     dims = {axis: torch.export.Dim(axis) for axis in SIZES}
     arguments = [torch.ones([SIZES.get(axis, axis) for axis in axes], dtype=getattr(torch, dtype))
                  for dtype, *axes in graph.inputs.values()]
     shapes = [{i: dims[axis] for i, axis in enumerate(axes) if axis in dims} for _, *axes in graph.inputs.values()]
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # "no torchvision"
-    leaves = mock.patch.multiple(tinylm, rms_norm=onnx_rms_norm, rotate=onnx_rotate, attend=onnx_attend)
-    with torch.no_grad(), leaves, warnings.catch_warnings():
+    with torch.no_grad(), leaves, contextlib.ExitStack() as patches, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that axes share names, as they should, and torch's own deprecations
+        if graph.grouped:
+            patches.enter_context(mock.patch.object(tinylm.Attention, "forward", grouped_attention))
+            for rotary in lm.rotary.values():
+                positions = torch.arange(lm.config.max_position_embeddings)[None]
+                rotary.cos, rotary.sin = (x[0].to(lm.dtype) for x in rotary(positions))
+            patches.enter_context(mock.patch.object(tinylm.Rotary, "forward", rotary_tables))
         program = torch.onnx.export(
             Traced().eval(), (arguments,), dynamo=True, opset_version=OPSET, verbose=False, dynamic_shapes=(shapes,),
             input_names=[*graph.inputs], output_names=graph.outputs)
     model = tidy(program.model)
+    put_blocks(model.graph, blocks)
+    if graph.grouped:
+        model.metadata_props["shared_cache"] = "1"  # present may be written in place, where past has the room
     if lm.config.position in tinylm.LIMITED:
         model.metadata_props["max_position_embeddings"] = str(lm.config.max_position_embeddings)
     return model
+
+
+def put_blocks(graph, blocks: dict):
+    """Rounded weights in the place of the traced ones: bytes, scales and zero points, each stored once."""
+    import onnx_ir as ir
+
+    def stored(name, array):
+        if name not in graph.initializers:
+            graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
+        return graph.initializers[name]
+
+    for node in list(ir.traversal.RecursiveGraphIterator(graph)):
+        places = {"MatMulNBits": (1, 2, 3), "GatherBlockQuantized": (0, 2, 3)}.get(node.op_type)
+        if places is None:
+            continue
+        weight = node.inputs[places[0]]
+        dtype = weight.dtype.numpy()
+        values = [stored(f"{weight.name}.{part}", array)
+                  for part, array in blocks[weight.name].arrays(dtype).items()]
+        if places[0] == 0:  # rows of a table which the head has in blocks
+            shape = stored(weight.name + ".shape", np.array(weight.shape.numpy()))
+            rows = ir.Node("", "Reshape", [values[0], shape], outputs=[ir.Value(name=weight.name + ".rows")])
+            node.graph.insert_before(node, rows)
+            values[0] = rows.outputs[0]
+        for place, value in zip(places, values):
+            node.replace_input_with(place, value)
+        if not weight.uses():
+            del graph.initializers[weight.name]
 
 
 def tidy(model):
@@ -811,13 +1046,116 @@ def write_graph(model, path: Path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Rounding weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Blocks(NamedTuple):
+    """A matrix of whole numbers 0 to 2^bits - 1, a scale and a zero point for BLOCK of them in a row."""
+    codes: object   # (rows, blocks, BLOCK)
+    scales: object  # (rows, blocks, 1)
+    zeros: object
+    bits: int
+
+    def weight(self):
+        return ((self.codes - self.zeros) * self.scales).flatten(1)
+
+    def arrays(self, dtype) -> dict:
+        """As ONNX Runtime's operators have it: two codes of 4 bits in a byte, the first one low."""
+        codes, zeros = (x.numpy().astype(np.uint8) for x in (self.codes, self.zeros[..., 0]))
+        if self.bits == 4:
+            zeros = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))
+            codes, zeros = (x[..., ::2] | x[..., 1::2] << 4 for x in (codes, zeros))
+        return dict(blocks=codes, scales=self.scales[..., 0].numpy().astype(dtype), zero_points=zeros)
+
+
+def nearest(weight, bits: int, moments=None) -> Blocks:
+    """Blocks for a weight (rows, columns). With the second moments (columns, columns) of the inputs it meets, ranges
+    are those of least weighted error, and what rounding a column does to the outputs is made up for by the columns
+    after it, the weightiest first (GPTQ, Frantar et al. 2022)."""
+    import torch
+    top, blocks = 2**bits - 1, weight.float().unflatten(1, (-1, BLOCK))
+    low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=1e-6)
+    zeros = (-low / (high - low) * top).round()
+    importance = 1 if moments is None else moments.diagonal().unflatten(0, (-1, BLOCK))
+    scales, least = None, None
+    for share in (1,) if moments is None else (1, 0.95, 0.9, 0.85):
+        scale = ((high - low) * (share / top)).half().float().clamp(min=1e-7)
+        codes = (blocks / scale + zeros).round().clamp(0, top)
+        error = (((codes - zeros) * scale - blocks).square() * importance).sum(-1, keepdim=True)
+        better = torch.ones_like(error, dtype=torch.bool) if least is None else error < least
+        least, scales = (new if least is None else torch.where(better, new, old)
+                         for new, old in ((error, least), (scale, scales)))
+    codes = (blocks / scales + zeros).round().clamp(0, top)
+    if moments is not None:
+        codes = compensated(weight, scales, zeros, moments, top)
+    return Blocks(codes, scales, zeros, bits)
+
+
+def compensated(weight, scales, zeros, moments, top: int):
+    """The codes of `nearest`, column by column."""
+    import torch
+    columns = weight.shape[1]
+    order = moments.diagonal().argsort(descending=True)
+    moments = moments + 0.01 * moments.diagonal().mean() * torch.eye(columns)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    w, codes = weight.float()[:, order], torch.empty_like(weight)
+    scales, zeros = (x.expand(-1, -1, BLOCK).flatten(1)[:, order] for x in (scales, zeros))
+    for start in range(0, columns, BLOCK):
+        stop, errors = start + BLOCK, []
+        for i in range(start, stop):
+            codes[:, i] = (w[:, i] / scales[:, i] + zeros[:, i]).round().clamp(0, top)
+            errors.append((w[:, i] - (codes[:, i] - zeros[:, i]) * scales[:, i]) / upper[i, i])
+            w[:, i:stop] -= errors[-1][:, None] * upper[i, i:stop]
+        w[:, stop:] -= torch.stack(errors, 1) @ upper[start:stop, stop:]
+    return codes[:, order.argsort()].unflatten(1, (-1, BLOCK))
+
+
+def round_weights(lm, bits: int, ids) -> dict:
+    """Round the matrices of a model in place; their Blocks by name. Embedding, head and fused query, key and value keep
+    8 bits: 4 cost more there than in all others. In 4 bits each is rounded for the inputs it meets when `ids` (batch,
+    seq) run through what was rounded before it."""
+    from unittest import mock
+    import torch
+    import tinylm
+    linear, blocks = tinylm.linear, {}
+    modules = {"embed": lm.embed} | {name: m for name, m in lm.named_modules() if isinstance(m, tinylm.Linear)}
+    names = {id(module.weight): name + ".weight" for name, module in modules.items()
+             if module.weight is not None and module.weight.shape[1] % BLOCK == 0}
+
+    def put(weight, inputs=None):
+        name = names.get(id(weight))
+        if name is None or name in blocks:
+            return
+        wide = bits == 8 or name in ("embed.weight", "head.out.weight") or name.endswith("qkv.weight")
+        moments = None if wide or inputs is None else inputs.t() @ inputs / len(inputs)
+        blocks[name] = nearest(weight.data, 8 if wide else bits, moments)
+        weight.data = blocks[name].weight()
+
+    def rounded(x, weight, bias=None):
+        put(weight, x.flatten(0, -2))
+        return linear(x, weight, bias)
+
+    with torch.no_grad():
+        put(lm.embed.weight)
+        if bits < 8 and ids is not None:
+            with mock.patch.object(tinylm, "linear", rounded):
+                lm(ids, decoder_input_ids=ids if lm.encoder else None, columns=torch.zeros_like(ids[:, :1]))
+        for module in modules.values():
+            if module.weight is not None:
+                put(module.weight)
+    return blocks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Verifying: the file that was written, against torch
 # ---------------------------------------------------------------------------------------------------------------------
 
-def verify(lm, folder: Path, precision: str) -> dict:
+def verify(lm, folder: Path, precision: str, tolerance: float) -> dict:
     """Largest difference from torch, relative to the largest value, per check; of ids the number of equal ones. Raises
-    Error where one is too large or where ids differ."""
+    Error where one is too large or, in fp32, where ids differ."""
     import torch
+    stored = PRECISIONS[precision]
 
     def reference(ids, mask=None, types=None, **more):
         given = [None if x is None else torch.from_numpy(x) for x in (ids, mask, types)]
@@ -827,16 +1165,21 @@ def verify(lm, folder: Path, precision: str) -> dict:
     found = {}
     for name, ours, theirs in kind_of(lm.config).checks(lm, OnnxLM(folder, precision, providers=[CPU]), reference):
         if np.issubdtype(theirs.dtype, np.integer):
-            agree = int((ours == theirs).all(0).cumprod().sum()) if ours.shape == theirs.shape else 0
-            require(agree == theirs.shape[1], f"verify: {precision} {name} differ from torch after {agree} of "
-                    f"{theirs.shape[1]}")
-            found[name] = agree
+            if stored.exact:  # elsewhere a near tie of random ids says nothing; `measure` counts on real ones
+                found[name] = equal_columns(ours, theirs)
+                require(found[name] == theirs.shape[1], f"verify: {precision} {name} differ from torch after "
+                        f"{found[name]} of {theirs.shape[1]}")
         else:
             error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
             found[name] = max(error, found.get(name, 0.0))
-            require(error <= TOLERANCE, f"verify: {precision} {name} differs from torch by {error:.1e} of the largest "
-                    f"value, expected at most {TOLERANCE:.0e}")
+            require(error <= tolerance, f"verify: {precision} {name} differs from torch by {error:.1e} of the largest "
+                    f"value, expected at most {tolerance:.0e}")
     return found
+
+
+def equal_columns(a, b) -> int:
+    """So many columns, from the first, are equal in all rows."""
+    return int((a == b).all(0).cumprod().sum()) if a.shape == b.shape else 0
 
 
 def examples(lm) -> tuple:
@@ -866,6 +1209,22 @@ def check_decoder(lm, onnx_lm, reference):
     options = dict(max_new_tokens=new, eos_token_id=(), num_beams=1)
     theirs = lm.generate(torch.from_numpy(ids), **options).numpy()
     yield "greedy tokens", onnx_lm.generate(ids, **options)[:, ids.size:], theirs[:, ids.size:]
+
+
+def check_loop(lm, onnx_lm, path: Path):
+    """The graph that generates says, greedily and sampled, what OnnxLM does with the one it was made of."""
+    import onnxruntime as ort
+    session = Session(path, ort.SessionOptions(), [CPU])
+    ids = np.repeat(examples(lm)[1], 2, 0)
+    new = min(24, lm.config.max_position_embeddings - ids.shape[1])
+    for options in ({}, dict(temperature=0.8, top_k=40, top_p=0.95), dict(temperature=1.0)):
+        ours = onnx_lm.generate(ids, max_new_tokens=new, eos_token_id=(), seed=3, num_beams=1, **options)
+        knobs = dict(temperature=0.0, top_k=0, top_p=1.0) | options
+        feeds = {name: np.array(value, np.float32 if isinstance(value, float) else None)
+                 for name, value in knobs.items()}
+        text, = session(input_ids=ids, max_new_tokens=np.array(new), seed=np.array(3), eos_token_id=np.array([-1]), **feeds)
+        require(np.array_equal(text.numpy(), ours), f"verify: {path.name} with {options or 'temperature 0'} differs from "
+                f"OnnxLM after {equal_columns(text.numpy(), ours)} of {ours.shape[1]} columns")
 
 
 def check_encoder(lm, onnx_lm, reference):
@@ -900,7 +1259,7 @@ def check_encoder_decoder(lm, onnx_lm, reference):
 
 @dataclass(frozen=True)
 class Kind:
-    """How models of a kind are exported: `graphs(config)`, and `checks(lm, onnx_lm, reference)` of what was written."""
+    """How models of a kind are exported: `graphs(config, precision)`, and `checks(lm, onnx_lm, reference)` of what was written."""
     graphs: object
     checks: object
 
@@ -916,18 +1275,23 @@ def kind_of(config) -> Kind:
 # Exporting
 # ---------------------------------------------------------------------------------------------------------------------
 
-def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, log=None) -> dict:
+def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, log=None, precisions=("fp32",),
+                text: str | None = None, generate: bool = False) -> dict:
     """Write the folder `out` from a TinyLM or a checkpoint folder: config, tokenizer and model.safetensors in the
-    stored dtype, and the graphs in onnx/ in fp32, of a decoder with genai_config.json. Returns what `verify` found. The
-    folder appears whole, after its check, or not at all; an earlier export in its place is replaced.
+    stored dtype, and the graphs in onnx/ in each of the precisions (keys of PRECISIONS), of a decoder with
+    genai_config.json for the first of them, and with `generate` onnx/generate.onnx: prefill, cache, sampling and
+    stopping in one graph. Weights of 4 bits are rounded for a text such as the model will meet;
+    without one, for what it writes by itself. Returns what `verify` found, by precision. The folder appears whole,
+    after its check, or not at all; an earlier export in its place is replaced.
 
     Raises Error (or tinylm's) where the checkpoint cannot be read or a check fails.
     """
-    import torch
     import tinylm
     out, log, found = Path(out).resolve(), log or (lambda text: None), {}
     require(not out.exists() or out.is_dir() and (not any(out.iterdir()) or (out / MARK).exists()),
             f"{out}: exists and is no ONNX export; name another folder with --out")
+    for name in precisions:
+        require(name in PRECISIONS, f"precision {name!r}: expected one of {', '.join(PRECISIONS)}")
     if isinstance(lm_or_folder, tinylm.TinyLM):
         lm, extras = copy.deepcopy(lm_or_folder), []
     else:
@@ -945,27 +1309,113 @@ def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, 
         (work / MARK).write_text("")
         log(f"model.safetensors {megabytes(work / 'model.safetensors')}")
         if onnx:
-            lm = lm.to("cpu", torch.float32).eval()
-            (work / "onnx").mkdir()
-            log(f"tracing {sum(p.numel() for p in lm.parameters()):,} parameters")
-            for graph in kind_of(lm.config).graphs(lm.config):
-                path = work / "onnx" / f"{graph.stem}{SUFFIX['fp32']}.onnx"
-                try:
-                    write_graph(trace(lm, graph), path)
-                except Exception as error:  # the exporter's own have no common base
-                    raise Error(f"onnx: the trace failed ({first_line(error)})") from error
-                log(f"onnx/{path.name} {megabytes(path)}")
-            if lm.config.head == "lm" and not lm.config.num_encoder_layers:
-                tinylm.write_json(work / "genai_config.json", genai_config(lm))
-            found = verify(lm, work, "fp32")
-            log("verified against torch: " + ", ".join(f"{name} {value:.1e}" if isinstance(value, float) else
-                                                       f"{value} {name} equal" for name, value in found.items()))
+            found = write_graphs(lm, work, list(dict.fromkeys(precisions)), text, generate, log)
         if not safetensors:
             (work / "model.safetensors").unlink()
         put(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return found
+
+
+def write_graphs(lm, folder: Path, precisions: list, text: str | None, generate: bool, log) -> dict:
+    """onnx/ of a folder, each precision verified and, if there is more than fp32, measured."""
+    import torch
+    import tinylm
+    lm, kind, found = lm.to("cpu", torch.float32).eval(), kind_of(lm.config), {}
+    writes = lm.config.causal and lm.config.head == "lm" and not lm.config.num_encoder_layers
+    require(writes or not generate, "--generate: the model is no decoder that writes text")
+    (folder / "onnx").mkdir()
+    measured = precisions != ["fp32"]
+    ids = some_ids(lm, text, writes) if measured else None
+    rounded = {0: (lm, {})}
+    log(f"tracing {sum(p.numel() for p in lm.parameters()):,} parameters")
+    for name in precisions:
+        stored = PRECISIONS[name]
+        if stored.bits not in rounded:
+            log(f"rounding to {stored.bits} bits")
+            model = copy.deepcopy(lm)
+            rounded[stored.bits] = model, round_weights(model, stored.bits, None if ids is None else ids[MEASURED:])
+        model, blocks = rounded[stored.bits]
+        traced = copy.deepcopy(model).to(getattr(torch, stored.dtype))
+        try:
+            graphs = {graph.stem: trace(traced, graph, blocks) for graph in kind.graphs(lm.config, stored)}
+            if generate:
+                graph = generate_graph(lm.config, stored)
+                graphs[graph.stem] = in_a_loop(trace(traced, graph, blocks), lm.config, stored)
+        except Exception as error:  # the exporter's own have no common base
+            raise Error(f"onnx: the trace of {name} failed ({first_line(error)})") from error
+        graphs = {folder / "onnx" / f"{stem}{stored.suffix}.onnx": model for stem, model in graphs.items()}
+        write_all(graphs)
+        found[name] = verify(model, folder, name, stored.tolerance)
+        log(f"{name} verified against torch: " + said(found[name]))
+        if blocks:
+            write_all(graphs, accuracy_level=4)
+            log(f"{name} in 8-bit arithmetic: " + said(verify(model, folder, name, math.inf)))
+        for path in graphs:
+            log(f"onnx/{path.name} {megabytes(path)}")
+        if generate:
+            check_loop(lm, OnnxLM(folder, name, providers=[CPU]), path)
+            log(f"onnx/{path.name} writes what onnx/model{stored.suffix}.onnx does")
+        if measured and writes:
+            log(f"{name} " + measure(lm, folder, name, ids[:MEASURED]))
+    if writes:
+        tinylm.write_json(folder / "genai_config.json", genai_config(lm, PRECISIONS[precisions[0]]))
+    return found
+
+
+def write_all(graphs: dict, **attributes):
+    """Write models to their paths, with attributes for the products with rounded weights."""
+    import onnx_ir as ir
+    for path, model in graphs.items():
+        for node in ir.traversal.RecursiveGraphIterator(model.graph):
+            if node.op_type == "MatMulNBits":
+                node.attributes |= {name: ir.AttrInt64(name, value) for name, value in attributes.items()}
+        write_graph(model, path)
+
+
+def said(found: dict) -> str:
+    return ", ".join(f"{check} {value:.1e}" if isinstance(value, float) else f"{value} {check} equal"
+                     for check, value in found.items())
+
+
+def some_ids(lm, text: str | None, writes: bool):
+    """Windows (windows, WINDOW) of a text, or of what a decoder writes by itself; None where there is neither."""
+    import torch
+    length = min(WINDOW, lm.config.max_position_embeddings)
+    if text is not None:
+        require(lm.tokenizer, "--text: the checkpoint has no tokenizer.json")
+        ids = lm.tokenizer.encode(text)
+        count = min(len(ids) // length, WINDOWS)
+        require(count > MEASURED, f"--text: {len(ids)} tokens, expected at least {(MEASURED + 1) * length}")
+        return torch.tensor(ids[:count * length]).view(count, length)
+    if not writes:
+        return None
+    begin = lm.config.bos_token_id if lm.config.bos_token_id is not None else 0
+    return lm.generate(torch.full((WINDOWS, 1), begin), max_new_tokens=length - 1, temperature=1.0, eos_token_id=(),
+                       seed=0, num_beams=1)
+
+
+def measure(lm, folder: Path, precision: str, ids) -> str:
+    """What a precision costs against torch in fp32, on windows of ids that it was not rounded for."""
+    import torch
+    onnx_lm, array, half = OnnxLM(folder, precision, providers=[CPU]), ids.numpy(), ids.shape[1] // 2
+
+    def perplexity(model):
+        logits = [torch.from_numpy(np.asarray(model(row[None])))[0, :-1] for row in (array if model is onnx_lm else ids)]
+        return float(torch.nn.functional.cross_entropy(torch.cat(logits), ids[:, 1:].flatten()).exp())
+
+    with torch.no_grad():
+        before, after = perplexity(lm), perplexity(onnx_lm)
+    options = dict(max_new_tokens=max(1, min(32, half)), eos_token_id=(), num_beams=1)
+    new = slice(half, None)
+    ours, theirs = onnx_lm.generate(array[:, :half], **options)[:, new], lm.generate(ids[:, :half], **options)[:, new]
+    agree = (ours == theirs.numpy()).cumprod(1).mean()
+    begin = time.monotonic()
+    onnx_lm.generate(array[:1, :1], **options)
+    speed = options["max_new_tokens"] / (time.monotonic() - begin)
+    return (f"perplexity {after:.3f} (torch in fp32 {before:.3f}, {after / before - 1:+.2%}), {agree:.0%} of greedy tokens "
+            f"before the first that differs, {speed:.0f} tokens/s")
 
 
 def put(work: Path, out: Path):
@@ -987,8 +1437,8 @@ def megabytes(path: Path) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def genai_config(lm) -> dict:
-    """The settings of onnxruntime-genai for the graph."""
+def genai_config(lm, stored: Precision) -> dict:
+    """The settings of onnxruntime-genai for a graph."""
     config, layers = lm.config, lm.config.num_hidden_layers
     ends = lm.ends()
     pad = lm.generation_config.get("pad_token_id", config.pad_token_id)
@@ -996,7 +1446,7 @@ def genai_config(lm) -> dict:
         pad = next(i for i in range(config.vocab_size) if i not in ends)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": f"onnx/model{SUFFIX['fp32']}.onnx", "head_size": config.head_dim, "hidden_size": config.hidden_size,
+        "filename": f"onnx/model{stored.suffix}.onnx", "head_size": config.head_dim, "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads, "num_hidden_layers": layers,
         "num_key_value_heads": config.num_key_value_heads,
         "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")}
@@ -1004,7 +1454,8 @@ def genai_config(lm) -> dict:
         "outputs": {"logits": "logits"} | {f"present_{part}_names": f"present.%d.{part}" for part in ("key", "value")},
     }
     begin = config.bos_token_id if config.bos_token_id is not None else ends[0] if ends else 0
-    search = {"do_sample": False, "max_length": config.max_position_embeddings, "past_present_share_buffer": False}
+    search = {"do_sample": False, "max_length": config.max_position_embeddings, 
+              "past_present_share_buffer": groups_queries(config, stored)}
     return {"model": {"type": "decoder", "vocab_size": config.vocab_size, "bos_token_id": begin,
                       "context_length": config.max_position_embeddings, "eos_token_id": list(ends) or [pad],
                       "pad_token_id": pad, "decoder": decoder}, "search": search}
@@ -1033,7 +1484,7 @@ def run_folder(argv: list) -> int:
     parser.add_argument("folder", help="what the export wrote")
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="texts; a second one (of a question its context) "
                         "stands behind a tab; by default the lines of standard input")
-    parser.add_argument("--precision", choices=SUFFIX, default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--max-new-tokens", type=int, help="of a model that writes")
     options = parser.parse_intermixed_args(argv)
     inputs = options.inputs or [line for line in sys.stdin.read().splitlines() if line.strip()]
@@ -1052,6 +1503,12 @@ def run_export(argv: list) -> int:
     parser.add_argument("folder", nargs="?", default=str(WEIGHTS), help="a checkpoint (default: the shipped one)")
     parser.add_argument("--onnx", action="store_true", help="write onnx/*.onnx, beside model.safetensors")
     parser.add_argument("--safetensors", action="store_true", help="write model.safetensors alone, without --onnx")
+    parser.add_argument("--precision", nargs="+", choices=[*PRECISIONS, "all"], default=["fp32"], metavar="PRECISION",
+                        help=f"{', '.join(PRECISIONS)} or all; loaders take the first (default: fp32)")
+    parser.add_argument("--generate", action="store_true", help="also onnx/generate*.onnx: the whole of generation, "
+                        "cache, sampling and stopping, in one graph and one call")
+    parser.add_argument("--text", help="file of text such as the model will meet: weights of 4 bits are rounded for it, "
+                        "and every precision is measured on it")
     parser.add_argument("--out", default="exported", help="folder to write (default: exported)")
     parser.add_argument("--prompt", help="text that the exported model continues, greedily (default: 'ROMEO:', "
                         "sampled), or reads")
@@ -1060,11 +1517,13 @@ def run_export(argv: list) -> int:
     if not (options.onnx or options.safetensors):
         parser.error("nothing to do: give --onnx, --safetensors or both")
     begin = time.monotonic()
-    export_onnx(options.folder, options.out, onnx=options.onnx,
-                log=lambda text: print(f"[{time.monotonic() - begin:5.1f} s] {text}", flush=True))
+    precisions = [*PRECISIONS] if "all" in options.precision else options.precision
+    text = Path(options.text).read_text(encoding="utf-8") if options.text else None
+    export_onnx(options.folder, options.out, onnx=options.onnx, precisions=precisions, text=text,
+                generate=options.generate, log=lambda text: print(f"[{time.monotonic() - begin:5.1f} s] {text}", flush=True))
     print(f"[{time.monotonic() - begin:5.1f} s] wrote {options.out}", flush=True)
     if options.onnx:
-        lm = OnnxLM(options.out)
+        lm = OnnxLM(options.out, precisions[0])
         if lm.job == "generate" and not lm.encoder:
             sampled = {} if options.prompt else {"temperature": 0.7, "seed": 1}
             show(lm, options.prompt or "ROMEO:", options.max_new_tokens, **sampled)

@@ -3,7 +3,7 @@
 import onnx_ir as ir
 import pytest
 
-from export import kind_of, trace
+from export import PRECISIONS, kind_of, trace
 from families import CASES, CLASSIFIERS, ENCODERS, SEQ2SEQ
 from tinylm import TinyLM
 
@@ -35,7 +35,7 @@ CHOSEN = {"llama-dynamic", "gemma2", "gemma3_text", "bert-classify", "roberta-ml
 @pytest.mark.parametrize("case", [c for c in (*CASES, *ENCODERS, *CLASSIFIERS, *SEQ2SEQ) if c.name in CHOSEN], ids=str)
 def test_every_node_has_a_cuda_kernel(case, folder):
     lm = TinyLM.from_pretrained(folder(case)).float()
-    for graph in kind_of(lm.config).graphs(lm.config):
+    for graph in kind_of(lm.config).graphs(lm.config, PRECISIONS["fp32"]):
         for node in ir.traversal.RecursiveGraphIterator(trace(lm, graph).graph):
             kernels = KERNELS[node.domain]
             assert node.op_type in kernels, f"{graph.stem}: {node.op_type}"

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import importlib.util
 import io
@@ -42,6 +43,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Axes: b batch, s query positions, t key positions, h query heads, g key-value heads, d head width.
 
@@ -2174,7 +2176,7 @@ class TrainOptions:
     target: str = option("", "column of the text to write")
     question: str = option("", "column of the question")
     context: str = option("", "column of the text that has the answer")
-    size: str | None = option(None, "nano, small, medium or large, from scratch")
+    size: str | None = option(None, "pico, nano, small, medium or large, from scratch")
     epochs: float | None = option(None, "passes over the data, in place of --steps", 1e-6, 1e6)
     steps: int | None = option(None, "optimizer steps", 1, 2**31)
     batch: int | None = option(None, "sequences per step", 1, 2**31)
@@ -2188,6 +2190,7 @@ class TrainOptions:
     decay: float | None = option(None, "share of the steps in which they fall to zero, at the end", 0, 0.99)
     clip: float = option(1.0, "largest norm of the gradient", 1e-12, 1e12)
     accumulate: int = option(1, "parts in which a step's batch is run, to save memory", 1, 2**31)
+    checkpoint: bool = option(False, "run each layer again in the backward pass, to save memory")
     lora: int = option(0, "train adapters of this rank and a new head only; saved merged, and for PEFT", 0, 2**16)
     freeze: str = option("", "what stays as it is: embeddings, body (all but the head), or them and the first N layers")
     class_weights: bool = option(False, "rare classes count as much as frequent ones")
@@ -2240,12 +2243,14 @@ STARTS = {  # where a training starts -> its defaults
     "lora": dict(epochs=3, lr=1e-3, adam_lr=1e-3, weight_decay=0.0, warmup=0.06, decay=0.94, batch=16),
 }
 SIZES = {
+    "pico": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192),
     "nano": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4),
     "small": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=3),
     "medium": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4),
     "large": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4),
 }
 NEW_HEADS = ("classify", "tokens", "qa")  # heads that fine-tuning begins at random
+LARGE = 2**26  # logits of a step above which they are made a chunk at a time
 
 
 def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
@@ -2333,8 +2338,11 @@ def loss_sum(model: TinyLM, batch: dict, class_weights: Tensor | None = None, bf
         most = int((labels != -100).sum(1).max().clamp(min=1))
         columns = (labels != -100).int().topk(most).indices
         labels = labels.gather(1, columns)
+    inputs = ids, mask, batch.get("token_type_ids"), batch.get("decoder_input_ids")
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16 or ids.device.type == "cuda"):
-        logits = model(ids, mask, batch.get("token_type_ids"), batch.get("decoder_input_ids"), columns=columns).float()
+        if config.head == "lm" and labels.numel() * config.vocab_size > LARGE and not config.final_logit_softcapping:
+            return chunked_loss(model, inputs, columns, labels)
+        logits = model(*inputs, columns=columns).float()
     if labels.is_floating_point():
         loss = F.mse_loss if config.problem_type == "regression" else F.binary_cross_entropy_with_logits
         return loss(logits.reshape(labels.shape), labels, reduction="sum")
@@ -2342,6 +2350,19 @@ def loss_sum(model: TinyLM, batch: dict, class_weights: Tensor | None = None, bf
         logits = logits.transpose(1, 2)
         logits = logits if mask is None else logits.masked_fill(mask[:, None] == 0, -math.inf)
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), class_weights, reduction="sum")
+
+
+def chunked_loss(model: TinyLM, inputs: tuple, columns: Tensor | None, labels: Tensor) -> Tensor:
+    """The cross-entropy of a language model whose logits are never there all at once."""
+    head = model.head
+    head.bare = True  # gives hidden states
+    try:
+        states = head.dropout(model(*inputs, columns=columns)).flatten(0, -2)
+    finally:
+        head.bare = False
+    weight = (model.embed if head.out.weight is None else head.out).weight.to(states.dtype)
+    return F.linear_cross_entropy(states, weight, labels.flatten(), linear_bias=head.out.bias, reduction="sum",
+                                  options=nn.LinearCrossEntropyOptions(batch_chunk_size=512))
 
 
 def train_step(model: TinyLM, optimizer, batch, max_grad_norm: float = 1.0, accumulate: int = 1, bf16: bool = False,
@@ -2600,8 +2621,10 @@ def collate(lm: TinyLM, examples: list, seed: int = 0) -> dict:
         batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     if "guess" in examples[0]:
         batch |= masked(lm, batch["input_ids"].long(), torch.Generator().manual_seed(seed))
-    return {name: (tensor if tensor.is_floating_point() else tensor.long()).to(lm.device)
-            for name, tensor in batch.items()}
+    batch = {name: tensor if tensor.is_floating_point() else tensor.long() for name, tensor in batch.items()}
+    if lm.device.type == "cuda":  # from pinned memory, so that nothing waits for the copy
+        return {name: tensor.pin_memory().to(lm.device, non_blocking=True) for name, tensor in batch.items()}
+    return {name: tensor.to(lm.device) for name, tensor in batch.items()}
 
 
 def masked(lm: TinyLM, ids: Tensor, generator: torch.Generator) -> dict:
@@ -3126,6 +3149,8 @@ def prepared_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
         freeze(lm, options.freeze)
     if options.lora:
         add_adapters(lm, options.lora)
+    for block in (module for module in lm.modules() if options.checkpoint and isinstance(module, Block)):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return lm
 
 
@@ -3134,20 +3159,33 @@ def rate(step: int, steps: int, options: TrainOptions) -> float:
     return min(1.0, (step + 1) / max(options.warmup * steps, 1), (steps - step) / max(options.decay * steps, 1))
 
 
+def peak_flops(device) -> float | None:
+    """What a CUDA device could do in bfloat16 at most, where it is known."""
+    if device.type != "cuda":
+        return None
+    said = torch.cuda.get_device_properties(device)
+    per_cycle = {(8, 0): 2048, (8, 6): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192}.get((said.major, said.minor))
+    return per_cycle and per_cycle * said.multi_processor_count * said.clock_rate * 1e3
+
+
 class Progress:
     """A live line on a terminal; elsewhere a plain one now and then. The loss is fetched only when a line is due."""
 
-    def __init__(self, steps: int, first: int):
+    def __init__(self, lm: TinyLM, steps: int, first: int):
         self.steps, self.first, self.tokens, self.live = steps, first, 0, sys.stderr.isatty()
-        self.begin, self.shown = time.monotonic(), -math.inf
+        self.begin, self.shown, self.peak = time.monotonic(), -math.inf, peak_flops(lm.device)
+        self.flops = 6 * sum(p.numel() for name, p in lm.named_parameters() if "_embed" not in name)
 
     def line(self, step: int, loss: Tensor, lr: float, tokens: int):
         now, self.tokens = time.monotonic(), self.tokens + tokens
         if now - self.shown > (0.2 if self.live else 10) or step == self.steps:
             self.shown, spent = now, now - self.begin
             eta = int(spent / (step - self.first) * (self.steps - step))
-            self.note(f"step {step}/{self.steps}  loss {loss.item():.3f}  lr {lr:.2e}  {self.tokens / spent:,.0f} "
-                      f"tok/s  ETA {eta // 60}:{eta % 60:02d}", "" if self.live else "\n")
+            speed = f"{self.tokens / spent:,.0f} tok/s"
+            if self.peak:  # model flops utilisation (Chowdhery et al. 2022), without attention's own products
+                speed += f"  MFU {self.tokens / spent * self.flops / self.peak:.1%}"
+            self.note(f"step {step}/{self.steps}  loss {loss.item():.3f}  lr {lr:.2e}  {speed}  ETA {eta // 60}:"
+                      f"{eta % 60:02d}", "" if self.live else "\n")
 
     def note(self, text: str, end: str = "\n"):
         print("\r\x1b[K" * self.live + text, end=end, file=sys.stderr, flush=True)
@@ -3214,7 +3252,7 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
         lm.compile(fullgraph=True)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.set_flush_denormal(True)  # a CPU takes a hundred times as long over them
-    progress = Progress(steps, notes["step"])
+    progress = Progress(lm, steps, notes["step"])
     total, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True))
     progress.note(f"{total:,} parameters, {trained:,} of them trained; {batches.per_epoch:,} batches to train on, "
                   f"{len(held):,} sequences held back; {lm.device}")

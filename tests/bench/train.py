@@ -1,0 +1,214 @@
+"""Seconds to nanoGPT's loss: its published CPU recipe for tinyshakespeare, and tinylm's command on the same bytes, in
+one run; then our step against that of a plain transformers Qwen3; then what saving memory saves.
+
+    python tests/bench/train.py [loss] [levers] [step] [memory]
+
+Whole processes are timed, from `python` to the saved checkpoint. tinylm runs before and behind nanoGPT, so that other
+programs on the machine disturb both; seconds of the processor are printed beside those of the clock.
+"""
+
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+DATA = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
+BAR = 1.898  # nats per character of the last tenth, what nanoGPT's recipe reaches
+OURS = "--size pico --vocab 1024 --block 64 --batch 16 --steps 110 --lr 0.03 --adam-lr 0.01 --eval-every 110".split()
+LEVERS = {  # what differs from it
+    "bytes": ["--vocab", "0", "--steps", "320", "--eval-every", "320"],
+    "4 layers": ["--size", "nano", "--steps", "80", "--eval-every", "80"],
+    "twice the steps of half the batch": ["--batch", "8", "--steps", "200", "--eval-every", "200"],
+    "lr 0.02, adam-lr 0.004": ["--lr", "0.02", "--adam-lr", "0.004"],
+    "longer decay": ["--decay", "0.9"],
+    "Muon as slow as AdamW": ["--lr", "0.003"],
+    "compile": ["--compile"],
+}
+
+
+def timed(*command):
+    """(seconds of the clock, seconds of the processor, what it printed) of a python process."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    run = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    return (time.perf_counter() - start, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+            run.stdout + run.stderr)
+
+
+def tinylm(*options):
+    with tempfile.TemporaryDirectory() as out:
+        return timed(ROOT / "tinylm.py", "train", DATA, "--out", out, *OURS, *options)
+
+
+def nats(log):
+    """Nats per character, of which each is one byte here."""
+    return float(re.findall(r"([\d.]+) bits/byte", log)[-1]) * math.log(2)
+
+
+def levers():
+    """What each choice of our recipe does: seconds of the processor, and the loss."""
+    for name, options in {"as it is": [], **LEVERS}.items():
+        clock, processor, log = tinylm(*options)
+        print(f"{name:36} {clock:6.1f} s {processor:6.1f} s of the processor {nats(log):.4f} nats", flush=True)
+
+
+def loss():
+    found = {}
+    for name in ("tinylm", "nanoGPT", "tinylm"):
+        clock, processor, log = tinylm() if name == "tinylm" else timed(__file__, "nanogpt")
+        reached = nats(log)
+        found.setdefault(name, []).append((clock, processor))
+        print(f"{name}: {clock:.1f} s, {processor:.1f} s of the processor, {reached:.4f} nats per character"
+              f"{' > ' + str(BAR) if reached > BAR else ''}", flush=True)
+    ours, theirs = ([sum(column) / len(column) for column in zip(*found[name])] for name in ("tinylm", "nanoGPT"))
+    print(f"tinylm takes 1/{theirs[0] / ours[0]:.1f} of the time, 1/{theirs[1] / ours[1]:.1f} of the processor's")
+
+
+def nanogpt(layers=4, heads=4, width=128, block=64, batch=12, steps=2000, warmup=100):
+    """nanoGPT's recipe from its published facts: GPT-2's block without biases, AdamW 1e-3, cosine to 1e-4."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.LayerNorm(width, bias=False) for _ in range(2))
+            self.qkv, self.o = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+            self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+        def forward(self, x):
+            q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2)
+                       for part in self.qkv(self.norms[0](x)).chunk(3, -1))
+            x = x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+    text = DATA.read_text()
+    chars = {char: i for i, char in enumerate(sorted(set(text)))}
+    data = torch.tensor([chars[char] for char in text])
+    train, held = data[:int(len(data) * 0.9)], data[int(len(data) * 0.9):]
+    torch.manual_seed(1337)
+    model = nn.ModuleDict(dict(embed=nn.Embedding(len(chars), width), places=nn.Embedding(block, width),
+                               blocks=nn.Sequential(*(Block() for _ in range(layers))),
+                               norm=nn.LayerNorm(width, bias=False)))
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if name.endswith(("o.weight", "down.weight")) else 0.02)
+
+    def loss(ids, **options):
+        x = model["embed"](ids[:, :-1]) + model["places"].weight[:ids.shape[1] - 1]
+        logits = model["norm"](model["blocks"](x)) @ model["embed"].weight.T
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), **options)
+
+    groups = [dict(params=[p for p in model.parameters() if (p.ndim == 2) == matrix], weight_decay=0.1 * matrix)
+              for matrix in (True, False)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    for step in range(steps):
+        share = min(1.0, (step - warmup) / (steps - warmup))
+        lr = 1e-3 * (step + 1) / (warmup + 1) if step < warmup else 1e-4 + 4.5e-4 * (1 + math.cos(math.pi * share))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        starts = torch.randint(len(train) - block, (batch,))
+        loss(torch.stack([train[i:i + block + 1] for i in starts])).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        parts = [held[i:i + block + 1] for i in range(0, len(held) - 1, block)]
+        parts = [torch.stack([part for part in parts if len(part) == block + 1]), parts[-1][None]]
+        total = sum(loss(part, reduction="sum").item() for part in parts)
+    print(f"{total / (len(held) - 1) / math.log(2):.5f} bits/byte")
+
+
+def step():
+    for shape in (dict(width=128, batch=12, block=64, vocab=320), dict(width=256, batch=8, block=256, vocab=4096)):
+        print(shape)
+        compare_steps(**shape)
+
+
+def compare_steps(width, batch, block, vocab, layers=4, heads=4, rounds=12):
+    """Forward, backward and update, in turns: a plain transformers Qwen3 with AdamW, and ours with the same and with
+    Muon; the median of the processor's milliseconds."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from tinylm import MuonAdamW, TinyLM, train_step
+    theirs = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, head_dim=width // heads, intermediate_size=3 * width, tie_word_embeddings=True))
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        models = [TinyLM.from_pretrained(folder) for _ in range(2)]
+    ids, muon = torch.randint(vocab, (batch, block + 1)), MuonAdamW(models[1], 1e-3, 1e-4)
+    optimizers = [torch.optim.AdamW(theirs.parameters(), lr=1e-4),
+                  torch.optim.AdamW(models[0].parameters(), lr=1e-4, fused=True)]
+
+    def transformers_step():
+        theirs.train()
+        logits = theirs(input_ids=ids[:, :-1], use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+
+    contenders = {"transformers, AdamW": transformers_step,
+                  "tinylm, AdamW": lambda: train_step(models[0], optimizers[1], ids),
+                  "tinylm, Muon and AdamW": lambda: train_step(models[1], muon, ids)}
+    times = {name: [] for name in contenders}
+    for round in range(rounds):
+        for name, run in contenders.items():
+            start = time.process_time()
+            run()
+            times[name] += [time.process_time() - start] * (round > 1)
+    base = sorted(times["transformers, AdamW"])[len(times["transformers, AdamW"]) // 2]
+    for name, seconds in times.items():
+        median = sorted(seconds)[len(seconds) // 2]
+        print(f"{name}: {median * 1000:.0f} ms of the processor, {median / base:.2f} of transformers'", flush=True)
+
+
+PEAKS = {  # what is measured -> (options, logits above which they are made in chunks)
+    "all logits of 4,096 tokens, vocabulary of 65,536": ({"vocab": 65536, "batch": 16}, math.inf),
+    "a chunk of logits at a time": ({"vocab": 65536, "batch": 16}, 0),
+    "activations of 8 layers of 512, 16 x 256 tokens": ({"batch": 16, "size": "medium"}, math.inf),
+    "--checkpoint": ({"batch": 16, "size": "medium", "checkpoint": True}, math.inf),
+}
+
+
+def memory():
+    """Peak memory of a forward and a backward pass above what is there before, each in a process of its own."""
+    for name in PEAKS:
+        _, processor, log = timed(__file__, "peak", name)
+        print(f"{name}: {log.strip()}", flush=True)
+
+
+def peak(name):
+    import torch
+    import tinylm
+    (changes, tinylm.LARGE), vocab = PEAKS[name], 512
+    options = dict(batch=8, block=256) | changes
+    vocab = options.pop("vocab", 512)
+    options = tinylm.TrainOptions(**options).filled()
+    lm = tinylm.prepared_model([{"text": "x"}], options, False).train()
+    lm.embed = torch.nn.Embedding(vocab, lm.config.hidden_size)
+    lm.config = tinylm.replace(lm.config, vocab_size=vocab)
+    ids = torch.randint(vocab, (options.batch, options.block + 1))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    tinylm.loss_sum(lm, {"input_ids": ids}).backward()
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"{more:.0f} MB, {time.process_time() - start:.1f} s of the processor")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["peak"]:
+        peak(sys.argv[2])
+        sys.exit()
+    for name in sys.argv[1:] or ("loss", "step", "memory"):
+        dict(loss=loss, levers=levers, nanogpt=nanogpt, step=step, memory=memory)[name]()

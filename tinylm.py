@@ -38,6 +38,11 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing locks a folder
+    fcntl = None
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -3193,15 +3198,36 @@ class Progress:
 
 def save(folder: Path, lm: TinyLM, options: TrainOptions, optimizer=None, notes: dict | None = None):
     """A checkpoint for everyone; with an optimizer, beside it all that `--resume` needs, in one file that is replaced
-    at once."""
-    lm.save_pretrained(folder)
-    if options.lora:
-        save_adapter(folder / "adapter", lm, options)
-    if optimizer is not None:
-        tensors = {f"model/{name}": p for name, p in lm.named_parameters() if p.requires_grad}
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{i}/{key}": tensor for key, tensor in state.items()}
-        write_tensors(folder / "training.safetensors", tensors, {"training": json.dumps(notes)})
+    at once. Raises Error where it cannot be written; each file is then the whole former one."""
+    try:
+        lm.save_pretrained(folder)
+        if options.lora:
+            save_adapter(folder / "adapter", lm, options)
+        if optimizer is not None:
+            tensors = {f"model/{name}": p for name, p in lm.named_parameters() if p.requires_grad}
+            for i, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer/{i}/{key}": tensor for key, tensor in state.items()}
+            write_tensors(folder / "training.safetensors", tensors, {"training": json.dumps(notes)})
+    except (OSError, SafetensorError) as error:
+        for rest in folder.rglob("*.tmp"):
+            rest.unlink()
+        raise Error(f"{folder}: not saved ({error}); what was saved there before is as it was") from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """No second run trains into the folder. A run that is killed leaves no lock behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise Error(f"--out {folder}: another run trains into this folder") from None
+    finally:
+        if fcntl:
+            os.close(handle)
 
 
 def saved(folder: Path) -> tuple[dict, dict]:
@@ -3247,7 +3273,6 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     if resume:
         restore(lm, optimizer, tensors)
     notes = notes or dict(options=asked, data=hashed, step=0, best=None, stale=0)
-    out.mkdir(parents=True, exist_ok=True)
     if options.compile:
         lm.compile(fullgraph=True)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
@@ -3256,32 +3281,45 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     total, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True))
     progress.note(f"{total:,} parameters, {trained:,} of them trained; {batches.per_epoch:,} batches to train on, "
                   f"{len(held):,} sequences held back; {lm.device}")
-    train_steps(lm, optimizer, batches, held, weights, steps, notes, options, progress)
+    with locked(out):
+        train_steps(lm, optimizer, batches, held, weights, steps, notes, options, progress)
     return lm.eval()
 
 
 def train_steps(lm, optimizer, batches, held, weights, steps: int, notes: dict, options: TrainOptions, progress):
     """The loop, from the step that the notes name to the last, or to an interruption."""
     every, last = options.eval_every or min(batches.per_epoch, steps), Path(options.out) / "last"
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    peaks, stop = [group["lr"] for group in optimizer.param_groups], False
     with interruptible() as interrupted:
-        while notes["step"] < steps and not (interrupted.is_set() or 0 < options.patience <= notes["stale"]):
+        while notes["step"] < steps and not (stop or 0 < options.patience <= notes["stale"]):
             torch.manual_seed(options.seed * 1_000_003 + notes["step"])
             scale, batch = rate(notes["step"], steps, options), batches.draw(notes["step"])
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * scale
             loss = train_step(lm, optimizer, batch, options.clip, options.accumulate, options.bf16, weights)
             notes["step"] += 1
+            due, stop = notes["step"] % every == 0 or notes["step"] == steps, interrupted.is_set()
+            if due or stop or notes["step"] % 16 == 0 or not loss.is_cuda:  # a look at a GPU waits for it
+                watch(loss.item(), notes, progress)
             progress.line(notes["step"], loss, options.lr * scale, batch["input_ids"].numel())
-            due = notes["step"] % every == 0 or notes["step"] == steps
             if due:
                 validate(lm, held, notes, options, progress)
-            if due or interrupted.is_set():
+            if due or stop:
                 save(last, lm, options, optimizer, notes)
     if notes["step"] < steps:
         progress.note(f"stopped at step {notes['step']}: " + (
-            f"{last} is saved; --resume goes on" if interrupted.is_set() else
+            f"{last} is saved; --resume goes on" if stop else
             f"no better validation in the last {notes['stale']}"))
+
+
+def watch(loss: float, notes: dict, progress: Progress):
+    """Stop at a loss that is no number, before anything is saved; say when one jumps."""
+    step, usual = notes["step"], notes.get("usual", loss)
+    require(math.isfinite(loss), f"step {step}: the loss is {loss}, and what was saved before is kept; expected a number "
+            "(try a lower --lr and --adam-lr)")
+    if loss > 2 * usual + 1:
+        progress.note(f"step {step}: the loss jumped from about {usual:.3f} to {loss:.3f}")
+    notes["usual"] = 0.9 * usual + 0.1 * loss
 
 
 def validate(lm: TinyLM, held: list, notes: dict, options: TrainOptions, progress: Progress):

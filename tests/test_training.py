@@ -1,6 +1,5 @@
 """What training costs: memory that is saved without a change, one graph for the compiler, kernels that are taken."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -100,9 +100,9 @@ class Session:
         self.limit = int(self.notes.get("max_position_embeddings", 2**31))
 
     def buffer(self, name: str, *shape):
-        """Memory of an input's type on the graph's device."""
+        """Memory of an input's type on the graph's device; what it holds is not said."""
         dtype = np.float16 if "float16" in self.types[name] else np.float32
-        return self.values.ortvalue_from_numpy(np.zeros(shape, dtype), self.device)
+        return self.values.ortvalue_from_shape_and_type(shape, dtype, self.device)
 
     def __call__(self, into: dict = {}, **feeds) -> list:
         """All outputs, on the graph's device; `into`: an output's name -> the value that it is written to. What the
@@ -1099,16 +1099,17 @@ def compensated(weight, scales, zeros, moments, top: int):
     moments = moments + 0.01 * moments.diagonal().mean() * torch.eye(columns)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    w, codes = weight.float()[:, order], torch.empty_like(weight)
-    scales, zeros = (x.expand(-1, -1, BLOCK).flatten(1)[:, order] for x in (scales, zeros))
+    w, scales, zeros = (x.flatten(1).t()[order].contiguous() for x in (  # a column is a row here: memory in one piece
+        weight.float(), scales.expand(-1, -1, BLOCK), zeros.expand(-1, -1, BLOCK)))
+    codes, errors = torch.empty_like(w), torch.empty(BLOCK, len(weight))
     for start in range(0, columns, BLOCK):
-        stop, errors = start + BLOCK, []
+        stop = start + BLOCK
         for i in range(start, stop):
-            codes[:, i] = (w[:, i] / scales[:, i] + zeros[:, i]).round().clamp(0, top)
-            errors.append((w[:, i] - (codes[:, i] - zeros[:, i]) * scales[:, i]) / upper[i, i])
-            w[:, i:stop] -= errors[-1][:, None] * upper[i, i:stop]
-        w[:, stop:] -= torch.stack(errors, 1) @ upper[start:stop, stop:]
-    return codes[:, order.argsort()].unflatten(1, (-1, BLOCK))
+            codes[i] = (w[i] / scales[i] + zeros[i]).round().clamp(0, top)
+            error = errors[i - start] = (w[i] - (codes[i] - zeros[i]) * scales[i]) / upper[i, i]
+            w[i:stop].addr_(upper[i, i:stop], error, alpha=-1)
+        w[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    return codes[order.argsort()].t().unflatten(1, (-1, BLOCK))
 
 
 def round_weights(lm, bits: int, ids) -> dict:
@@ -1370,7 +1371,7 @@ def write_all(graphs: dict, **attributes):
     for path, model in graphs.items():
         for node in ir.traversal.RecursiveGraphIterator(model.graph):
             if node.op_type == "MatMulNBits":
-                node.attributes |= {name: ir.AttrInt64(name, value) for name, value in attributes.items()}
+                node.attributes.update({name: ir.AttrInt64(name, value) for name, value in attributes.items()})
         write_graph(model, path)
 
 

@@ -283,7 +283,7 @@ def test_a_failed_trace_is_one_line(folder, tmp_path, monkeypatch, capsys):
     source, _ = folder(FAMILIES[1]), capsys.readouterr()
     assert export.main([str(source), "--onnx", "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert "the trace failed" in error and error.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    assert "the trace of fp32 failed" in error and error.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_bad_arguments_end_in_one_line(folder, tmp_path, capsys):

@@ -1,0 +1,94 @@
+"""The exported folder, unchanged, in the runtimes that people have: each in an environment of its own, made once."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import CACHE, ROOT
+from export import PRECISIONS, WEIGHTS, OnnxLM, export_onnx
+
+SCRIPTS = ROOT / "tests" / "interop"
+IDS, NEW = list(b"ROMEO:"), 20
+NPM = ["onnxruntime-node@1.30.0", "@huggingface/transformers@4.3.1"]
+PIP = {"genai": ["onnxruntime-genai==0.18.0"], "optimum": ["torch==2.13.0", "optimum-onnx==0.1.0", "onnxruntime"]}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The shipped model in every precision."""
+    out = tmp_path_factory.mktemp("interop") / "out"
+    export_onnx(WEIGHTS, out, precisions=[*PRECISIONS], generate=True, text=(ROOT / "README.md").read_text()[:10240])
+    return out
+
+
+@functools.cache
+def environment(name):
+    """A folder with node_modules, or the Python of a virtual environment; skips with the reason where it cannot be."""
+    place = CACHE / f"interop-{name}"
+    if name == "node":
+        if not shutil.which("npm"):
+            pytest.skip("npm is not installed")
+        made = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(place), *NPM]
+    else:
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)
+        made = [place / "bin" / "python", "-m", "pip", "install", "--quiet", *PIP[name]]
+    done = place / "done"
+    if not done.exists():
+        run = subprocess.run(made, capture_output=True, text=True)
+        if run.returncode:
+            pytest.skip(f"{name}: {(run.stderr.strip().splitlines() or ['failed'])[-1]}")
+        done.touch()
+    return place
+
+
+def said(*command):
+    run = subprocess.run([*map(str, command), json.dumps(IDS), str(NEW)], capture_output=True, text=True,
+                         env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def expected(folder, precision):
+    onnx_lm = OnnxLM(folder, precision, providers=["CPUExecutionProvider"])
+    return onnx_lm.generate(np.array([IDS]), max_new_tokens=NEW, eos_token_id=())[0].tolist()
+
+
+def in_node(script):
+    """Node finds packages beside the script."""
+    return shutil.copy(SCRIPTS / script, environment("node"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_one_call_of_onnxruntime_node_writes_the_text(precision, folder):
+    path = folder / "onnx" / f"generate{PRECISIONS[precision].suffix}.onnx"
+    assert said("node", in_node("generate.mjs"), path) == expected(folder, precision)
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", "fp32"), ("fp16", "fp16"), ("int8", "q8"), ("int4", "q4"),
+                                              ("q4f16", "q4f16")])
+def test_transformers_js(precision, dtype, folder):
+    assert said("node", in_node("transformers.mjs"), folder, dtype) == expected(folder, precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_onnxruntime_genai(precision, folder, tmp_path):
+    """Its own config names the file; here the same folder, exported with another precision first."""
+    python = environment("genai") / "bin" / "python"
+    out = folder
+    if precision != "fp32":
+        out = tmp_path / "out"
+        export_onnx(WEIGHTS, out, precisions=[precision])
+    assert said(python, SCRIPTS / "genai.py", out) == expected(out, precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_optimum(precision, folder):
+    python = environment("optimum") / "bin" / "python"
+    assert said(python, SCRIPTS / "optimum.py", folder, f"model{PRECISIONS[precision].suffix}.onnx") == expected(
+        folder, precision)

@@ -36,7 +36,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 try:
     import fcntl
@@ -49,12 +50,17 @@ from einops import rearrange
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # Axes: b batch, s query positions, t key positions, h query heads, g key-value heads, d head width.
 
 
 class Error(ValueError):
     """What the caller gave cannot be used: one line that names it, its value and what was expected."""
+
+    def __init__(self, message: str):
+        line = " ".join(str(message).split())
+        super().__init__(line if len(line) < 1000 else f"{line[:700]} ... {line[-200:]}")
 
 
 def require(ok, message: str):
@@ -67,13 +73,36 @@ def number(value, low, high, kind=(int, float)) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
-def require_ranges(owner, ranges: dict, prefix: str = ""):
-    """Refuse a dataclass whose fields leave their (least, most), whole numbers where the least is an int. None passes
-    where it is the default."""
-    for name, (low, high) in ranges.items():
-        value, kind = getattr(owner, name), int if isinstance(low, int) else (int, float)
-        require(number(value, low, high, kind) or value is None is getattr(type(owner), name), f"{prefix}{name} = "
-                f"{value!r}, expected {'an integer' if kind is int else 'a number'} from {low:g} to {high:g}")
+Size = Annotated[int, 1, 2**31]
+Width = Annotated[int, 1, 2**18]
+Layers = Annotated[int, 1, 9999]
+Count = Annotated[int, 0, 2**31]
+Id = Annotated[int, -1, 2**31]
+Real = Annotated[float, 1e-30, 1e30]
+Share = Annotated[float, 0, 1]
+Dropout = Annotated[float, 0, 0.99]
+
+
+def allows(hint, value) -> tuple[bool, str]:
+    """Does an annotation allow a value, and what does it: a number of a range, choices, or instances of a class."""
+    if get_origin(hint) in (Union, UnionType):
+        parts = [allows(part, value) for part in get_args(hint)]
+        return any(fine for fine, _ in parts), " or ".join(text for _, text in parts if text)
+    if get_origin(hint) is Annotated:
+        (kind, low, high), real = get_args(hint), get_args(hint)[0] is float
+        said = "of 64 bits" if low == -2**63 else f"from {low:g} to {high:g}"
+        return number(value, low, high, (int, float) if real else int), f"{'a number' if real else 'an integer'} {said}"
+    if get_origin(hint) is Literal or hint is bool:
+        choices = get_args(hint) or (True, False)
+        return value in choices, " or ".join(map(str, choices))
+    return isinstance(value, hint), "" if hint is NoneType else f"a {hint.__name__}"
+
+
+def check(owner, prefix: str = ""):
+    """Refuse a dataclass whose fields are not as annotated."""
+    for name, hint in get_type_hints(type(owner), include_extras=True).items():
+        fine, expected = allows(hint, getattr(owner, name))
+        require(fine, f"{prefix}{name} = {getattr(owner, name)!r}, expected {expected}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,37 +118,12 @@ ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-CHOICES = {
-    "norm": ("rms", "layer"),
-    "norm_position": ("pre", "post", "output", "sandwich"),
-    "position": ("rope", "learned", "sinusoidal", "relative"),
-    "qk_norm": (None, "head", "full"),
-    "hidden_act": tuple(ACTIVATIONS),
-    "head": ("lm", "mlm", "classify", "tokens", "qa", None),
-    "head_act": (None, *ACTIVATIONS),
-    "problem_type": (None, "single_label_classification", "multi_label_classification", "regression"),
-}
+Act = Literal[tuple(ACTIVATIONS)]
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 LAYER_TYPES = ("full_attention", "sliding_attention")
-RANGES = {name: limits for limits, names in {
-    (1, 2**31 - 1): """vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim
-        max_position_embeddings sliding_window encoder_attention_heads encoder_intermediate_size embedding_size""",
-    (1, 9999): "num_hidden_layers",
-    (0, 9999): "num_encoder_layers",
-    (0, 2**20): "type_vocab_size position_offset",
-    (4, 2**20): "relative_attention_num_buckets",
-    (2, 2**31 - 1): "relative_attention_max_distance",
-    (0.0, 1): "partial_rotary_factor",
-    (0.0, 0.99): "attention_dropout hidden_dropout embedding_dropout head_dropout",
-    (1e-30, 1e30): """norm_eps rope_theta rope_local_base_freq query_pre_attn_scalar attn_logit_softcapping
-        final_logit_softcapping initializer_range""",
-}.items() for name in names.split()}
-ROPE_KEYS = {  # rope_type -> (keys it needs, keys it may have)
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "dynamic": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
-    "yarn": (("factor",), ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
-}
+ROPE_KEYS = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor")}  # rope_type -> keys that it needs
+YARN_KEYS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")  # that it may have
 
 
 @dataclass(frozen=True)
@@ -128,89 +132,71 @@ class Config:
 
     Raises Error where a value is out of its range.
     """
-    vocab_size: int = 320                         # rows of the embedding; bytes and two specials, padded to 64
-    hidden_size: int = 256                        # width of the residual stream
-    intermediate_size: int | None = None          # width inside the MLP; None: 8/3 of hidden (gated), 4 times (plain)
-    num_hidden_layers: int = 4                    # of the decoder, or of the only stack
-    num_attention_heads: int = 4                  # query heads
-    num_key_value_heads: int | None = None        # None: as many as query heads; fewer: grouped queries
-    head_dim: int | None = None                   # None: hidden_size / num_attention_heads
-    max_position_embeddings: int = 1024           # the longest sequence it is made for
+    vocab_size: Size = 320                        # rows of the embedding; bytes and two specials, padded to 64
+    hidden_size: Width = 256                      # width of the residual stream
+    intermediate_size: Size | None = None         # width inside the MLP; None: 8/3 of hidden (gated), 4 times (plain)
+    num_hidden_layers: Layers = 4                 # of the decoder, or of the only stack
+    num_attention_heads: Width = 4                # query heads
+    num_key_value_heads: Width | None = None      # None: as many as query heads; fewer: grouped queries
+    head_dim: Width | None = None                 # None: hidden_size / num_attention_heads
+    max_position_embeddings: Size = 1024          # the longest sequence it is made for
     causal: bool = True                           # a token sees only what stands before it; False: an encoder
-    num_encoder_layers: int = 0                   # above 0: an encoder-decoder
-    encoder_attention_heads: int | None = None    # None: num_attention_heads
-    encoder_intermediate_size: int | None = None  # None: intermediate_size
-    norm: str = "rms"                             # rms | layer
-    norm_eps: float = 1e-6
+    num_encoder_layers: Count = 0                 # above 0: an encoder-decoder
+    encoder_attention_heads: Width | None = None  # None: num_attention_heads
+    encoder_intermediate_size: Size | None = None  # None: intermediate_size
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: Real = 1e-6
     norm_offset: float = 0.0                      # added to the RMS norm's weight (Gemma: 1)
-    norm_position: str = "pre"                    # x + f(norm(x)) | post: norm(x + f(x)) | output: x + norm(f(x)) |
-    final_norm: bool = True                       # sandwich: pre and output; and a norm after the last layer
-    position: str = "rope"                        # rope | learned | sinusoidal | relative (T5)
-    position_offset: int = 0                      # rows of a learned table before that of position 0
-    rope_theta: float = 10000.0
+    norm_position: Literal["pre", "post", "output", "sandwich"] = "pre"  # x + f(norm(x)) | norm(x + f(x)) |
+    final_norm: bool = True                       # x + norm(f(x)) | x + norm(f(norm(x))); a norm after the last layer
+    position: Literal["rope", "learned", "sinusoidal", "relative"] = "rope"
+    position_offset: Count = 0                    # rows of a learned table before that of position 0
+    rope_theta: Real = 10000.0
     rope_scaling: dict | None = None              # {"rope_type": a key of ROPE_KEYS, "factor": ...}
-    rope_local_base_freq: float | None = None     # theta of the sliding layers, unscaled; None: as the full ones
-    partial_rotary_factor: float = 1.0            # the part of each head that rotates
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    sliding_window: int | None = None             # keys seen by a sliding layer, itself included
-    layer_types: tuple | None = None              # full_attention | sliding_attention per layer; None: all alike
-    qk_norm: str | None = "head"                  # norm of q and k: over each head | full: over all heads | None
+    rope_local_base_freq: Real | None = None      # theta of the sliding layers, unscaled; None: as the full ones
+    partial_rotary_factor: Share = 1.0            # the part of each head that rotates
+    relative_attention_num_buckets: Annotated[int, 4, 2**20] = 32
+    relative_attention_max_distance: Annotated[int, 2, 2**31] = 128
+    sliding_window: Size | None = None            # keys seen by a sliding layer, itself included
+    layer_types: tuple | list | None = None       # full_attention | sliding_attention per layer; None: all alike
+    qk_norm: Literal["head", "full", None] = "head"  # norm of q and k: over each head, or over all heads
     attention_bias: bool = False                  # bias of q, k, v
     attention_output_bias: bool | None = None     # bias of o; None: as attention_bias
-    query_pre_attn_scalar: float | None = None    # scores are q.k / sqrt(this); None: head_dim
-    attn_logit_softcapping: float | None = None   # c tanh(scores / c)
-    final_logit_softcapping: float | None = None  # c tanh(logits / c)
-    hidden_act: str = "silu"
+    query_pre_attn_scalar: Real | None = None     # scores are q.k / sqrt(this); None: head_dim
+    attn_logit_softcapping: Real | None = None    # c tanh(scores / c)
+    final_logit_softcapping: Real | None = None   # c tanh(logits / c)
+    hidden_act: Act = "silu"
     gated: bool = True                            # act(gate(x)) * up(x), else act(up(x))
     mlp_bias: bool = False
-    embedding_size: int | None = None             # width of the embeddings, projected to hidden; None: hidden_size
-    type_vocab_size: int = 0                      # token types; 0: none
+    embedding_size: Width | None = None           # width of the embeddings, projected to hidden; None: hidden_size
+    type_vocab_size: Count = 0                    # token types; 0: none
     scale_embedding: bool = False                 # embeddings times sqrt(hidden_size)
     embedding_norm: bool = False                  # a norm after all embeddings are added
     tie_word_embeddings: bool = True              # the head is the embedding
     scale_logits: bool = False                    # the head's input over sqrt(hidden_size) (T5)
-    head: str | None = "lm"                       # lm | mlm | classify | tokens | qa | None: hidden states
-    head_act: str | None = None                   # a dense layer with this activation before the head's output
+    head: Literal["lm", "mlm", "classify", "tokens", "qa", None] = "lm"  # None: hidden states
+    head_act: Act | None = None                   # a dense layer with this activation before the head's output
     head_norm: bool = False                       # and a norm after that
     head_bias: bool = False                       # bias of the head's output
     id2label: dict | None = None                  # classes of a classifying head; None: two
-    problem_type: str | None = None               # what the classes mean to the loss; None: one of them is right
-    attention_dropout: float = 0.0                # of attention weights, in training
-    hidden_dropout: float = 0.0                   # of what each sub-layer adds, in training
-    embedding_dropout: float = 0.0
-    head_dropout: float | None = None             # before the head's output; None: hidden_dropout
-    initializer_range: float = 0.02
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple | None = None
-    pad_token_id: int | None = None
-    decoder_start_token_id: int | None = None     # what a decoder behind an encoder begins with
-    model_type: str | None = None                 # row of FAMILIES to save as; None: the first that can express it
+    problem_type: Problem | None = None           # what the classes mean to the loss; None: one of them is right
+    attention_dropout: Dropout = 0.0              # of attention weights, in training
+    hidden_dropout: Dropout = 0.0                 # of what each sub-layer adds, in training
+    embedding_dropout: Dropout = 0.0
+    head_dropout: Dropout | None = None           # before the head's output; None: hidden_dropout
+    initializer_range: Real = 0.02
+    bos_token_id: Id | None = None
+    eos_token_id: int | tuple | list | None = None
+    pad_token_id: Id | None = None
+    decoder_start_token_id: Id | None = None      # what a decoder behind an encoder begins with
+    model_type: Literal[tuple(FAMILIES)] | None = None  # to save as; None: the first that can express it
+
 
     def __post_init__(self):
-        require_ranges(self, RANGES, "config: ")
-        for f in fields(self):
-            value, choices = getattr(self, f.name), CHOICES.get(f.name)
-            require(not f.type.startswith("bool") or value in (True, False, f.default),
-                    f"config: {f.name} = {value!r}, expected true or false")
-            require(choices is None or value in choices, f"config: {f.name} = {value!r} is not supported (supported: "
-                    f"{', '.join(map(str, choices or ()))})")
-            if isinstance(value, list):
-                object.__setattr__(self, f.name, tuple(value))
-        require(self.model_type in (None, *FAMILIES), f"config: model_type = {self.model_type!r} is not supported "
-                f"(supported: {', '.join(FAMILIES)})")
-        require(self.head_dim or self.hidden_size % self.num_attention_heads == 0, "config: hidden_size = "
-                f"{self.hidden_size} is no multiple of num_attention_heads = {self.num_attention_heads}; give head_dim")
-        for name, value in self._meant().items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        self._check_parts()
-        if self.position == "rope":
-            self._check_rope()
-
-    def _meant(self) -> dict:
-        """What None stands for."""
-        heads, hidden, inner = self.num_attention_heads, self.hidden_size, self.intermediate_size
+        check(self, "config: ")
+        hidden, heads, inner = self.hidden_size, self.num_attention_heads, self.intermediate_size
+        self._expect("num_attention_heads", self.head_dim or hidden % heads == 0,
+                     f"a divisor of hidden_size = {hidden}, or head_dim")
         inner = inner or (-(-hidden * 8 // 3 // 64) * 64 if self.gated else 4 * hidden)
         kind = LAYER_TYPES[self.sliding_window is not None]
         meant = dict(head_dim=hidden // heads, num_key_value_heads=heads, intermediate_size=inner,
@@ -221,41 +207,39 @@ class Config:
             meant |= dict(encoder_attention_heads=heads, encoder_intermediate_size=inner, decoder_start_token_id=start)
         if self.head in ("classify", "tokens"):
             meant["id2label"] = {0: "LABEL_0", 1: "LABEL_1"}
-        return meant
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        vars(self).update(meant | {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
+        self._check()
 
-    def _check_parts(self):
-        heads, groups, encoder_heads = self.num_attention_heads, self.num_key_value_heads, self.encoder_attention_heads
-        require(heads % groups == 0, f"config: num_attention_heads = {heads} is no multiple of num_key_value_heads = "
-                f"{groups}")
-        require(encoder_heads in (None, heads) or self.hidden_size % encoder_heads == 0, "config: "
-                f"encoder_attention_heads = {encoder_heads} is no divisor of hidden_size = {self.hidden_size}")
-        labels = self.id2label
-        require(self.head not in ("classify", "tokens") or isinstance(labels, dict)
-                and list(labels) == list(range(len(labels))) != [],
-                f"config: id2label = {labels!r}, expected names for 0, 1, 2, ...")
-        require(len(self.layer_types) == self.num_hidden_layers, f"config: layer_types has {len(self.layer_types)} "
-                f"entries, expected num_hidden_layers = {self.num_hidden_layers}")
-        for name in set(self.layer_types):
-            require(name in LAYER_TYPES, f"config: layer_types has {name!r}, which is not supported (supported: "
-                    f"{', '.join(LAYER_TYPES)})")
-            require(name != LAYER_TYPES[1] or self.sliding_window, f"config: layer_types has {name!r}, but "
-                    "sliding_window = None")
+    def _expect(self, name: str, fine, expected: str):
+        require(fine, f"config: {name} = {getattr(self, name)!r}, expected {expected}")
 
-    def _check_rope(self):
-        require(self.rotary_dim in range(2, self.head_dim + 1, 2), f"config: head_dim = {self.head_dim} with "
-                f"partial_rotary_factor = {self.partial_rotary_factor} rotates {self.rotary_dim} channels, expected an "
-                "even number of them")
-        scaling = self.rope_scaling or {"rope_type": "default"}
-        require(isinstance(scaling, dict), f"config: rope_scaling = {scaling!r}, expected an object with rope_type")
-        kind = scaling.get("rope_type", scaling.get("type"))
-        require(kind in ROPE_KEYS, f"config: rope_scaling has rope_type = {kind!r}, which is not supported (supported: "
-                f"{', '.join(ROPE_KEYS)})")
-        needs, may = ROPE_KEYS[kind]
-        for key in needs:
-            require(number(scaling.get(key), 1e-6, 1e6), f"config: rope_scaling of type {kind!r} has {key} = "
-                    f"{scaling.get(key)!r}, expected a positive number")
-        for key in set(scaling) - {*needs, *may, "type", "rope_type", "original_max_position_embeddings"}:
-            raise Error(f"config: rope_scaling has {key} = {scaling[key]!r}, which type {kind!r} does not support")
+    def _check(self):
+        """Refuse fields that do not go together."""
+        heads, kinds, labels = self.num_attention_heads, self.layer_types, self.id2label
+        self._expect("num_key_value_heads", heads % self.num_key_value_heads == 0,
+                     f"a divisor of num_attention_heads = {heads}")
+        self._expect("encoder_attention_heads", self.encoder_attention_heads in (None, heads)
+                     or self.hidden_size % self.encoder_attention_heads == 0,
+                     f"a divisor of hidden_size = {self.hidden_size}")
+        self._expect("id2label", self.head not in ("classify", "tokens") or isinstance(labels, dict)
+                     and list(labels) == list(range(len(labels))) != [], "names for 0, 1, 2, ...")
+        self._expect("layer_types", isinstance(kinds, tuple) and len(kinds) == self.num_hidden_layers
+                     and set(kinds) <= set(LAYER_TYPES), f"{self.num_hidden_layers} of {', '.join(LAYER_TYPES)}")
+        self._expect("sliding_window", self.sliding_window or LAYER_TYPES[1] not in kinds,
+                     "a number, as layer_types has a sliding_attention")
+        if self.position == "rope":
+            self._expect("head_dim", self.rotary_dim in range(2, self.head_dim + 1, 2), "an even number of channels "
+                         f"that rotate, not {self.rotary_dim}")
+            scaling = {"rope_type": "default"} if self.rope_scaling is None else self.rope_scaling
+            kind = isinstance(scaling, dict) and scaling.get("rope_type")
+            self._expect("rope_scaling", kind in [*ROPE_KEYS], f"an object with rope_type {', '.join(ROPE_KEYS)}")
+            may = ("original_max_position_embeddings",) + YARN_KEYS * (kind == "yarn")
+            for key in {*ROPE_KEYS[kind], *scaling} - {"rope_type"}:
+                value = scaling.get(key)
+                self._expect("rope_scaling", key in ROPE_KEYS[kind] + may, f"no {key} in type {kind!r}")
+                self._expect("rope_scaling", number(value, 1e-6, 1e9) or key in may and value in (None, True, False),
+                             f"a positive {key}")
 
     @property
     def rotary_dim(self) -> int:
@@ -293,24 +277,26 @@ class Config:
 # Families: rows of data. How a config.json reads as a Config, and which tensors are ours under which names.
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Transposed(str):
-    """The name of a module whose weight is stored (in, out), as GPT-2's Conv1D does."""
+class Name(str):
+    """Of a module or a tensor in a family's checkpoints; how ours reads from it, and is written to it."""
+    read = write = staticmethod(lambda x: x)
 
 
-class Row(str):
-    """The name of a vector that is stored (1, n), or not at all where it is zero."""
+class Transposed(Name):
+    """Of a module whose weight is stored (in, out), as GPT-2's Conv1D does."""
+    read = write = staticmethod(lambda x: x.t() if x.ndim == 2 else x)
 
 
-class Unused(str):
-    """The name of a module that only travels along, and is zero where it is not stored."""
+class Row(Name):
+    """Of a vector that is stored (1, n), or not at all where it is zero."""
+    read, write = staticmethod(lambda x: x[0]), staticmethod(lambda x: x[None])
 
 
-TRANSFORMS = {  # the kind of a name -> how its tensor reads, and how it is written
-    str: (lambda x: x, lambda x: x),
-    Transposed: (lambda x: x.t() if x.ndim == 2 else x,) * 2,
-    Row: (lambda x: x[0], lambda x: x[None]),
-    Unused: (lambda x: x, lambda x: x),
-}
+class Unused(Name):
+    """Of a module that only travels along, and is zero where it is not stored."""
+
+
+PLAIN = lambda value, _: value  # noqa: E731 (how most fields of a config read, and are written)
 DECODER_HEADS = {"lm": ({"head.out": "lm_head"}, {}), "classify": ({"head.out": "score"}, {}), None: ({}, {})}
 CLASS = {  # head -> end of its class's name
     "lm": "ForCausalLM", "mlm": "ForMaskedLM", "classify": "ForSequenceClassification",
@@ -328,68 +314,49 @@ class Family:
     fixed: dict = field(default_factory=dict)     # our config fields which the family always has, or how they follow
     defaults: dict = field(default_factory=dict)  # their key -> what transformers takes where config.json is silent
     only: dict = field(default_factory=dict)      # their key -> the one value supported, where None will not do
-    alias: dict = field(default_factory=dict)     # their key -> {old value: what it means}
-    drop: tuple = ()                              # their tensors that carry nothing
+    drop: tuple = ("model.layers.{}.self_attn.rotary_emb.inv_freq",)  # their tensors that carry nothing
     copies: dict = field(default_factory=dict)    # their tensors that some writers store beside ours of equal values
     unstored_head_is_tied: bool = False           # whatever config.json says of it
     classes: dict = field(default_factory=dict)   # head -> end of its class's name, where it is not that of CLASS
 
     def __post_init__(self):
-        plain = lambda value, _: value  # noqa: E731
-        object.__setattr__(self, "fields", {ours: entry if isinstance(entry, tuple) else (entry, plain, plain)
-                                            for ours, entry in self.fields.items()})
-
-    def table(self, head) -> dict:
-        return self.tensors | self.heads[head][0]
+        vars(self).update(fields={ours: entry if isinstance(entry, tuple) else (entry, PLAIN, PLAIN)
+                                  for ours, entry in self.fields.items()},
+                          heads={head: (table("", "", rows, {}), more) for head, (rows, more) in self.heads.items()})
 
     def architecture(self, head) -> str:
         return self.stem + (CLASS | self.classes)[head]
 
-    def head_of(self, architecture: str | None, source: str):
+    def head_of(self, architecture: str | None):
         """The head of a class of transformers. One we do not know counts as the language model, where there is one."""
         found = [head for head in self.heads if self.architecture(head) == architecture]
-        require(found or architecture is None or "lm" in self.heads, f"{source}: architectures = {architecture!r} is "
+        require(found or architecture is None or "lm" in self.heads, f"config: architectures = {architecture!r} is "
                 f"not supported (supported: {', '.join(map(self.architecture, self.heads))}); name a head to open its "
                 "body")
-        return found[0] if found else "lm" if "lm" in self.heads else None
+        return [*found, "lm" if "lm" in self.heads else None][0]
 
 
-def same(*names) -> dict:
-    return {name: name for name in names}
-
-
-def without(table: dict, *names) -> dict:
-    return {name: value for name, value in table.items() if name not in names}
+def same(names: str) -> dict:
+    return {name: name for name in names.split()}
 
 
 NEUTRAL = dict(qk_norm=None, **dict.fromkeys((  # where Config's default is an architecture or a size of its own
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")))
 INERT = set("""
-    _name_or_path activation_dropout adapters architectures attention_dropout attention_softmax_in_fp32 attn_pdrop
-    auto_map cache_implementation chunk_size_feed_forward classif_dropout classifier_dropout decoder_layerdrop
-    dense_act_fn directionality dtype embd_pdrop embedding_dropout encoder_layerdrop extra_pos_embeddings
-    finetuning_task gradient_checkpointing hidden_dropout id2label init_std initializer_factor initializer_range
-    is_encoder_decoder is_gated_act is_llama_config label2id max_window_layers model_type n_ctx n_positions
-    num_hidden_layers num_labels original_max_position_embeddings output_attentions output_hidden_states output_past
-    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type prefix
-    pretraining_tp qa_dropout reorder_and_upcast_attn resid_pdrop residual_dropout return_dict
-    scale_attention_softmax_in_fp32 sep_token_id seq_classif_dropout sinusoidal_pos_embds sliding_window_pattern
-    summary_activation summary_first_dropout summary_last_dropout summary_proj_to_labels summary_type summary_use_proj
-    task_specific_params tie_weights_ tokenizer_class torch_dtype transformers.js_config transformers_version
-    unk_token_id unsloth_version use_cache
+    adapters architectures attention_softmax_in_fp32 auto_map cache_implementation chunk_size_feed_forward dense_act_fn
+    directionality dtype extra_pos_embeddings finetuning_task gradient_checkpointing id2label init_std
+    initializer_factor initializer_range is_encoder_decoder is_gated_act is_llama_config label2id max_window_layers
+    model_type n_ctx n_positions num_hidden_layers num_labels original_max_position_embeddings prefix pretraining_tp
+    reorder_and_upcast_attn return_dict scale_attention_softmax_in_fp32 sep_token_id sinusoidal_pos_embds
+    sliding_window_pattern task_specific_params tie_weights_ tokenizer_class torch_dtype transformers.js_config
+    transformers_version unk_token_id unsloth_version use_cache
 """.split())
-GENERATION = set("""
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
-    bad_words_ids forced_bos_token_id forced_eos_token_id force_bos_token_to_be_generated renormalize_logits
-    decoder_start_token_id bos_token_id eos_token_id pad_token_id max_new_tokens
-""".split())
-LABELS = dict(problem_type="problem_type", id2label=(
-    "id2label", lambda names, raw: {int(i): str(name) for i, name in names.items()},
-    lambda names, config: names and {str(i): name for i, name in names.items()}))
-COMMON = same(*"""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-    head_dim max_position_embeddings hidden_act rope_theta rope_scaling tie_word_embeddings attention_dropout
-    bos_token_id eos_token_id pad_token_id""".split()) | dict(norm_eps="rms_norm_eps") | LABELS
+INERT_STARTS, INERT_ENDS = ("_", "output_", "pooler_", "summary_"), ("dropout", "pdrop", "layerdrop")
+FIELDS = same("""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings
+    hidden_act tie_word_embeddings attention_dropout bos_token_id eos_token_id pad_token_id problem_type""") | dict(
+        id2label=("id2label", lambda names, raw: {int(i): str(name) for i, name in names.items()},
+                  lambda names, config: names and {str(i): name for i, name in names.items()}))
+COMMON = FIELDS | same("num_key_value_heads head_dim rope_theta rope_scaling") | dict(norm_eps="rms_norm_eps")
 BIASES = dict(attention_bias="attention_bias", attention_output_bias="attention_bias")
 
 
@@ -398,7 +365,7 @@ def table(prefix: str, layer: str, outside: dict, inside: dict) -> dict:
     are fused in ours."""
     rows = {ours: (prefix, theirs) for ours, theirs in outside.items()}
     rows |= {"layers.{}." + ours: (prefix + layer, theirs) for ours, theirs in inside.items()}
-    return {ours: tuple(type(theirs)(place + name) for name in theirs.split())
+    return {ours: tuple((type(theirs) if isinstance(theirs, Name) else Name)(place + name) for name in theirs.split())
             for ours, (place, theirs) in rows.items()}
 
 
@@ -418,7 +385,6 @@ def llama_like(**inside) -> dict:
 
 LLAMA = llama_like()
 SANDWICH = dict(attention_output_norm="post_attention_layernorm", mlp_output_norm="post_feedforward_layernorm")
-GEMMA2 = llama_like(mlp_norm="pre_feedforward_layernorm", **SANDWICH)
 GPT2 = table("transformer.", "h.{}.", {"embed": "wte", "position_embed": "wpe", "norm": "ln_f"}, {
     "attention_norm": "ln_1",
     "attention.qkv": Transposed("attn.c_attn"),
@@ -427,78 +393,74 @@ GPT2 = table("transformer.", "h.{}.", {"embed": "wte", "position_embed": "wpe", 
     "mlp.up": Transposed("mlp.c_fc"),
     "mlp.down": Transposed("mlp.c_proj"),
 })
-ROTARY_BUFFER = ("model.layers.{}.self_attn.rotary_emb.inv_freq",)
 LM_ONLY = {"lm": DECODER_HEADS["lm"]}
+LLAMA_DEFAULTS = dict(tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+QWEN_DEFAULTS = dict(tie_word_embeddings=False, max_position_embeddings=32768, sliding_window=4096,
+                     use_sliding_window=False, max_window_layers=28)
+GEMMA_DEFAULTS = dict(head_dim=256, pad_token_id=0, eos_token_id=1, bos_token_id=2)
 GEMMA_FIXED = dict(norm_offset=1.0, scale_embedding=True)
-GEMMA2_FIELDS = COMMON | BIASES | dict(hidden_act="hidden_activation") | same(
-    "sliding_window", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
-GEMMA2_DEFAULTS = dict(
-    head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, pad_token_id=0, eos_token_id=1,
-    bos_token_id=2, sliding_window=4096, sliding_window_pattern=2)
-QWEN_DEFAULTS = dict(
-    tie_word_embeddings=False, max_position_embeddings=32768, sliding_window=4096, use_sliding_window=False,
-    max_window_layers=28)
+
+
+def gemma(stem: str, fields: str, fixed: dict = {}, defaults: dict = {}, **rest) -> Family:
+    """Gemma 2 and later."""
+    return Family(
+        stem, llama_like(mlp_norm="pre_feedforward_layernorm", **SANDWICH), COMMON | BIASES | same(
+            "sliding_window layer_types query_pre_attn_scalar final_logit_softcapping " + fields) | dict(
+                hidden_act="hidden_activation"),
+        fixed=GEMMA_FIXED | dict(norm_position="sandwich") | fixed,
+        defaults=GEMMA_DEFAULTS | dict(hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
+                                       sliding_window=4096) | defaults,
+        only=dict(hidden_act="gelu_pytorch_tanh"), **rest)
 
 
 FAMILIES = {
     "qwen3": Family(
-        "Qwen3", LLAMA, COMMON | BIASES | same("sliding_window", "layer_types"),
-        fixed=dict(qk_norm="head"),
+        "Qwen3", LLAMA, COMMON | BIASES | same("sliding_window layer_types"), fixed=dict(qk_norm="head"),
         defaults=QWEN_DEFAULTS | dict(head_dim=128)),
     "llama": Family(
-        "Llama", LLAMA, COMMON | BIASES | same("mlp_bias"), drop=ROTARY_BUFFER,
-        defaults=dict(tie_word_embeddings=False, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
+        "Llama", LLAMA, COMMON | BIASES | same("mlp_bias"), defaults=LLAMA_DEFAULTS | dict(
+            max_position_embeddings=2048)),
     "mistral": Family(
-        "Mistral", LLAMA, COMMON | same("sliding_window"), drop=ROTARY_BUFFER,
-        defaults=dict(tie_word_embeddings=False, max_position_embeddings=131072, sliding_window=4096,
-                      num_key_value_heads=8, bos_token_id=1, eos_token_id=2)),
+        "Mistral", LLAMA, COMMON | same("sliding_window"), defaults=LLAMA_DEFAULTS | dict(
+            max_position_embeddings=131072, sliding_window=4096, num_key_value_heads=8)),
     "qwen2": Family(
-        "Qwen2", LLAMA, COMMON | same("sliding_window", "layer_types"),
-        fixed=dict(attention_bias=True, attention_output_bias=False),
-        defaults=QWEN_DEFAULTS),
+        "Qwen2", LLAMA, COMMON | same("sliding_window layer_types"), defaults=QWEN_DEFAULTS,
+        fixed=dict(attention_bias=True, attention_output_bias=False)),
     "gemma": Family(
-        "Gemma", LLAMA, COMMON | BIASES, fixed=GEMMA_FIXED,
-        defaults=dict(head_dim=256, hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192, pad_token_id=0,
-                      eos_token_id=1, bos_token_id=2),
-        only=dict(hidden_activation="gelu_pytorch_tanh"),
-        alias=dict(hidden_act={"gelu": "gelu_pytorch_tanh"})),
-    "gemma2": Family(
-        "Gemma2", GEMMA2, GEMMA2_FIELDS,
-        fixed=GEMMA_FIXED | dict(norm_position="sandwich"),
-        defaults=GEMMA2_DEFAULTS | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
-                                        max_position_embeddings=8192),
-        only=dict(hidden_act="gelu_pytorch_tanh")),
-    "gemma3_text": Family(
-        "Gemma3", GEMMA2, without(GEMMA2_FIELDS, "attn_logit_softcapping") | same("rope_local_base_freq"), LM_ONLY,
-        fixed=GEMMA_FIXED | dict(norm_position="sandwich", qk_norm="head"),
-        defaults=GEMMA2_DEFAULTS | dict(sliding_window_pattern=6, max_position_embeddings=131072, rope_theta=1e6,
-                                        rope_local_base_freq=1e4),
-        only=dict(hidden_act="gelu_pytorch_tanh")),
+        "Gemma", LLAMA, COMMON | BIASES | dict(hidden_act=(
+            "hidden_act", lambda act, raw: "gelu_pytorch_tanh" if act == "gelu" else act, PLAIN)), fixed=GEMMA_FIXED,
+        defaults=GEMMA_DEFAULTS | dict(hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192),
+        only=dict(hidden_activation="gelu_pytorch_tanh")),
+    "gemma2": gemma(
+        "Gemma2", "attn_logit_softcapping", defaults=dict(
+            attn_logit_softcapping=50.0, final_logit_softcapping=30.0, max_position_embeddings=8192,
+            sliding_window_pattern=2)),
+    "gemma3_text": gemma(
+        "Gemma3", "rope_local_base_freq", fixed=dict(qk_norm="head"), heads=LM_ONLY, defaults=dict(
+            max_position_embeddings=131072, rope_theta=1e6, rope_local_base_freq=1e4, sliding_window_pattern=6)),
     "gpt2": Family(
-        "GPT2", GPT2, same("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id") | dict(
+        "GPT2", GPT2, FIELDS | dict(
             hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
             intermediate_size="n_inner", norm_eps="layer_norm_epsilon", max_position_embeddings="n_positions",
             hidden_act="activation_function", attention_dropout="attn_pdrop", hidden_dropout="resid_pdrop",
-            embedding_dropout="embd_pdrop") | LABELS,
+            embedding_dropout="embd_pdrop"),
         prefix="transformer.", classes={"lm": "LMHeadModel"},
         fixed=dict(norm="layer", position="learned", gated=False, attention_bias=True, mlp_bias=True),
         defaults=dict(n_positions=1024, layer_norm_epsilon=1e-5, activation_function="gelu_new", attn_pdrop=0.1,
                       resid_pdrop=0.1, embd_pdrop=0.1, bos_token_id=50256, eos_token_id=50256),
-        only=dict(scale_attn_weights=True),
-        drop=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias")),
+        only=dict(scale_attn_weights=True), drop=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias")),
     # Three more that need nothing new.
     "phi3": Family(
         "Phi3", llama_like(**{"attention.qkv": "self_attn.qkv_proj", "mlp.gate_up": "mlp.gate_up_proj"}),
-        COMMON | same("sliding_window", "partial_rotary_factor") | dict(
+        COMMON | same("sliding_window partial_rotary_factor") | dict(
             hidden_dropout="resid_pdrop", embedding_dropout="embd_pdrop"),
-        defaults=dict(rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=4096, bos_token_id=1,
-                      eos_token_id=32000, pad_token_id=32000),
-        only=dict(rope_scaling=None)),
+        defaults=LLAMA_DEFAULTS | dict(rms_norm_eps=1e-5, max_position_embeddings=4096, eos_token_id=32000,
+                                       pad_token_id=32000), only=dict(rope_scaling=None)),
     "olmo2": Family(
         "Olmo2", llama_like(attention_norm="", mlp_norm="", **SANDWICH), COMMON | BIASES, LM_ONLY,
-        fixed=dict(norm_position="output", qk_norm="full"),
-        defaults=dict(rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=2048, eos_token_id=50279,
-                      pad_token_id=1)),
+        fixed=dict(norm_position="output", qk_norm="full"), defaults=dict(
+            rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=2048, eos_token_id=50279,
+            pad_token_id=1)),
     "starcoder2": Family(
         "Starcoder2", llama_like(**{"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}),
         COMMON | same("sliding_window") | dict(
@@ -530,17 +492,12 @@ DISTILBERT = {
     "mlp.down": "ffn.lin2",
     "mlp_norm": "output_layer_norm",
 }
-BERT_FIELDS = same(*"""vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act
-    max_position_embeddings type_vocab_size tie_word_embeddings bos_token_id eos_token_id
-    pad_token_id""".split()) | dict(
-        norm_eps="layer_norm_eps", attention_dropout="attention_probs_dropout_prob",
-        hidden_dropout="hidden_dropout_prob", embedding_dropout="hidden_dropout_prob",
-        head_dropout="classifier_dropout") | LABELS
+BERT_FIELDS = FIELDS | dict(
+    type_vocab_size="type_vocab_size", norm_eps="layer_norm_eps", attention_dropout="attention_probs_dropout_prob",
+    hidden_dropout="hidden_dropout_prob", embedding_dropout="hidden_dropout_prob", head_dropout="classifier_dropout")
 BERT_DEFAULTS = dict(hidden_act="gelu", max_position_embeddings=512, type_vocab_size=2, pad_token_id=0,
                      layer_norm_eps=1e-12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
 TIED = dict(tie_word_embeddings=True)
-POSITIONS_FROM_PAD = ("max_position_embeddings", lambda n, raw: n - raw["pad_token_id"] - 1,
-                      lambda n, config: n + config.position_offset)  # RoBERTa's table begins with unused rows
 
 
 def dense_head(act, dense: str, out: str, norm: str = "", bias: str = "") -> tuple:
@@ -565,8 +522,11 @@ def encoder(stem: str, prefix: str, fields: dict, mlm: tuple, classify: tuple, b
 
 
 def roberta(stem: str) -> Family:
+    """Its table of positions begins with unused rows, up to that of the pad id."""
     return encoder(
-        stem, "roberta.", BERT_FIELDS | dict(max_position_embeddings=POSITIONS_FROM_PAD),
+        stem, "roberta.", BERT_FIELDS | dict(max_position_embeddings=(
+            "max_position_embeddings", lambda n, raw: n - raw["pad_token_id"] - 1,
+            lambda n, config: n + config.position_offset)),
         dense_head("gelu", "lm_head.dense", "lm_head.decoder", "lm_head.layer_norm", "lm_head.bias"),
         dense_head("tanh", "classifier.dense", "classifier.out_proj"),
         ({"head.dense": Unused("roberta.pooler.dense")}, dict(head_act="tanh")),
@@ -587,20 +547,20 @@ FAMILIES |= {
     "roberta": roberta("Roberta"),
     "xlm-roberta": roberta("XLMRoberta"),
     "distilbert": encoder(
-        "DistilBert", "distilbert.", without(BERT_FIELDS, "norm_eps", "type_vocab_size") | dict(
+        "DistilBert", "distilbert.", FIELDS | dict(
             hidden_size="dim", num_hidden_layers="n_layers", num_attention_heads="n_heads",
-            intermediate_size="hidden_dim", hidden_act="activation", attention_dropout="attention_dropout",
-            hidden_dropout="dropout", embedding_dropout="dropout", head_dropout="seq_classif_dropout"),
+            intermediate_size="hidden_dim", hidden_act="activation", hidden_dropout="dropout",
+            embedding_dropout="dropout", head_dropout="seq_classif_dropout"),
         dense_head(lambda raw: raw["activation"], "vocab_transform", "vocab_projector", "vocab_layer_norm"),
         dense_head("relu", "pre_classifier", "classifier"), inside=DISTILBERT, layer="transformer.layer.{}.",
-        fixed=dict(norm_eps=1e-12, type_vocab_size=0),
+        fixed=dict(norm_eps=1e-12),
         defaults=dict(activation="gelu", max_position_embeddings=512, pad_token_id=0, dropout=0.1,
                       attention_dropout=0.1, seq_classif_dropout=0.2)),
     "electra": encoder(
         "Electra", "electra.", BERT_FIELDS | same("embedding_size"),
         dense_head("gelu", "generator_predictions.dense", "generator_lm_head", "generator_predictions.LayerNorm"),
-        dense_head("gelu", "classifier.dense", "classifier.out_proj"),
-        defaults=BERT_DEFAULTS | dict(embedding_size=128),
+        dense_head("gelu", "classifier.dense", "classifier.out_proj"), defaults=BERT_DEFAULTS | dict(
+            embedding_size=128),
         drop=tuple(f"discriminator_predictions.{name}.{kind}" for name in ("dense", "dense_prediction")
                    for kind in ("weight", "bias"))),
 }
@@ -616,7 +576,7 @@ def t5_mlp(_, config: Config) -> str:
 
 
 def two_stacks(embed: str, encoder: dict, decoder: dict) -> dict:
-    return {"embed": embed} | {"encoder." + ours: theirs for ours, theirs in encoder.items()} | decoder
+    return {"embed": (Name(embed),)} | {"encoder." + ours: theirs for ours, theirs in encoder.items()} | decoder
 
 
 def bart_stack(prefix: str) -> dict:
@@ -652,34 +612,19 @@ def t5_stack(prefix: str, mlp: int) -> dict:
     })
 
 
-BART = two_stacks("model.shared", bart_stack("model.encoder."), bart_stack("model.decoder."))
-BART_FIELDS = same(*"""vocab_size max_position_embeddings scale_embedding attention_dropout bos_token_id eos_token_id
-    pad_token_id decoder_start_token_id tie_word_embeddings encoder_attention_heads""".split()) | dict(
-        hidden_size="d_model", num_hidden_layers="decoder_layers", num_encoder_layers="encoder_layers",
-        num_attention_heads="decoder_attention_heads", intermediate_size="decoder_ffn_dim",
-        encoder_intermediate_size="encoder_ffn_dim", hidden_act="activation_function", hidden_dropout="dropout",
-        embedding_dropout="dropout") | LABELS
-BART_DEFAULTS = dict(
-    activation_function="gelu", max_position_embeddings=1024, dropout=0.1, attention_dropout=0.0, pad_token_id=1,
-    bos_token_id=0, eos_token_id=2, scale_embedding=False)
-T5_FIELDS = same(*"""vocab_size bos_token_id eos_token_id pad_token_id decoder_start_token_id
-    relative_attention_num_buckets relative_attention_max_distance""".split()) | dict(
-        hidden_size="d_model", head_dim="d_kv", intermediate_size="d_ff", num_encoder_layers="num_layers",
-        num_hidden_layers="num_decoder_layers", num_attention_heads="num_heads", norm_eps="layer_norm_epsilon",
-        hidden_dropout="dropout_rate", embedding_dropout="dropout_rate", attention_dropout="dropout_rate",
-        scale_logits="scale_decoder_outputs",
-        # The file decides: transformers takes a head that is not stored for a tied one, whatever this says.
-        tie_word_embeddings=("tie_word_embeddings", lambda tie, raw: True, lambda tie, config: tie),
-        gated=("feed_forward_proj", lambda name, raw: name.startswith("gated-"), t5_mlp),
-        hidden_act=("feed_forward_proj", lambda name, raw: T5_ACTIVATIONS.get(name, name), t5_mlp)) | LABELS
-
-
 def bart_like(stem: str, end="ForConditionalGeneration", fixed: dict = {}, defaults: dict = {}, **rest) -> Family:
     return Family(
-        stem, BART, BART_FIELDS, {"lm": ({"head.out": "lm_head", "head.out.bias": Row("final_logits_bias")}, {})},
+        stem, two_stacks("model.shared", bart_stack("model.encoder."), bart_stack("model.decoder.")),
+        FIELDS | same("scale_embedding decoder_start_token_id encoder_attention_heads") | dict(
+            hidden_size="d_model", num_hidden_layers="decoder_layers", num_encoder_layers="encoder_layers",
+            num_attention_heads="decoder_attention_heads", intermediate_size="decoder_ffn_dim",
+            encoder_intermediate_size="encoder_ffn_dim", hidden_act="activation_function", hidden_dropout="dropout",
+            embedding_dropout="dropout"),
+        {"lm": ({"head.out": "lm_head", "head.out.bias": Row("final_logits_bias")}, {})},
         fixed=ENCODER | dict(causal=True, norm_eps=1e-5, head_bias=True, position_offset=2) | fixed,
-        defaults=BART_DEFAULTS | defaults, classes={"lm": end},
-        copies={f"model.{side}.embed_tokens.weight": "embed.weight" for side in ("encoder", "decoder")}, **rest)
+        defaults=dict(activation_function="gelu", dropout=0.1, pad_token_id=1, bos_token_id=0, eos_token_id=2)
+        | defaults, classes={"lm": end}, copies=dict.fromkeys(
+            [f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder")], "embed.weight"), **rest)
 
 
 FAMILIES |= {
@@ -696,42 +641,71 @@ FAMILIES |= {
                   decoder_vocab_size=lambda raw: raw["vocab_size"]),
         drop=("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")),
     "t5": Family(
-        "T5", two_stacks("shared", t5_stack("encoder.", 1), t5_stack("decoder.", 2)), T5_FIELDS, LM_ONLY, prefix="",
-        fixed=dict(position="relative", query_pre_attn_scalar=1),
-        defaults=dict(num_decoder_layers=lambda raw: raw.get("num_layers"), layer_norm_epsilon=1e-6, d_kv=64,
-                      feed_forward_proj="relu", relative_attention_num_buckets=32, relative_attention_max_distance=128,
-                      dropout_rate=0.1, pad_token_id=0, eos_token_id=1, tie_word_embeddings=True,
+        "T5", two_stacks("shared", t5_stack("encoder.", 1), t5_stack("decoder.", 2)),
+        FIELDS | same("decoder_start_token_id relative_attention_num_buckets relative_attention_max_distance") | dict(
+            hidden_size="d_model", head_dim="d_kv", intermediate_size="d_ff", num_encoder_layers="num_layers",
+            num_hidden_layers="num_decoder_layers", num_attention_heads="num_heads", norm_eps="layer_norm_epsilon",
+            hidden_dropout="dropout_rate", embedding_dropout="dropout_rate", attention_dropout="dropout_rate",
+            scale_logits="scale_decoder_outputs",
+            gated=("feed_forward_proj", lambda name, raw: name.startswith("gated-"), t5_mlp),
+            hidden_act=("feed_forward_proj", lambda name, raw: T5_ACTIVATIONS.get(name, name), t5_mlp)),
+        LM_ONLY, "", fixed=dict(position="relative", query_pre_attn_scalar=1),
+        defaults=dict(num_decoder_layers=lambda raw: raw.get("num_layers"), d_kv=64, feed_forward_proj="relu",
+                      dropout_rate=0.1, pad_token_id=0, eos_token_id=1,
                       scale_decoder_outputs=lambda raw: raw.get("tie_word_embeddings") is not False),
-        copies={f"{side}.embed_tokens.weight": "embed.weight" for side in ("encoder", "decoder")},
+        copies=dict.fromkeys(["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"], "embed.weight"),
         unstored_head_is_tied=True, classes={"lm": "ForConditionalGeneration"},
         drop=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)),
 }
 # What no other family can express (an architecture changed on the fly) keeps our own names; only tinylm loads it.
-FAMILIES["tinylm"] = Family("TinyLM", {}, same(*(f.name for f in fields(Config) if f.name != "model_type")) | LABELS,
-                            {head: ({}, {}) for head in CHOICES["head"]}, "", classes=dict.fromkeys(CLASS, ""))
+FAMILIES["tinylm"] = Family("TinyLM", {}, {f.name: f.name for f in fields(Config) if f.name != "model_type"} | dict(
+    id2label=FIELDS["id2label"]), dict.fromkeys(CLASS, ({}, {})), "", classes=dict.fromkeys(CLASS, ""))
 
 
 def settings(row: Family, raw: dict, source: str) -> dict:
     """A config.json with the family's defaults, in today's words, and nothing in it that is not supported."""
-    raw = _flat_rope(raw, source)
+    raw = flat_rope(raw, source)
     for key, value in row.defaults.items():
         raw.setdefault(key, value(raw) if callable(value) else value)
     if raw.get("use_sliding_window") is False:
         raw["sliding_window"] = None
-    window, period = raw.get("sliding_window"), raw.get("_sliding_window_pattern", raw.get("sliding_window_pattern"))
-    if raw.get("layer_types") is None and window is not None and "layer_types" in row.fields:
+    layers, window = raw.get("num_hidden_layers"), raw.get("sliding_window")
+    if None not in (layers, window) and raw.get("layer_types") is None and "layer_types" in row.fields:
+        period = raw.get("_sliding_window_pattern", raw.get("sliding_window_pattern"))
         first = raw.get("max_window_layers") or 0
         raw["layer_types"] = [LAYER_TYPES[i >= first and not (period and (i + 1) % period == 0)]
-                              for i in range(raw.get("num_hidden_layers", 0))]
-    known = INERT | GENERATION | {"use_sliding_window", *row.only, *(key for key, _, _ in row.fields.values())}
+                              for i in range(min(layers, 9999))]
+    if number(raw.get("num_labels"), 1, 2**16, int) and not raw.get("id2label"):
+        raw["id2label"] = {i: f"LABEL_{i}" for i in range(raw["num_labels"])}
+    known = INERT | GENERATION | {*row.only, *row.defaults, *(key for key, _, _ in row.fields.values())}
     for key, value in raw.items():
-        raw[key] = value = row.alias.get(key, {}).get(value, value) if isinstance(value, str) else value
         only = row.only.get(key)
         only = only(raw) if callable(only) else only
         require(key not in row.only or value in (None, only), f"{source}: {key} = {value!r} is not supported "
                 f"(supported: {only!r})")
-        require(key in known or key.startswith("_") or value in (None, False, [], {}, ""), f"{source}: {key} = "
+        inert = key in known or key.startswith(INERT_STARTS) or key.endswith(INERT_ENDS)
+        require(inert or value in (None, False, [], {}, ""), f"{source}: {key} = "
                 f"{value!r} is not supported; remove the field if it does not change what the model computes")
+    return raw
+
+
+def flat_rope(raw: dict, source: str) -> dict:
+    """transformers 5 nests `rope_parameters`, per layer type where these differ; take it back to the flat names."""
+    raw = dict(raw)
+    rope = raw.pop("rope_parameters", None) or {}
+    full, local = (dict(rope.get(kind) or {}) for kind in LAYER_TYPES) if set(rope) & set(LAYER_TYPES) else (rope, {})
+    if local:
+        raw["rope_local_base_freq"] = local.pop("rope_theta", None)
+        require(local in ({}, {"rope_type": "default"}), f"{source}: rope_parameters of sliding_attention = {local} is "
+                "not supported (supported: rope_type 'default')")
+    if full:
+        own = ("rope_theta", "partial_rotary_factor")
+        raw |= {key: full[key] for key in own if key in full}
+        raw["rope_scaling"] = {key: value for key, value in full.items() if key not in own}
+    if isinstance(scaling := raw.get("rope_scaling"), dict):
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        rest = {key: value for key, value in scaling.items() if key != "type"}
+        raw["rope_scaling"] = None if kind == "default" else rest | {"rope_type": kind}
     return raw
 
 
@@ -742,55 +716,28 @@ def config_from_hf(raw: dict, source: str = "config.json", head="config") -> Con
     Raises Error for an unknown model_type, and for any field that would change what the model computes and that this
     file does not support.
     """
-    name = raw.get("model_type")
-    require(name in FAMILIES, f"{source}: model_type = {name!r} is not supported (supported: {', '.join(FAMILIES)})")
+    name, key = raw.get("model_type"), "rope_parameters"
+    require(name in [*FAMILIES], f"{source}: model_type = {name!r} is not supported (supported: {', '.join(FAMILIES)})")
     row = FAMILIES[name]
-    if head == "config":
-        named = (raw.get("architectures") or [None])[0]
-        head = raw.get("head", "lm") if name == "tinylm" else row.head_of(named, source)
-    require(head in row.heads, f"{source}: head = {head!r} is not supported for {name} (supported: "
-            f"{', '.join(map(str, row.heads))})")
-    raw = settings(row, raw, f"{source}, model_type {name}")
-    if isinstance(raw.get("num_labels"), int) and not raw.get("id2label"):
-        raw["id2label"] = {i: f"LABEL_{i}" for i in range(raw["num_labels"])}
-    nullable = {f.name for f in fields(Config) if "None" in f.type}  # null is the default of the others
-    values = NEUTRAL | dict(head=head)
     try:
+        if head == "config":
+            head = raw.get("head", "lm") if name == "tinylm" else row.head_of((raw.get("architectures") or [None])[0])
+        require(head in row.heads, f"{source}: head = {head!r} is not supported for {name} (supported: "
+                f"{', '.join(map(str, row.heads))})")
+        raw, values = settings(row, raw, f"{source}, model_type {name}"), NEUTRAL | dict(head=head)
         for ours, (key, read, _) in row.fields.items():
             if raw.get(key) is not None:
                 values[ours] = read(raw[key], raw)
-            elif key in raw and ours in nullable:
-                values[ours] = None
         for ours, value in (row.fixed | row.heads[head][1] | dict(head=head)).items():
             values[ours] = value(raw) if callable(value) else value
         return Config(**values, model_type=name)
-    except Error as error:  # which names our field: name theirs
-        ours, rest = str(error).removeprefix("config: ").split(" ", 1)
-        raise Error(f"{source}: {row.fields.get(ours, (ours,))[0]} {rest}") from None
+    except Error as error:  # where it names our field, name theirs
+        ours, _, rest = str(error).removeprefix("config: ").partition(" ")
+        ours = row.fields.get(ours, (ours,))[0]
+        raise error if str(error).startswith(source) else Error(f"{source}: {ours} {rest}") from None
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise Error(f"{source}: {key} = {raw.get(key)!r}, or a field like it, has a value of the wrong kind ({error})"
                     ) from None
-
-
-def _flat_rope(raw: dict, source: str) -> dict:
-    """transformers 5 nests `rope_parameters`, per layer type where these differ; take it back to the flat names."""
-    raw = dict(raw)
-    rope = raw.pop("rope_parameters", None)
-    if not rope:
-        return raw
-    require(isinstance(rope, dict), f"{source}: rope_parameters = {rope!r}, expected an object with rope_type")
-    full, local = (rope.get(kind) for kind in LAYER_TYPES) if set(rope) & set(LAYER_TYPES) else (rope, None)
-    full = dict(full or {})
-    if local:
-        local = dict(local)
-        raw["rope_local_base_freq"] = local.pop("rope_theta", None)
-        require(local in ({}, {"rope_type": "default"}), f"{source}: rope_parameters of sliding_attention = {local} is "
-                "not supported (supported: rope_type 'default')")
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in full:
-            raw[key] = full.pop(key)
-    raw["rope_scaling"] = full if full.get("rope_type", full.get("type", "default")) != "default" else None
-    return raw
 
 
 def config_to_hf(config: Config) -> dict:
@@ -801,9 +748,6 @@ def config_to_hf(config: Config) -> dict:
     unwritten = {"model_type", "hidden_dropout", "embedding_dropout", "head_dropout", "initializer_range"}
     for name in [config.model_type] if config.model_type else FAMILIES:
         row = FAMILIES[name]
-        if config.head not in row.heads:
-            lost = f"config: head = {config.head!r}"
-            continue
         raw = {"architectures": [row.architecture(config.head)], "model_type": name,
                "initializer_range": config.initializer_range}
         raw |= {key: write(getattr(config, ours), config) for ours, (key, _, write) in row.fields.items()}
@@ -814,16 +758,14 @@ def config_to_hf(config: Config) -> dict:
         if config.num_encoder_layers:
             raw["is_encoder_decoder"] = True
         try:  # written right is what reads back as the same
-            back = config_from_hf(raw, "config")
-        except Error as error:
-            lost = str(error)
-            continue
-        lost = [f"{f.name} = {getattr(config, f.name)!r}" for f in fields(Config)
-                if f.name not in unwritten and getattr(back, f.name) != getattr(config, f.name)]
-        if not lost or lost == ["tie_word_embeddings = False"] and row.unstored_head_is_tied:
+            back = config_from_hf(raw, "config", config.head)
+            lost = [f"{f.name} = {getattr(config, f.name)!r}" for f in fields(Config)
+                    if f.name not in unwritten and getattr(back, f.name) != getattr(config, f.name)]
+            require(not lost, f"config: {', '.join(lost)}")
             return raw
-        lost = f"config: {', '.join(lost)}"
-    raise Error(f"{lost} cannot be written as model_type {name!r}")
+        except Error as error:
+            reason = error
+    raise Error(f"{reason} cannot be written as model_type {name!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -879,11 +821,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, head_dim: int, 
         x = F.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), dropout) @ v
     elif mask is None:
         x = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scale, enable_gqa=groups > 1)
-    elif groups == 1:
-        x = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
     else:  # queries that share a key head stand below each other, so that keys are read once and not expanded
         q = rearrange(q, "b (g r) s d -> b g (r s) d", r=groups)
-        mask = mask.expand(-1, -1, s, -1).repeat(1, 1, groups, 1) if s > 1 else mask
+        mask = mask.expand(-1, -1, s, -1).repeat(1, 1, groups, 1) if min(groups, s) > 1 else mask
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
         x = rearrange(x, "b g (r s) d -> b (g r) s d", s=s)
     return rearrange(x, "b h s d -> b s (h d)")
@@ -897,7 +837,7 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """Root-mean-square norm, or layer norm where the config says so, over the last axis."""
+    """Root-mean-square norm, or layer norm where the config says so, over the last axis, or each `size` of it."""
 
     def __init__(self, config: Config, size: int):
         super().__init__()
@@ -906,27 +846,28 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if config.norm == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != len(self.weight):  # heads side by side
+            return self(x.unflatten(-1, (-1, len(self.weight)))).flatten(-2)
         if self.bias is not None:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         return rms_norm(x, self.weight.float() + self.offset if self.offset else self.weight, self.eps)
 
 
 class Rotary(nn.Module):
-    """Angles of the rotary positions: (batch, seq) positions to cos and sin, each (batch, seq, rotary_dim / 2).
+    """Angles of positions (batch, seq): their cos and sin, each (batch, seq, dim / 2).
 
     Scalings: linear (kaiokendev 2023), dynamic (NTK-aware, per row: its own length stretches its base), llama3
     (Llama 3.1) and yarn (Peng et al. 2023).
     """
 
-    def __init__(self, config: Config, theta: float, scaling: dict | None):
+    def __init__(self, dim: int, theta: float, limit: int, scaling: dict | None = None):
         super().__init__()
         scaling = scaling or {"rope_type": "default"}
-        self.kind, self.theta, self.dim = scaling.get("rope_type", scaling.get("type")), theta, config.rotary_dim
-        self.factor, self.limit = scaling.get("factor", 1.0), config.max_position_embeddings
-        original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
-        self.magnitude = 1.0
+        self.kind, self.dim, self.theta, self.limit = scaling["rope_type"], dim, theta, limit
+        self.factor, self.magnitude = scaling.get("factor", 1.0), 1.0
+        original = scaling.get("original_max_position_embeddings") or limit
         # Explicitly on the CPU: a model is made on the meta device before its weights are read.
-        inv_freq = 1.0 / theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim)
+        inv_freq = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
         if self.kind == "linear":
             inv_freq = inv_freq / self.factor
         elif self.kind == "llama3":  # long waves are stretched, short ones kept, those between blended
@@ -949,10 +890,9 @@ class Rotary(nn.Module):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.dim - 1)
         stretch = ((torch.arange(self.dim // 2, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
-        self.magnitude = scaling.get("attention_factor")
-        if self.magnitude is None:
-            m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-            self.magnitude = magnitude(m) / magnitude(m_all) if m and m_all else magnitude(1)
+        m, m_all, given = (scaling.get(key) for key in ("mscale", "mscale_all_dim", "attention_factor"))
+        said = magnitude(m) / magnitude(m_all) if m and m_all else magnitude(1)
+        self.magnitude = said if given is None else given
         return stretch * inv_freq / self.factor + (1 - stretch) * inv_freq
 
     def _apply(self, fn, recurse=True):
@@ -972,7 +912,8 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: to the sequence itself by one fused query-key-value projection, or across to another."""
+    """Grouped-query attention: to the sequence itself by one fused query-key-value projection, or across to another,
+    whose keys and values are made once."""
 
     def __init__(self, config: Config, cross: bool = False):
         super().__init__()
@@ -985,34 +926,24 @@ class Attention(nn.Module):
         else:
             self.qkv = project(*self.sizes)
         self.o = Linear(self.sizes[0], config.hidden_size, bias=config.attention_output_bias)
-        q_width, k_width = {None: (0, 0), "head": (self.head_dim,) * 2, "full": self.sizes[:2]}[config.qk_norm]
-        self.q_norm = Norm(config, q_width) if q_width else None
-        self.k_norm = Norm(config, k_width) if k_width else None
+        over = {None: (0, 0), "head": (self.head_dim,) * 2, "full": self.sizes[:2]}[config.qk_norm]
+        self.q_norm, self.k_norm = (Norm(config, width) if width else nn.Identity() for width in over)
 
-    def forward(self, x: Tensor, rope: tuple | None, mask: Tensor | None, cache=None, layer: int = 0) -> Tensor:
-        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
-        q, k = normed(q, self.q_norm), normed(k, self.k_norm)
+    def forward(self, x: Tensor, rope: tuple | None, mask: Tensor | None, cache=None, layer: int = 0,
+                keys_values: tuple | None = None) -> Tensor:
+        if keys_values is None:
+            q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+            q, k = self.q_norm(q), self.k_norm(k)
+        else:
+            q, (k, v) = self.q_norm(self.q(x)), keys_values
         if rope is not None:
             q, k = (rotate(x, *rope, self.head_dim) for x in (q, k))
-        return self.mix(q, k, v, mask, cache, layer)
-
-    def across(self, x: Tensor, keys_values: tuple, mask: Tensor | None) -> Tensor:
-        """To another sequence, whose `keys_values` are made once."""
-        return self.mix(normed(self.q(x), self.q_norm), *keys_values, mask)
+        return self.o(attend(q, k, v, mask, self.head_dim, self.scale, self.softcap,
+                             self.dropout if self.training else 0.0, cache, layer, self.causal))
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self.kv(x).split(self.sizes[1:], dim=-1)
-        return normed(k, self.k_norm), v
-
-    def mix(self, q, k, v, mask, cache=None, layer=0) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return self.o(attend(q, k, v, mask, self.head_dim, self.scale, self.softcap, dropout, cache, layer,
-                             self.causal))
-
-
-def normed(x: Tensor, norm: Norm | None) -> Tensor:
-    """Queries or keys (batch, seq, heads * head_dim) after a norm over each head, or over all, or none."""
-    return x if norm is None else norm(x.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
+        return self.k_norm(k), v
 
 
 class MLP(nn.Module):
@@ -1055,11 +986,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple | None, mask: Tensor | None, cache=None, layer: int = 0,
                 context: tuple | None = None) -> Tensor:
-        """x (batch, seq, hidden); `context`: keys and values of the encoder's states, and their mask."""
+        """x (batch, seq, hidden); `context`: of each layer the keys and values of a source, and the mask of that."""
         x = self.add(x, self.attention, self.attention_norm, self.attention_output_norm, rope, mask, cache, layer)
         if context is not None:
-            x = self.add(x, self.cross_attention.across, self.cross_attention_norm, self.cross_attention_output_norm,
-                         *context)
+            keys_values, real = context
+            x = self.add(x, self.cross_attention, self.cross_attention_norm, self.cross_attention_output_norm,
+                         None, real, None, layer, keys_values[layer])
         return self.add(x, self.mlp, self.mlp_norm, self.mlp_output_norm)
 
     def add(self, x: Tensor, sublayer, norm: nn.Module, output_norm: nn.Module, *arguments) -> Tensor:
@@ -1091,33 +1023,17 @@ def visible(positions: Tensor, key_positions: Tensor, window: int | None = None,
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def shape_of(x) -> tuple:
-    return tuple(getattr(x, "shape", ()))
-
-
 def last_column(mask: Tensor) -> Tensor:
-    """The column (batch, 1) of the last real token. In floats: ONNX Runtime's CUDA kernel takes the largest of those."""
+    """The column (batch, 1) of the last real token. In floats, which ONNX Runtime's CUDA kernel takes."""
     return (mask.float() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1, keepdim=True)
 
 
 def pooled_column(input_ids: Tensor, mask: Tensor | None, config: Config) -> Tensor:
-    """The column (batch, 1) whose state stands for the text: the last real token's, in an encoder the first's."""
-    real = torch.ones_like(input_ids) if mask is None else mask
-    if not config.causal:
-        return real.float().argmax(-1, keepdim=True)
-    # As transformers has it, the pad id is padding wherever it stands, whatever the mask says of it.
-    return last_column(real if config.pad_token_id is None else real.bool() & (input_ids != config.pad_token_id))
-
-
-def relative_buckets(distance: Tensor, config: Config) -> Tensor:
-    """T5's buckets of key positions less query positions: the near ones one by one, the far ones by the logarithm."""
-    buckets = config.relative_attention_num_buckets // (1 if config.causal else 2)
-    near = buckets // 2
-    steps = -distance.clamp(max=0) if config.causal else distance.abs()
-    scale = (buckets - near) / math.log(config.relative_attention_max_distance / near)
-    far = near + ((steps.float() / near).clamp(min=1).log() * scale).long()
-    bucket = torch.where(steps < near, steps, far.clamp(max=buckets - 1))
-    return bucket if config.causal else bucket + buckets * (distance > 0)
+    """The column (batch, 1) whose state stands for the text: the first real token's in an encoder, else the last's. As
+    transformers has it, the latter is no pad id, whatever the mask says of it."""
+    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    pad = -1 if config.pad_token_id is None else config.pad_token_id
+    return last_column(real & (input_ids != pad)) if config.causal else real.float().argmax(-1, keepdim=True)
 
 
 class KVCache:
@@ -1128,7 +1044,7 @@ class KVCache:
     """
 
     def __init__(self, config: Config, batch: int, length: int, dtype=torch.float32, device=None):
-        shape = (batch, config.num_key_value_heads, length, config.head_dim)
+        self.size, shape = (batch, length, dtype, device), (batch, config.num_key_value_heads, length, config.head_dim)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.key_positions = torch.full((batch, length), NEVER, device=device)
@@ -1152,8 +1068,9 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.k[layer].index_copy_(2, self.columns, k), self.v[layer].index_copy_(2, self.columns, v)
 
-    def reorder(self, rows: Tensor, columns: int):
-        """Row i goes on from what row rows[i] held in its first columns (beam search)."""
+    def reorder(self, rows: Tensor):
+        """Row i goes on from what row rows[i] held (beam search)."""
+        columns = int(self.written)
         for held in (*self.k, *self.v):
             held[:, :, :columns] = held[rows, :, :columns]
         self.key_positions[:], self.lengths[:] = self.key_positions[rows], self.lengths[rows]
@@ -1171,14 +1088,13 @@ class Stack(nn.Module):
         self.config, width = config, config.embedding_size
         if config.position == "learned":
             self.position_embed = nn.Embedding(config.max_position_embeddings + config.position_offset, width)
-        elif config.position == "sinusoidal":
-            self.sinusoids = Sinusoids(config.max_position_embeddings, width)
         elif config.position == "relative":
             self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_attention_heads)
         else:
-            self.rotary = nn.ModuleDict({"full_attention": Rotary(config, config.rope_theta, config.rope_scaling)})
+            dim, limit = config.rotary_dim if config.position == "rope" else width, config.max_position_embeddings
+            self.rotary = nn.ModuleDict({"full_attention": Rotary(dim, config.rope_theta, limit, config.rope_scaling)})
             if config.rope_local_base_freq is not None:
-                self.rotary["sliding_attention"] = Rotary(config, config.rope_local_base_freq, None)
+                self.rotary["sliding_attention"] = Rotary(dim, config.rope_local_base_freq, limit)
         self.type_embed = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
         self.embedding_norm = Norm(config, width) if config.embedding_norm else nn.Identity()
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
@@ -1200,45 +1116,36 @@ class Stack(nn.Module):
             window = config.sliding_window if kind == "sliding_attention" else None
             plain = cache is None and attention_mask is None and (window is None or config.causal and seq <= window)
             if config.position == "relative":
-                mask = visible(positions, keys, window, config.causal)
-                masks[kind] = self.relative_mask(positions, keys, mask, x.dtype)
+                masks[kind] = self.relative_mask(positions, keys, window, x.dtype)
             else:
                 masks[kind] = None if plain else visible(positions, keys, window, config.causal)
             if config.position == "rope":
-                ropes[kind] = (self.rotary[kind] if kind in self.rotary else self.rotary["full_attention"])(positions)
+                ropes[kind] = self.rotary[kind if kind in self.rotary else "full_attention"](positions)
         if config.scale_embedding:
             x = x * x.new_full((), config.hidden_size ** 0.5)  # rounded to the dtype, as the reference rounds it
         if config.position == "learned":
             x = x + self.position_embed(positions + config.position_offset)
-        if config.position == "sinusoidal":
-            x = x + self.sinusoids(positions).to(x.dtype)
+        if config.position == "sinusoidal":  # sines, then cosines, in the order of Marian
+            x = x + torch.cat(self.rotary["full_attention"](positions)[::-1], dim=-1)[..., :x.shape[-1]].to(x.dtype)
         if self.type_embed is not None:
             x = x + self.type_embed(torch.zeros_like(positions) if token_type_ids is None else token_type_ids)
         x = self.embedding_project(self.embedding_dropout(self.embedding_norm(x)))
         for layer, (block, kind) in enumerate(zip(self.layers, config.layer_types)):
-            across = None if context is None else (context[0][layer], context[1])
-            x = block(x, ropes.get(kind), masks[kind], cache, layer, across)
+            x = block(x, ropes.get(kind), masks[kind], cache, layer, context)
         return self.norm(x)
 
-    def relative_mask(self, positions: Tensor, keys: Tensor, mask: Tensor, dtype) -> Tensor:
-        """What is added to the scores, (batch, heads, seq, keys): the bias of each distance, little where masked."""
-        distance = keys[:, None, :] - positions[:, :, None]
-        bias = rearrange(self.relative_bias(relative_buckets(distance, self.config)), "b s t h -> b h s t")
-        return bias.to(dtype).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-class Sinusoids(nn.Module):
-    """Positions as sines, then cosines (Vaswani et al. 2017, in the order of Marian)."""
-
-    def __init__(self, length: int, width: int):
-        super().__init__()
-        inv_freq = 1 / 10000 ** (torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
-        angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * inv_freq
-        table = torch.cat((angles.sin(), angles.cos()), dim=1)[:, :width].float()
-        self.register_buffer("table", table, persistent=False)
-
-    def forward(self, positions: Tensor) -> Tensor:
-        return self.table[positions]
+    def relative_mask(self, positions: Tensor, keys: Tensor, window: int | None, dtype) -> Tensor:
+        """What is added to the scores, (batch, heads, seq, keys): little where masked, else the bias of the distance,
+        which T5 sorts into buckets, the near ones one by one, the far ones by the logarithm."""
+        config, distance = self.config, keys[:, None, :] - positions[:, :, None]
+        buckets = config.relative_attention_num_buckets // (1 if config.causal else 2)
+        near, steps = buckets // 2, -distance.clamp(max=0) if config.causal else distance.abs()
+        scale = (buckets - near) / math.log(config.relative_attention_max_distance / near)
+        far = near + ((steps.float() / near).clamp(min=1).log() * scale).long()
+        bucket = torch.where(steps < near, steps, far.clamp(max=buckets - 1))
+        bias = self.relative_bias(bucket if config.causal else bucket + buckets * (distance > 0)).to(dtype)
+        mask = visible(positions, keys, window, config.causal)
+        return rearrange(bias, "b s t h -> b h s t").masked_fill(~mask, torch.finfo(dtype).min)
 
 
 class Head(nn.Module):
@@ -1273,7 +1180,7 @@ class TinyLM(Stack):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.tokenizer, self.generation_config = None, {}
+        self.tokenizer, self.generation_config, self._compiled, self._idle = None, {}, None, None
         self.embed = nn.Embedding(config.vocab_size, config.embedding_size)
         self.encoder = Stack(config.encoder) if config.num_encoder_layers else None
         self.head = Head(config)
@@ -1342,23 +1249,21 @@ class TinyLM(Stack):
     def _fits(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
               cache=None, name: str = "input_ids"):
         """Refuse what the model cannot read."""
-        config, shape, kinds = self.config, tuple(input_ids.shape), self.config.type_vocab_size
-        require(len(shape) == 2 and shape[1] and not input_ids.is_floating_point(),
-                f"{name}: {input_ids.dtype} of shape {shape}, expected ids (batch, seq)")
+        config, shape = self.config, tuple(input_ids.shape)
+        for what, ids, limit in ((name, input_ids, config.vocab_size), ("token_type_ids", token_type_ids,
+                                                                        config.type_vocab_size)):
+            if ids is None:
+                continue
+            require(limit, f"{what}: the model has no token types")
+            require(len(shape) == 2 and shape[1] and tuple(ids.shape) == shape and not ids.is_floating_point(),
+                    f"{what}: {ids.dtype} of shape {tuple(ids.shape)}, expected ids (batch, seq), all of one shape")
+            if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would wait
+                require(0 <= ids.min() and ids.max() < limit, f"{what}: ids {int(ids.min())} to {int(ids.max())}, "
+                        f"expected 0 to {limit - 1}")
         require(config.position not in LIMITED or cache is not None or shape[1] <= config.max_position_embeddings,
                 f"{name}: {shape[1]} tokens, but the model has only {config.max_position_embeddings} positions")
-        require(attention_mask is None or cache is not None or shape_of(attention_mask) == shape,
-                f"attention_mask: shape {shape_of(attention_mask)}, expected {shape}")
-        looked_at = [(name, input_ids, config.vocab_size)]
-        if token_type_ids is not None:
-            require(kinds and shape_of(token_type_ids) == shape and not token_type_ids.is_floating_point(),
-                    f"token_type_ids: {getattr(token_type_ids, 'dtype', '')} of shape {shape_of(token_type_ids)}, "
-                    + (f"expected ids {shape}" if kinds else "but the model has no token types"))
-            looked_at.append(("token_type_ids", token_type_ids, kinds))
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would wait
-            for name, ids, limit in looked_at:
-                least, most = int(ids.min()), int(ids.max())
-                require(0 <= least and most < limit, f"{name}: ids {least} to {most}, expected 0 to {limit - 1}")
+        require(attention_mask is None or cache is not None or tuple(attention_mask.shape) == shape,
+                f"attention_mask: shape {attention_mask is None or tuple(attention_mask.shape)}, expected {shape}")
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype | None = None, device=None, head="config", **changes) -> TinyLM:
@@ -1408,210 +1313,153 @@ class TinyLM(Stack):
 
     def __getstate__(self):
         """Copies compile for themselves."""
-        return {key: value for key, value in super().__getstate__().items() if key not in ("_compiled", "_idle")}
+        return self.__dict__ | {"_compiled": None, "_idle": None}
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None,
-                 temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
-                 min_p: float | None = None, repetition_penalty: float = 1.0, eos_token_id="config", stop=None,
-                 seed: int | None = None, compile: bool = False, **options) -> Tensor:
+                 compile: bool = False, **options) -> Tensor:
         """Continue every row of (batch, seq): (batch, seq + new), with the pad id after a row's end; behind an encoder
         (batch, 1 + new), beginning with decoder_start_token_id.
 
-        Temperature 0 is greedy. eos_token_id is an id, several, or None to never end; "config" takes the
-        checkpoint's; `stop` is a string or a list of them, and ends a row once its new text has one. The same seed
-        gives the same text, whatever stands in the other rows. `compile` compiles the decode step (CUDA graphs on
-        CUDA). The other `options`, such as num_beams, length_penalty and no_repeat_ngram_size, are those of `Sampling`;
-        what is not given is as generation_config.json says. Raises Error for arguments out of range.
+        The options are fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, eos_token_id, stop,
+        seed, num_beams, ...; what is not given is as generation_config.json says. The same seed gives the same text,
+        whatever stands in the other rows. `compile` compiles the decode step (CUDA graphs on CUDA). Raises Error for
+        arguments out of range.
         """
-        knobs = self.sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                              min_p=min_p, repetition_penalty=repetition_penalty, **options)
-        if knobs.num_beams > 1:
-            require(not (temperature or stop or compile), f"num_beams = {knobs.num_beams} goes with temperature 0, no "
-                    "stop strings and compile=False")
-            return self.beam_search(input_ids, attention_mask, knobs, eos_token_id)
-        steps = list(self.decode(input_ids, attention_mask, knobs, eos_token_id, stop, seed, compile))
-        new = torch.stack([token for token, _ in steps], dim=1)
-        running = torch.stack([alive for _, alive in steps], dim=1).any(0).sum()  # columns until the last row ended
-        return torch.cat((self._prompt(input_ids), new[:, :int(running)]), dim=1)
+        knobs = self.sampling(max_new_tokens=max_new_tokens, **options)
+        beams = Beams(knobs, len(input_ids)) if knobs.num_beams > 1 else None
+        require(not beams or not (knobs.temperature or knobs.stop or compile), f"num_beams = {knobs.num_beams} goes "
+                "with temperature 0, no stop strings and compile=False")
+        steps = list(self.decode(input_ids, attention_mask, knobs, compile, beams.choose if beams else sample))
+        if beams:
+            new = nn.utils.rnn.pad_sequence([torch.tensor(found[0][1]) for found in beams.found], batch_first=True,
+                                            padding_value=knobs.pad_token_id).to(input_ids)
+        else:
+            running = torch.stack([alive for _, alive in steps], dim=1).any(0).sum()  # until the last row ended
+            new = torch.stack([token for token, _ in steps], dim=1)[:, :int(running)]
+        return torch.cat((self._prompt(input_ids), new), dim=1)
 
-    def stream(self, text: str | list[int], max_new_tokens: int | None = None, stop=None, eos_token_id="config",
-               seed: int | None = None, compile: bool = False, **options):
+    def stream(self, text: str | list[int], max_new_tokens: int | None = None, compile: bool = False, **options):
         """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string; with
         the options of `generate`, but for beams."""
         require(self.tokenizer, "stream: the checkpoint has no tokenizer.json; use generate with token ids")
-        ends, knobs = self.ends(eos_token_id), self.sampling(max_new_tokens=max_new_tokens, **options)
-        ids = (self.tokenizer.encode(text) if isinstance(text, str) else list(text)) or [*ends, 0][:1]
-        steps = self.decode(torch.tensor([ids], device=self.device), None, knobs, ends, None, seed, compile)
-        tokens = (int(token) for token, _ in steps)
-        return text_pieces(self.tokenizer, (t for t in tokens if t not in ends), stop_strings(stop),
-                           () if self.encoder else ids)
+        knobs = self.sampling(max_new_tokens=max_new_tokens, **options)
+        ids = (self.tokenizer.encode(text) if isinstance(text, str) else list(text)) or [*knobs.eos_token_id, 0][:1]
+        plain, ends = replace(knobs, num_beams=1, stop=()), knobs.eos_token_id
+        steps = self.decode(torch.tensor([ids], device=self.device), None, plain, compile)
+        tokens = (token for token in (int(token) for token, _ in steps) if token not in ends)
+        return text_pieces(self.tokenizer, tokens, knobs.stop, () if self.encoder else ids)
 
     def chat(self, messages: list[dict], **options):
         """The answer to a conversation of {"role", "content"}, as `stream` gives it."""
         require(self.tokenizer, "chat: the checkpoint has no tokenizer.json")
-        return self.stream(self.tokenizer.encode(chat_prompt(self.tokenizer, messages), special=False), **options)
+        ids, limit = (self.tokenizer.encode(chat_prompt(self.tokenizer, messages), special=False),
+                      self.config.max_position_embeddings)
+        require(len(ids) <= limit, f"chat: {len(ids)} tokens, but the model has only {limit} positions")
+        return self.stream(ids, **options)
 
-    def ends(self, eos_token_id="config") -> tuple:
-        """Ids that end a text: those given; for "config" those of the generation config, else those of the config."""
-        if eos_token_id == "config":
-            eos_token_id = self.generation_config.get("eos_token_id", self.config.eos_token_id)
-        ids = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, (int, str)) else eos_token_id
-        require(all(number(i, -1, 2**31, int) for i in ids), f"eos_token_id = {eos_token_id!r}, expected integers")
-        return tuple(ids)
+    def said(self, name: str):
+        """A special id, as generation_config.json says it, else as the config does."""
+        return self.generation_config.get(name, getattr(self.config, name))
+
+    def ends(self) -> tuple:
+        """The ids that end a text."""
+        return as_ids("eos_token_id", self.said("eos_token_id"))
 
     def sampling(self, **given) -> Sampling:
         """How to generate: as given, else as generation_config.json says, else plainly."""
-        file = self.generation_config
+        file, ends = self.generation_config, () if "eos_token_id" in given else self.ends()
         for key in UNSUPPORTED & set(file):
             require(file[key] in (None, 0, 1, []), f"generation_config.json: {key} = {file[key]!r} is not supported")
-        said = {name: file[name] for name in FROM_FILE if file.get(name) is not None}
-        if self.encoder is not None and file.get("max_length"):
-            said.setdefault("max_new_tokens", file["max_length"] - 1)
-        said |= {name: value for name, value in given.items() if value is not None or name not in FROM_FILE}
-        unknown = sorted(set(said) - {f.name for f in fields(Sampling)})
+        options = {"eos_token_id": ends, "pad_token_id": self.said("pad_token_id")}
+        if self.encoder is not None and number(file.get("max_length"), 2, 2**31, int):
+            options["max_new_tokens"] = file["max_length"] - 1
+        options |= {name: file.get(name) for name in FROM_FILE if file.get(name) is not None}
+        options |= {name: value for name, value in given.items() if value is not None}
+        unknown = sorted(set(options) - {f.name for f in fields(Sampling)})
         require(not unknown, f"{', '.join(unknown)}: no such option of a generation")
-        return Sampling(**said)
+        return Sampling(**options)
 
     def _prompt(self, input_ids: Tensor) -> Tensor:
         """What a continuation stands behind: the ids, or the start token (batch, 1) behind an encoder."""
         if self.encoder is None:
             return input_ids
-        start = self.generation_config.get("decoder_start_token_id")
-        start = start if start is not None else self.config.decoder_start_token_id
-        return input_ids.new_full((len(input_ids), 1), start)
+        start = self.said("decoder_start_token_id")
+        return input_ids.new_full((len(input_ids), 1), self.config.decoder_start_token_id if start is None else start)
 
     @torch.no_grad()
-    def decode(self, input_ids, attention_mask, knobs: Sampling, eos_token_id="config", stop=None, seed=None,
-               compile=False):
+    def decode(self, input_ids, attention_mask, knobs: Sampling, compile=False, choose=None):
         """Yield, per step, the new ids (batch,) and which rows (batch,) had not ended before it."""
-        stop, max_new_tokens = stop_strings(stop), knobs.max_new_tokens
-        prompt, mask, context, ends, pad = self._begin(input_ids, attention_mask, max_new_tokens, eos_token_id, compile)
-        require(seed is None or number(seed, -2**63, 2**63 - 1, int),
-                f"seed = {seed!r}, expected an integer of 64 bits")
-        require(not stop or self.tokenizer, f"stop = {stop!r} needs a tokenizer.json, which the checkpoint lacks")
-        (batch, seq), device = prompt.shape, prompt.device
-        state, step = self._decoder(batch, seq + max_new_tokens, context, len(ends), compile)
-        state.start(prompt, mask, context, knobs, ends, pad, torch.randint(2**31, ()) if seed is None else seed)
-        look = 1 if stop or device.type == "cpu" else 16  # steps between looks at the device: a look waits for it
-        rows, kind = [[] for _ in range(batch)], knobs.kind()
-        self._step(state, prompt, mask, last_column(mask), kind)
+        require(not knobs.stop or self.tokenizer, f"stop = {knobs.stop} needs a tokenizer.json, which the checkpoint "
+                "lacks")
+        choose, (prompt, mask, context) = choose or sample, self._begin(input_ids, attention_mask, knobs, compile)
+        state, step = self._state(prompt, mask, context, knobs, compile)
+        device, texts = prompt.device.type, [[] for _ in prompt]
+        look = 1 if knobs.stop or device == "cpu" else 16  # steps between looks at the device: a look waits for it
+        self._step(state, prompt, mask, last_column(mask), knobs, choose)
         try:
-            for i in range(1, max_new_tokens + 1):
+            for i in range(1, knobs.max_new_tokens + 1):
                 token, alive = state.token[:, 0].clone(), state.alive.clone()
                 yield token, alive
-                for row, text in enumerate(rows if stop else ()):
+                for row, text in enumerate(texts if knobs.stop else ()):
                     text.append(int(token[row]))
-                    if any(s in self.tokenizer.decode(text[-2 * len(s.encode()) - 8:]) for s in stop):
+                    if any(s in self.tokenizer.decode(text[-2 * len(s.encode()) - 8:]) for s in knobs.stop):
                         state.done[row] = True
-                if i == max_new_tokens or i % look == 0 and bool(state.done.all()):
+                if i == knobs.max_new_tokens or i % look == 0 and bool(state.done.all()):
                     return
-                if compile and device.type == "cuda":
+                if compile and device == "cuda":
                     torch.compiler.cudagraph_mark_step_begin()
-                step(state, state.token, state.one, None, kind)
+                step(state, state.token, state.one, None, knobs, choose)
         finally:
             if compile:
                 self._idle = state
 
-    def _begin(self, input_ids, attention_mask, max_new_tokens, eos_token_id, bucketed: bool = False) -> tuple:
-        """The checked start of a generation: prompt and its mask, the encoder's context, ids that end and that pad."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self._generates(input_ids, mask, max_new_tokens)
-        ends, context = self.ends(eos_token_id), None
-        pad = self.generation_config.get("pad_token_id", self.config.pad_token_id)
-        if self.encoder is not None:
-            if bucketed:  # a compiled step serves many lengths of the source
-                seq = input_ids.shape[1]
-                more = min(-seq % CACHE_BUCKET, max(self.config.max_position_embeddings - seq, 0))
-                input_ids, attention_mask = F.pad(input_ids, (0, more)), F.pad(mask, (0, more))
-            context = self.encode(input_ids, attention_mask)
-            input_ids = self._prompt(input_ids)
-            mask = torch.ones_like(input_ids)
-        return input_ids, mask, context, ends, pad if pad is not None else ends[0] if ends else 0
-
-    def _step(self, state, ids, mask, columns, knobs):
-        """One step, prefill or decode: nothing here waits for the device or changes shape between steps."""
-        logits = self(ids, mask, cache=state.cache, columns=columns, context=state.context)[:, -1].float()
-        token = sample(constrain(logits, state, knobs), knobs, state.seed, state.count, state.values)
-        state.take(torch.where(state.done, state.pad, token))
-
-    def _decoder(self, batch, length, context, ends, compile):
-        """The state of a generation and its step. A compiled step finds the tensors of the last generation again, at
-        the same addresses, unless their shapes differ or it is still running."""
-        kind = self.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
-        shape = (batch, -(-length // CACHE_BUCKET) * CACHE_BUCKET, dtype, self.device, ends)
-        if not compile:
-            return Decoding(self.config, *shape, context), self._step
-        if not hasattr(self, "_compiled"):
-            mode = "reduce-overhead" if kind == "cuda" else None
-            self._compiled = torch.compile(self._step, fullgraph=True, dynamic=False, mode=mode, recompile_limit=256)
-            self._idle = None
-        state, self._idle = self._idle, None
-        if state is None or state.shape != (*shape, context_shape(context)):
-            with torch.inference_mode(False):  # tensors made in inference mode could not be written outside it
-                state = Decoding(self.config, *shape, context)
-            for tensor in state.tensors():
-                torch._dynamo.mark_static_address(tensor, guard=False)
-        return state, self._compiled
-
-    @torch.no_grad()
-    def beam_search(self, input_ids, attention_mask, knobs: Sampling, eos_token_id) -> Tensor:
-        """The likeliest continuation of each row that a search with beams finds, step by step as transformers does it:
-        candidates that end in a step compete, by their score, for as many places as there are beams."""
-        n, max_new_tokens = knobs.num_beams, knobs.max_new_tokens
-        penalty, early = knobs.length_penalty, knobs.early_stopping
-        prompt, mask, context, ends, pad = self._begin(input_ids, attention_mask, max_new_tokens, eos_token_id)
-        (batch, seq), device, keep = prompt.shape, prompt.device, max(2, 1 + len(ends)) * n
-        prompt, mask = prompt.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-        if context is not None:
-            context = [tuple(x.repeat_interleave(n, 0) for x in pair) for pair in context[0]], (
-                None if context[1] is None else context[1].repeat_interleave(n, 0))
-        state, _ = self._decoder(batch * n, seq + max_new_tokens, context, len(ends), False)
-        state.start(prompt, mask, context, knobs, ends, pad, 0)
-        running = torch.zeros(batch, n, device=device)      # sums of log-probabilities
-        running[:, 1:] = NOTHING                            # all beams begin alike: only the first one counts
-        best = torch.full((batch, n), NOTHING, device=device)
-        texts = best_texts = torch.full((batch, n, max_new_tokens), pad, device=device)
-        finished, open_rows = best > 0, torch.ones(batch, 1, dtype=torch.bool, device=device)
-        first = torch.arange(keep, device=device) < n
-        logits = self(prompt, mask, cache=state.cache, columns=last_column(mask), context=context)
-        for length in range(1, max_new_tokens + 1):
-            scores = constrain(logits[:, -1].float().log_softmax(-1), state, knobs)
-            scores = scores.log_softmax(-1) if knobs.renormalize_logits else scores
-            top, index = (scores.unflatten(0, (batch, n)) + running[..., None]).flatten(1).topk(keep)
-            beam, token = index // scores.shape[-1], index % scores.shape[-1]
-            candidates = pick(texts, beam)
-            candidates[..., length - 1] = token
-            ended = (token[..., None] == state.ends).any(-1) | (length == max_new_tokens)
-            running, chosen = (top + ended * NOTHING).topk(n)
-            full = finished.all(-1, keepdim=True) & (early is True)
-            score = top / length ** penalty + (full * NOTHING + ~open_rows * NOTHING + ~(ended & first) * NOTHING)
-            best, places = torch.cat((best, score), 1).topk(n)
-            best_texts = pick(torch.cat((best_texts, candidates), 1), places)
-            finished = pick(torch.cat((finished, ended & first), 1), places)
-            texts, beam, token = pick(candidates, chosen), pick(beam, chosen), pick(token, chosen)
-            longest = max_new_tokens if early == "never" and penalty > 0 else length
-            worst = torch.where(finished, best.amin(1, keepdim=True), NOTHING)
-            open_rows = open_rows & (running[:, :1] / longest ** penalty > worst).any(-1, keepdim=True)
-            if not open_rows.any() or ended.all() or finished.all() and early is True:
-                break
-            state.reorder((beam + n * torch.arange(batch, device=device)[:, None]).flatten(), seq + length - 1)
-            state.take(token.flatten())
-            logits = self(state.token, state.one, cache=state.cache, context=context)
-        new, places = best_texts[:, 0], torch.arange(1, max_new_tokens + 1, device=device)
-        end = torch.where((new[..., None] == state.ends).any(-1), places, max_new_tokens)
-        end = end.amin(1, keepdim=True).clamp(max=length)
-        return torch.cat((self._prompt(input_ids), new.masked_fill(places > end, pad)[:, :int(end.max())]), 1)
-
-    def _generates(self, input_ids, mask, max_new_tokens):
+    def _begin(self, input_ids, attention_mask, knobs: Sampling, compile: bool) -> tuple:
+        """The checked start of a generation: prompt, its mask, the encoder's context; a row of them for each beam."""
+        mask, context = torch.ones_like(input_ids) if attention_mask is None else attention_mask, None
         require(self.config.head == "lm" and self.config.causal,
                 f"generate: the checkpoint's head is {self.config.head!r}, expected a language model's, 'lm'")
         self._fits(input_ids, mask)
         require(bool(mask.any(-1).all()), "attention_mask: a row has no token")
         seq, limit = 1 if self.encoder else input_ids.shape[1], self.config.max_position_embeddings
-        require(self.config.position not in LIMITED or seq + max_new_tokens <= limit,
-                f"max_new_tokens = {max_new_tokens} after {seq} tokens is more than the model's {limit} positions")
+        require(self.config.position not in LIMITED or seq + knobs.max_new_tokens <= limit,
+                f"max_new_tokens = {knobs.max_new_tokens} after {seq} tokens, expected at most {limit} in all")
+        if self.encoder is not None:
+            if compile:  # a compiled step serves many lengths of the source
+                more = min(-input_ids.shape[1] % CACHE_BUCKET, max(limit - input_ids.shape[1], 0))
+                input_ids, attention_mask = F.pad(input_ids, (0, more)), F.pad(mask, (0, more))
+            context = self.encode(input_ids, attention_mask)
+            input_ids = self._prompt(input_ids)
+            mask = torch.ones_like(input_ids)
+        beams = lambda x: x if knobs.num_beams == 1 else x.repeat_interleave(knobs.num_beams, 0)  # noqa: E731
+        return tree_map_only(Tensor, beams, (input_ids, mask, context))
+
+    def _state(self, prompt, mask, context, knobs: Sampling, compile: bool) -> tuple:
+        """The state of a generation and its step. A compiled step finds the tensors of the last generation again, at
+        the same addresses, unless their shapes differ or it is still running."""
+        length = -(-(prompt.shape[1] + knobs.max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
+        size, start = (len(prompt), length, self.dtype, self.device), (prompt, mask, context, knobs)
+        if not compile:
+            return Decoding(KVCache(self.config, *size), self.config.vocab_size, *start), self._step
+        if self._compiled is None:
+            mode = "reduce-overhead" if self.device.type == "cuda" else None
+            self._compiled = torch.compile(self._step, fullgraph=True, dynamic=False, mode=mode, recompile_limit=256)
+        idle, self._idle = self._idle, None
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode can be written there alone
+            cache = idle.cache.reset() if idle and idle.cache.size == size else KVCache(self.config, *size)
+            state = Decoding(cache, self.config.vocab_size, *start)
+            if idle and idle.cache is cache and idle.form() == state.form():
+                for old, given in zip(idle.tensors(), state.tensors()):
+                    old.copy_(given)
+                return idle, self._compiled
+        for tensor in state.tensors():
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        return state, self._compiled
+
+    def _step(self, state, ids, mask, columns, knobs, choose):
+        """One step, prefill or decode: nothing here waits for the device or changes shape between steps."""
+        logits = self(ids, mask, cache=state.cache, columns=columns, context=state.context)[:, -1].float()
+        state.take(torch.where(state.done, state.pad, choose(logits, state, knobs)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1661,53 +1509,36 @@ def read_json(path: Path) -> dict:
 
 
 def sources(name: str, model_type: str, head: str | None) -> tuple[tuple, type]:
-    """Which tensors of a family's checkpoint make up our tensor `name`, and the kind of its row."""
+    """Which tensors of a family's checkpoint make up our tensor `name`, and the kind of their names."""
     row, (module, kind) = FAMILIES[model_type], name.rsplit(".", 1)
     if not row.tensors:
-        return (name,), str
+        return (name,), Name
     layer = next((part for part in module.split(".") if part.isdigit()), "")
-    table, module = row.table(head), module.replace(f".{layer}.", ".{}.") if layer else module
-    if name in table:  # a tensor, not a module
-        return (table[name],), type(table[name])
-    entry = table.get(module)
-    require(entry, f"{name}: model_type {model_type!r} has no such tensor; use model_type 'tinylm'")
-    theirs = entry if isinstance(entry, tuple) else (entry,)
-    return tuple(f"{n.format(layer)}.{kind}" for n in theirs), type(theirs[0])
+    table, place = row.tensors | row.heads[head][0], module.replace(f".{layer}.", ".{}.") if layer else module
+    theirs = table.get(name) or table.get(place)  # of a tensor, or of a module
+    require(theirs, f"{name}: model_type {model_type!r} has no such tensor; use model_type 'tinylm'")
+    return tuple(n.format(layer) + f".{kind}" * (name not in table) for n in theirs), type(theirs[0])
 
 
 def fused_sizes(name: str, config: Config) -> tuple:
     """Rows that each part has in a fused projection of ours."""
-    if name.startswith("encoder."):
-        return fused_sizes(name.removeprefix("encoder."), config.encoder)
+    config = config.encoder if name.startswith("encoder.") else config
     sizes = {"qkv": config.qkv_sizes, "kv": config.qkv_sizes[1:], "gate_up": (config.intermediate_size,) * 2}
     return sizes[name.split(".")[-2]]
 
 
+def stored_form(name: str, tensor: Tensor, config: Config, model_type: str) -> tuple[dict, type]:
+    """Our tensor under a family's names, its fused parts apart, and the kind of the names."""
+    theirs, kind = sources(name, model_type, config.head)
+    parts = tensor.split(fused_sizes(name, config)) if len(theirs) > 1 else [tensor]
+    return {n: kind.write(part) for n, part in zip(theirs, parts)}, kind
+
+
 def to_checkpoint(state: dict, config: Config, model_type: str) -> dict:
-    """Our state dict under a family's names: fused tensors split, Conv1D weights transposed."""
-    out, prefix = {}, FAMILIES[model_type].prefix if config.head is None else ""
-    for name, tensor in state.items():
-        theirs, kind = sources(name, model_type, config.head)
-        parts = tensor.split(fused_sizes(name, config)) if len(theirs) > 1 else [tensor]
-        out |= {n.removeprefix(prefix): TRANSFORMS[kind][1](p).contiguous() for n, p in zip(theirs, parts)}
-    return out
-
-
-def checkpoint_files(folder: Path) -> dict:
-    """Tensor name -> the safetensors file that holds it."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return {name: single for name in open_tensors(single).keys()}
-    others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
-    require(index.exists(), f"{folder}: no model.safetensors and no model.safetensors.index.json"
-            + (f" ({', '.join(others)}: only safetensors is read)" if others else ""))
-    files = read_json(index).get("weight_map")
-    require(isinstance(files, dict) and files,
-            f"{index}: weight_map = {files!r}, expected tensor names and their files")
-    for name, file in files.items():
-        require(isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors"),
-                f"{index}: {name} lies in {file!r}, expected the name of a .safetensors file in this folder")
-    return {name: folder / file for name, file in files.items()}
+    """Our state dict in the form of a family's checkpoints."""
+    prefix = FAMILIES[model_type].prefix if config.head is None else ""
+    return {n.removeprefix(prefix): part.contiguous() for name, tensor in state.items()
+            for n, part in stored_form(name, tensor, config, model_type)[0].items()}
 
 
 def open_tensors(path: Path):
@@ -1723,82 +1554,86 @@ class Checkpoint:
     """The tensors in a folder, as our state dict: each one is found and fits, and none is left over."""
 
     def __init__(self, folder: Path, config: Config, dtype, device):
-        self.row, self.dtype, self.device, files = FAMILIES[config.model_type], dtype, device, checkpoint_files(folder)
-        self.opened = {file: open_tensors(file) for file in sorted(set(files.values()))}
-        self.place = min(self.opened) if len(self.opened) == 1 else folder / "model.safetensors.index.json"
-        prefix, heads = self.row.prefix, self.head_tensors(but="")
-        bare = not any(name.startswith(prefix) for name in files)  # saved without its head's wrapper
-        self.stored = {}  # name in the table -> (file, name there)
+        self.row, self.dtype, self.device = FAMILIES[config.model_type], dtype, device
+        self.place, files = self.files(folder)
+        opened = {file: open_tensors(file) for file in sorted(set(files.values()))}
+        heads, bare = self.head_tensors(), not any(name.startswith(self.row.prefix) for name in files)
+        self.stored = {}  # name in the table -> (file, the opened one, name there)
         for name, file in files.items():
-            old = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-            self.stored[prefix + old if bare and old not in heads else old] = (file, name)
-        self.config, head = config, self.theirs("head.out.weight", config)
+            new = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+            self.stored[self.row.prefix * (bare and new not in heads) + new] = file, opened[file], name
+        embed, head = (sources(name, config.model_type, config.head)[0][0] if there else None for name, there in (
+            ("embed.weight", True), ("head.out.weight", config.head in ("lm", "mlm"))))
+        for stack, layers in (("", config.num_hidden_layers), ("encoder.", config.num_encoder_layers)):
+            if layers:  # before so many are made
+                last, = sources(f"{stack}layers.{layers - 1}.mlp.down.weight", config.model_type, config.head)[0]
+                require(last in self.stored, f"{self.place}: tensor {last} is missing")
+        self.dtype = dtype or self.fetch(embed).dtype
         if config.tied and head in self.stored:  # then it is tied in name only, unless it equals the embedding
-            embed = self.theirs("embed.weight", config)
-            if self.shape(head) != self.shape(embed) or not torch.equal(self.fetch(head), self.fetch(embed)):
-                require("tie_word_embeddings" not in self.row.only, f"{self.place}: tensor {head} differs from the "
-                        f"embedding, but model_type {config.model_type!r} ties them")
-                self.config = replace(config, tie_word_embeddings=False)
-        elif not config.tied and self.row.unstored_head_is_tied and head not in self.stored:
-            self.config = replace(config, tie_word_embeddings=True)
+            tied = torch.equal(self.fetch(head), self.fetch(embed))
+            require(tied or "tie_word_embeddings" not in self.row.only, f"{self.place}: tensor {head} differs from the "
+                    f"embedding, but model_type {config.model_type!r} ties them")
+            config = replace(config, tie_word_embeddings=tied)
+        elif head not in self.stored and self.row.unstored_head_is_tied:
+            config = replace(config, tie_word_embeddings=True)
+        self.config, self.spare = config, {head} if config.tied else set()
 
-    def theirs(self, name: str, config: Config) -> str | None:
-        if name.startswith("head.") and name.rsplit(".", 1)[0] not in self.row.table(config.head) and self.row.tensors:
-            return None
-        return sources(name, config.model_type, config.head)[0][0]
+    @staticmethod
+    def files(folder: Path) -> tuple[Path, dict]:
+        """The file that says it, and the safetensors file of every tensor."""
+        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        if single.exists():
+            return single, dict.fromkeys(open_tensors(single).keys(), single)
+        others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
+        require(index.exists(), f"{folder}: no model.safetensors and no model.safetensors.index.json"
+                + (f" ({', '.join(others)}: only safetensors is read)" if others else ""))
+        files = read_json(index).get("weight_map")
+        require(isinstance(files, dict) and files,
+                f"{index}: weight_map = {files!r}, expected tensor names and their files")
+        for name, file in files.items():
+            require(isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors"),
+                    f"{index}: {name} lies in {file!r}, expected the name of a .safetensors file in this folder")
+        return index, {name: folder / file for name, file in files.items()}
 
-    def head_tensors(self, but=None) -> set:
+    def head_tensors(self, but="none") -> set:
         """Names of the heads' own tensors, but for those of the head `but`."""
-        return {name if ours.endswith(".bias") else f"{name}.{kind}"
-                for head, (table, _) in self.row.heads.items() if head != but
-                for ours, name in table.items() for kind in ("weight", "bias")}
-
-    def shape(self, name: str, missing: str = "") -> tuple:
-        require(name in self.stored, f"{self.place}: tensor {name} is missing{missing}")
-        file, stored = self.stored[name]
-        try:
-            return tuple(self.opened[file].get_slice(stored).get_shape())
-        except SafetensorError as error:
-            raise Error(f"{file}: tensor {stored} is not readable ({error})") from None
+        rows = [(ours, name) for head, (table, _) in self.row.heads.items() if head != but
+                for ours, (name,) in table.items()]
+        return {name if ours.endswith(".bias") else f"{name}.{kind}" for ours, name in rows
+                for kind in ("weight", "bias")}
 
     def fetch(self, name: str, shape: tuple | None = None) -> Tensor:
-        found = self.shape(name, f", expected with shape {shape}")
-        file, stored = self.stored[name]
-        require(shape is None or found == shape, f"{file}: tensor {stored} has shape {found}, expected {shape}")
+        require(name in self.stored, f"{self.place}: tensor {name} is missing"
+                + (f", expected with shape {tuple(shape)}" if shape else ""))
+        file, opened, stored = self.stored[name]
         try:
-            tensor = self.opened[file].get_tensor(stored)
+            tensor = opened.get_tensor(stored)
         except SafetensorError as error:
             raise Error(f"{file}: tensor {stored} is not readable ({error})") from None
-        require(tensor.is_floating_point(),
-                f"{file}: tensor {stored} has dtype {tensor.dtype}, expected floating point")
+        require(tensor.is_floating_point() and shape in (None, tensor.shape), f"{file}: tensor {stored} has shape "
+                f"{tuple(tensor.shape)} and dtype {tensor.dtype}, expected floats of shape {tuple(shape or ())}")
         return tensor.to(self.device, self.dtype)
 
     def state(self, lm: TinyLM, fresh: dict) -> dict:
         """The state dict of a model; `fresh` stands in for tensors of its head that are not stored."""
-        config, row, state, used = self.config, self.row, {}, set()
-        stored_dtype = self.fetch(self.theirs("embed.weight", config)).dtype
+        row, state, used = self.row, {}, set()
         for name, tensor in lm.state_dict().items():
-            theirs, kind = sources(name, config.model_type, config.head)
-            used |= set(theirs)
-            if not any(n in self.stored for n in theirs) and (name in fresh or kind in (Row, Unused)):
-                new = fresh.get(name, torch.zeros(tensor.shape, device=self.device))
-                state[name] = new.to(self.dtype or stored_dtype)
-                continue
-            rows = fused_sizes(name, config) if len(theirs) > 1 else tensor.shape[:1]
-            read, written = TRANSFORMS[kind]
-            shapes = [tuple(written(tensor).shape) if kind is not str else (r, *tensor.shape[1:]) for r in rows]
-            parts = [read(self.fetch(n, shape)).contiguous() for n, shape in zip(theirs, shapes)]
-            state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            parts, kind = stored_form(name, tensor, self.config, self.config.model_type)
+            used |= parts.keys()
+            if not parts.keys() & self.stored.keys() and (name in fresh or kind in (Row, Unused)):
+                new = fresh.get(name, torch.zeros(tensor.shape))
+                state[name] = new.to(self.device, self.dtype)
+            else:
+                found = [kind.read(self.fetch(n, part.shape)).contiguous() for n, part in parts.items()]
+                state[name] = found[0] if len(found) == 1 else torch.cat(found)
         for name, ours in row.copies.items():
             require(name not in self.stored or ours not in state or torch.equal(self.fetch(name), state[ours]),
-                    f"{self.place}: tensor {name} differs from {self.theirs(ours, config)}, which it should repeat")
-        layers = range(max(config.num_hidden_layers, config.num_encoder_layers))
-        dropped = {pattern.format(i) for pattern in row.drop for i in layers}
-        dropped |= set(row.copies) | self.head_tensors(config.head)
-        dropped |= {self.theirs("head.out.weight", config)} if config.tied else set()
-        for name in sorted(set(self.stored) - used - dropped):
-            file, stored = self.stored[name]
-            raise Error(f"{file}: tensor {stored} is unexpected for model_type {config.model_type!r}")
+                    f"{self.place}: tensor {name} differs from the one that it should repeat, {ours}")
+        layers = range(max(self.config.num_hidden_layers, self.config.num_encoder_layers))
+        dropped = {pattern.format(i) for pattern in row.drop for i in layers} | self.head_tensors(self.config.head)
+        for name in sorted(self.stored.keys() - used - dropped - row.copies.keys() - self.spare):
+            file, _, stored = self.stored[name]
+            raise Error(f"{file}: tensor {stored} is unexpected for model_type {self.config.model_type!r}")
         return state
 
 
@@ -1818,13 +1653,10 @@ class ByteTokenizer:
 
     def encoding(self, text: str, pair: str | None = None):
         """What `Tokenizer.encoding` gives; a second text stands behind the end-of-text token."""
-        texts = [text] if pair is None else [text, pair]
-        ids, parts, offsets = [], [], []
-        for part, one in enumerate(texts):
-            if part:
-                ids, parts, offsets = ids + [self.eos_token_id], parts + [None], offsets + [(0, 0)]
-            spans = [(i, i + 1) for i, char in enumerate(one) for _ in char.encode("utf-8", errors="replace")]
-            ids, parts, offsets = ids + self.encode(one), parts + [part] * len(spans), offsets + spans
+        first, second = ([(byte, part, (i, i + 1)) for i, char in enumerate(one or "") for byte in self.encode(char)]
+                         for part, one in enumerate((text, pair)))
+        rows = first if pair is None else [*first, (self.eos_token_id, None, (0, 0)), *second]
+        ids, parts, offsets = map(list, zip(*rows)) if rows else ([], [], [])
         return SimpleNamespace(ids=ids, type_ids=[part or 0 for part in parts], sequence_ids=parts, offsets=offsets)
 
     def decode(self, ids) -> str:
@@ -1866,11 +1698,12 @@ class Tokenizer:
                                                 for name in ("eos_token", "pad_token"))
 
     def encode(self, text: str, pair: str | None = None, special: bool = True) -> list[int]:
-        return self.backend.encode(text, pair, add_special_tokens=special).ids
+        return self.encoding(text, pair, special).ids
 
-    def encoding(self, text: str, pair: str | None = None):
+    def encoding(self, text: str, pair: str | None = None, special: bool = True):
         """Ids of a text or of two, with `type_ids`, `sequence_ids` (which text; None: special) and `offsets` in it."""
-        return self.backend.encode(text, pair)
+        text, pair = (one and one.encode("utf-8", errors="replace").decode("utf-8") for one in (text, pair))
+        return self.backend.encode(text, pair, add_special_tokens=special)
 
     def decode(self, ids) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -1902,32 +1735,68 @@ def load_tokenizer(folder: Path):
         raise Error(f"{folder / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
 
 
+@contextlib.contextmanager
+def bounded(seconds: float = 2, memory: int = 2**29):
+    """Python code within ends with an error after some seconds or, on Linux, where it takes more memory."""
+    end, before, limits = time.monotonic() + seconds, sys.gettrace(), None
+
+    def trace(frame, event, argument):
+        if time.monotonic() > end:
+            raise TimeoutError(f"more than {seconds} seconds")
+        return trace
+
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory, limits[1]))
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+        if limits:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def chat_prompt(tokenizer, messages: list[dict], answer: bool = True) -> str:
-    """Messages ({"role", "content"}) as text, through the checkpoint's own chat template in jinja2's sandbox."""
+    """Messages ({"role", "content"}) as text, through the checkpoint's own chat template: in jinja2's sandbox, within
+    bounds of time and size."""
     files = getattr(tokenizer, "files", {})
-    config = json.loads(files.get("tokenizer_config.json", b"{}"))
-    template = config.get("chat_template")
+    template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
     if "chat_template.jinja" in files:
-        template = files["chat_template.jinja"].decode("utf-8")
+        template = files["chat_template.jinja"].decode("utf-8", errors="replace")
     if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-    if not template:
-        raise Error("chat: the checkpoint has no chat_template in tokenizer_config.json and no chat_template.jinja")
+        template = next((entry.get("template") for entry in template
+                         if isinstance(entry, dict) and entry.get("name") == "default"), None)
+    require(template, "chat: the checkpoint has no chat_template in tokenizer_config.json and no chat_template.jinja")
     from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context, operator, left, right):  # one product of big numbers may take days
+            if operator == "**" or any(isinstance(x, int) and abs(x) > 2**31 for x in (left, right)):
+                raise SecurityError(f"{operator} of big numbers")
+            return left * right
 
     def refuse(message):
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=["jinja2.ext.loopcontrols"])
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    size = 2**20 + 2 * sum(len(str(message)) for message in messages)
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=answer,
-                                                        **special_tokens(files))
-    except TemplateError as error:
-        raise Error(f"chat: the checkpoint's chat template failed ({error})") from None
+        require(isinstance(template, str) and len(template) <= size, f"expected a text of at most {size} characters")
+        with bounded():
+            text = environment.from_string(template).render(messages=messages, add_generation_prompt=answer,
+                                                            **special_tokens(files))
+        require(len(text) <= size, f"it writes {len(text)} characters, expected at most {size}")
+    except Exception as error:  # whatever a template's code raises
+        raise Error(f"chat: the checkpoint's chat template failed ({type(error).__name__}: {error})") from None
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1935,159 +1804,193 @@ def chat_prompt(tokenizer, messages: list[dict], answer: bool = True) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CACHE_BUCKET = 128  # cache lengths are multiples of it, so that a compiled step serves many prompt lengths
-NOTHING = -1e9      # the score of a beam that does not count
 FROM_FILE = set("""max_new_tokens no_repeat_ngram_size min_length bad_words_ids forced_bos_token_id forced_eos_token_id
     num_beams renormalize_logits length_penalty early_stopping""".split())  # where generation_config.json has them
 UNSUPPORTED = set("""num_beam_groups penalty_alpha typical_p encoder_no_repeat_ngram_size suppress_tokens constraints
     begin_suppress_tokens exponential_decay_length_penalty encoder_repetition_penalty sequence_bias guidance_scale
     min_new_tokens epsilon_cutoff eta_cutoff force_words_ids""".split())
-SAMPLING_RANGES = {
-    "max_new_tokens": (1, 2**31), "top_k": (0, 2**31), "no_repeat_ngram_size": (0, 2**31), "min_length": (0, 2**31),
-    "forced_bos_token_id": (0, 2**31), "forced_eos_token_id": (0, 2**31), "num_beams": (1, 2**16),
-    "temperature": (0.0, 1e9), "top_p": (0.0, 1), "min_p": (0.0, 1), "repetition_penalty": (1e-9, 1e9),
-    "length_penalty": (-1e3, 1e3)}
+GENERATION = FROM_FILE | UNSUPPORTED | set("""max_length do_sample diversity_penalty temperature top_k top_p
+    repetition_penalty num_return_sequences force_bos_token_to_be_generated decoder_start_token_id bos_token_id
+    eos_token_id pad_token_id""".split())  # what may stand in config.json
+
+
+def as_ids(name: str, value) -> tuple:
+    """One id, several or None as a tuple."""
+    ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    require(all(number(i, -1, 2**31, int) for i in ids), f"{name} = {value!r}, expected integers")
+    return ids
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How a text is generated, in the words of Hugging Face; what changes logits does so in its order."""
-    max_new_tokens: int = 128
-    temperature: float = 0.0                   # 0: the likeliest
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    min_length: int = 0                        # tokens before a row may end, the prompt's included
-    bad_words_ids: tuple = ()                  # sequences of ids that must not come
-    forced_bos_token_id: int | None = None     # what a decoder says after its start token
-    forced_eos_token_id: int | None = None     # what it says last
-    num_beams: int = 1                         # above 1: the likeliest text that a search with so many finds
-    length_penalty: float = 1.0                # its score is its log-probability over length to the power of this
-    early_stopping: bool | str = False         # the search ends: at first finds | when none better is likely | "never"
+    max_new_tokens: Size = 128
+    temperature: Annotated[float, 0, 1e9] = 0.0  # 0: the likeliest
+    top_k: Count | None = None
+    top_p: Share | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, 1e-9, 1e9] = 1.0
+    eos_token_id: int | str | tuple | list = ()     # an id that ends a row, or several; none: it never ends
+    pad_token_id: Id | None = None             # what stands after a row's end; None: the first that ends it, or 0
+    stop: str | tuple | list = ()              # a string, or several: a row ends once its new text has one
+    seed: Annotated[int, -2**63, 2**63 - 1] | None = None
+    no_repeat_ngram_size: Count = 0
+    min_length: Count = 0                      # tokens before a row may end, the prompt's included
+    bad_words_ids: tuple | list = ()           # sequences of ids that must not come
+    forced_bos_token_id: Count | None = None   # what a decoder says after its start token
+    forced_eos_token_id: Count | None = None   # what it says last
+    num_beams: Annotated[int, 1, 2**16] = 1    # above 1: the likeliest text that a search with so many finds
+    length_penalty: Annotated[float, -1e3, 1e3] = 1.0  # its score is its log-probability over length to the power of it
+    early_stopping: Literal[True, False, "never"] = False  # it ends at the first finds | when better is unlikely
     renormalize_logits: bool = False           # of beams, after what changes logits
 
     def __post_init__(self):
-        require_ranges(self, SAMPLING_RANGES)
-        require(self.early_stopping in (True, False, "never"),
-                f"early_stopping = {self.early_stopping!r}, expected true, false or 'never'")
-        words = self.bad_words_ids
-        require(isinstance(words, (list, tuple)) and all(isinstance(w, (list, tuple)) and w and all(
-            number(i, 0, 2**31, int) for i in w) for w in words), f"bad_words_ids = {words!r}, expected lists of ids")
-        object.__setattr__(self, "bad_words_ids", tuple(map(tuple, words)))
+        check(self)
+        words, ends = self.bad_words_ids, as_ids("eos_token_id", self.eos_token_id)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        require(all(isinstance(s, str) and s for s in stop), f"stop = {stop!r}, expected strings that are not empty")
+        pad = self.pad_token_id if self.pad_token_id is not None else [*ends, 0][0]
+        vars(self).update(bad_words_ids=tuple(as_ids("bad_words_ids", word) for word in words), eos_token_id=ends,
+                          stop=stop, pad_token_id=pad)
         if self.temperature < 1e-5:  # where a division would overflow, the draw is the likeliest anyway
-            object.__setattr__(self, "temperature", 0.0)
+            vars(self).update(temperature=0.0)
 
-    def kind(self) -> Sampling:
-        """The same, but numbers that a compiled step takes from tensors say only whether they are used."""
-        used = {name: value if value in (0, 1, None) else 0.5 for name, value in self.values().items()}
-        return replace(self, max_new_tokens=1, **used)
-
-    def values(self) -> dict:
-        return {name: getattr(self, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
-
-
-def hash32(x: Tensor) -> Tensor:
-    """A 32-bit integer hash of full avalanche (Wellons' two-round prospector) of int64 values below 2^32."""
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return x ^ (x >> 15)
+    def numbers(self) -> dict:
+        """The numbers that do something: a compiled step takes them as tensors, and is the same for others."""
+        idle = dict(temperature=0, top_p=1, min_p=0, repetition_penalty=1)
+        return {name: getattr(self, name) for name, none in idle.items() if getattr(self, name) not in (None, none)}
 
 
 def uniform(seed: Tensor, step: Tensor, batch: int, vocab: int) -> Tensor:
     """Numbers in (0, 1), (batch, vocab), a function of seed, row, step and column alone: the same on every device and
     in every batch size (Salmon et al. 2011, counter-based random numbers)."""
+    def hashed(x):  # 32 bits with full avalanche, of the lowest 32 of x (Wellons' two-round prospector)
+        x = x & 0xFFFFFFFF
+        for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+        return x ^ (x >> 15)
+
     rows, columns = (torch.arange(n, device=seed.device) for n in (batch, vocab))
-    state = hash32((hash32((hash32(seed & 0xFFFFFFFF) + rows) & 0xFFFFFFFF) + step) & 0xFFFFFFFF)
-    bits = hash32((state[:, None] + columns * 0x9E3779B9) & 0xFFFFFFFF)
-    return ((bits >> 9).float() + 0.5) / 2**23
+    state = hashed(hashed(hashed(seed) + rows) + step)
+    return ((hashed(state[:, None] + columns * 0x9E3779B9) >> 9).float() + 0.5) / 2**23
 
 
 def constrain(logits: Tensor, state: Decoding, knobs: Sampling) -> Tensor:
     """Logits or log-probabilities (batch, vocab), less what the knobs forbid after the ids so far."""
-    length, vocab, ids = state.cache.lengths, logits.shape[-1], state.ids
-    if knobs.repetition_penalty != 1:
-        penalty = state.values["repetition_penalty"]
+    length, ids, column = state.cache.lengths, state.ids, torch.arange(logits.shape[-1], device=logits.device)
+
+    def newest(n):  # the last n ids (batch, n)
+        return ids.gather(1, (length - n + torch.arange(n, device=ids.device)).clamp(min=0))
+
+    if "repetition_penalty" in state.numbers:
+        penalty = state.numbers["repetition_penalty"]
         logits = torch.where(state.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if n := knobs.no_repeat_ngram_size:
-        windows, order = ids.unfold(1, n, 1), torch.arange(n - 1, device=ids.device)
-        newest = ids.gather(1, (length - (n - 1) + order).clamp(min=0))
+        windows = ids.unfold(1, n, 1)
         inside = torch.arange(windows.shape[1], device=ids.device) + n <= length
-        again = (windows[..., :-1] == newest[:, None]).all(-1) & inside
-        banned = torch.where(again, windows[..., -1], vocab)  # what does not repeat goes to a column to spare
-        spare = torch.zeros(len(ids), vocab + 1, dtype=torch.bool, device=ids.device)
-        logits = logits.masked_fill(spare.scatter_(1, banned, True)[:, :vocab], -math.inf)
+        again = (windows[..., :-1] == newest(n - 1)[:, None]).all(-1) & inside
+        banned = torch.where(again, windows[..., -1], len(column))  # what does not repeat goes to a column to spare
+        spare = torch.zeros(len(ids), len(column) + 1, dtype=torch.bool, device=ids.device)
+        logits = logits.masked_fill(spare.scatter_(1, banned, True)[:, :-1], -math.inf)
     for *before, last in knobs.bad_words_ids:
-        newest = ids.gather(1, (length - len(before) + torch.arange(len(before), device=ids.device)).clamp(min=0))
-        banned = (newest == newest.new_tensor(before)).all(-1) & (length[:, 0] >= len(before))
-        logits = torch.where(banned[:, None] & (torch.arange(vocab, device=ids.device) == last), -math.inf, logits)
+        banned = (newest(len(before)) == ids.new_tensor(before)).all(-1, keepdim=True) & (length >= len(before))
+        logits = torch.where(banned & (column == last), -math.inf, logits)
     if knobs.min_length:
-        ends = (torch.arange(vocab, device=ids.device)[:, None] == state.ends).any(-1)
+        ends = (column[:, None] == state.ends).any(-1)
         logits = torch.where(ends & (length < knobs.min_length), -math.inf, logits)
     forced = (knobs.forced_bos_token_id, length == 1), (knobs.forced_eos_token_id, state.count == state.last)
     for token, when in forced:
         if token is not None:
-            only = torch.where(torch.arange(vocab, device=ids.device) == token, 0.0, -math.inf)
-            logits = torch.where(when, only, logits)
+            logits = torch.where(when, torch.where(column == token, 0.0, -math.inf), logits)
     return logits
 
 
-def sample(logits: Tensor, knobs: Sampling, seed: Tensor, step: Tensor, values: dict | None = None) -> Tensor:
-    """One id per row of logits (batch, vocab), drawn by the Gumbel trick; the most likely at temperature 0. `values`
-    are tensors in the place of the knobs' numbers."""
-    values = values or knobs.values()
-    if knobs.temperature == 0:
+def sample(logits: Tensor, state: Decoding, knobs: Sampling) -> Tensor:
+    """The next id of each row of logits (batch, vocab), drawn by the Gumbel trick; at temperature 0 the likeliest."""
+    logits, numbers = constrain(logits, state, knobs), state.numbers
+    if "temperature" not in numbers:
         return logits.argmax(-1)
-    logits = logits / values["temperature"]
+    logits = logits / numbers["temperature"]
     if knobs.top_k:
-        least = logits.topk(min(int(knobs.top_k), logits.shape[-1])).values[:, -1:]
+        least = logits.topk(min(knobs.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
-    if knobs.top_p is not None and knobs.top_p < 1:
+    if "top_p" in numbers:
         ordered, order = logits.sort(descending=True)
         p = ordered.softmax(-1)
-        outside = p.cumsum(-1) - p >= values["top_p"]  # what stands before it is enough already
+        outside = p.cumsum(-1) - p >= numbers["top_p"]  # what stands before it is enough already
         outside[:, 0] = False
         logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
-    if knobs.min_p:
+    if "min_p" in numbers:
         p = logits.softmax(-1)
-        logits = logits.masked_fill(p < values["min_p"] * p.amax(-1, keepdim=True), -math.inf)
-    noise = uniform(seed, step, *logits.shape)
-    return (logits - (-noise.log()).log()).argmax(-1)
+        logits = logits.masked_fill(p < numbers["min_p"] * p.amax(-1, keepdim=True), -math.inf)
+    return (logits - (-uniform(state.seed, state.count, *logits.shape).log()).log()).argmax(-1)
+
+
+class Beams:
+    """The likeliest continuation of each row that a search finds, step by step as transformers does it: candidates that
+    end in a step compete, by their score, for as many places as there are beams."""
+
+    def __init__(self, knobs: Sampling, batch: int):
+        n = knobs.num_beams
+        self.knobs, self.texts = knobs, [[] for _ in range(batch * n)]
+        self.sums = [0.0, *[-1e9] * (n - 1)] * batch  # log-probabilities; all beams begin alike: only the first counts
+        self.found = [[] for _ in range(batch)]       # (score, text) of what has ended, the best first
+        self.open = [True] * batch                    # the row may still find a better one
+
+    def choose(self, logits: Tensor, state: Decoding, knobs: Sampling) -> Tensor:
+        """The next id of each beam, (batch * beams,), in the place of `sample`."""
+        scores = constrain(logits.log_softmax(-1), state, knobs)
+        scores = scores.log_softmax(-1) if knobs.renormalize_logits else scores
+        keep = max(2, 1 + len(knobs.eos_token_id)) * knobs.num_beams
+        top, index = (scores + scores.new_tensor(self.sums)[:, None]).view(len(self.open), -1).topk(keep)
+        beams = [beam for row, candidates in enumerate(zip(top.tolist(), index.tolist()))
+                 for beam in self.advance(row, logits.shape[-1], *candidates)]
+        rows, self.sums, self.texts = zip(*beams)
+        state.reorder(torch.tensor(rows, device=logits.device))
+        state.done |= not any(self.open)
+        return torch.tensor([text[-1] for text in self.texts], device=logits.device)
+
+    def advance(self, row: int, vocab: int, sums: list, places: list) -> list:
+        """(beam, sum, text) of the beams that a row goes on with, of its candidates, the best first."""
+        knobs, n, found, going = self.knobs, self.knobs.num_beams, self.found[row], []
+        length = len(self.texts[0]) + 1
+        last = length == knobs.max_new_tokens
+        for rank, (total, place) in enumerate(zip(sums, places)):
+            beam, token = row * n + place // vocab, place % vocab
+            text = [*self.texts[beam], token]
+            if (token in knobs.eos_token_id or last) and self.open[row] and rank < n:
+                found.append((total / length ** knobs.length_penalty, text))
+            if token not in knobs.eos_token_id:
+                going.append((beam, total, text))
+        found.sort(key=lambda pair: -pair[0])
+        del found[n:]
+        longest = knobs.max_new_tokens if knobs.early_stopping == "never" and knobs.length_penalty > 0 else length
+        hope = going[0][1] / longest ** knobs.length_penalty
+        full = len(found) == n
+        self.open[row] &= not last and not (full and (knobs.early_stopping is True or hope <= found[-1][0]))
+        return going[:n]
 
 
 class Decoding:
-    """All that changes while a batch is generated: tensors of fixed shape and address."""
+    """All that changes while a batch is generated: tensors of fixed shape and, in a compiled step, fixed address."""
 
-    def __init__(self, config: Config, batch: int, length: int, dtype, device, ends: int, context: tuple | None):
-        def new(*shape, dtype=torch.long, value=0):
-            return torch.full(shape, value, dtype=dtype, device=device)
+    def __init__(self, cache: KVCache, vocab: int, prompt: Tensor, mask: Tensor, context, knobs: Sampling):
+        def new(value, *shape, dtype=torch.long):
+            return torch.full(shape, value, dtype=dtype, device=prompt.device)
 
-        self.shape = (batch, length, dtype, device, ends, context_shape(context))
-        self.cache = KVCache(config, batch, length, dtype, device)
-        self.context = None if context is None else (
-            [tuple(map(torch.empty_like, pair)) for pair in context[0]],
-            None if context[1] is None else context[1].clone())
-        self.ids = new(batch, length + 1)                       # by position: prompt and what came after it
-        self.token, self.one = new(batch, 1), new(batch, 1, value=1)      # the newest, and its mask
-        self.done, self.alive = (new(batch, dtype=torch.bool) for _ in range(2))  # the row has ended; had not before
-        self.seen = new(batch, config.vocab_size, dtype=torch.bool)
-        self.ends, self.pad, self.seed, self.count, self.last = new(ends), new(), new(), new(), new()
-        self.values = {name: new(dtype=torch.float32) for name in Sampling().values()}
-
-    def start(self, prompt: Tensor, mask: Tensor, context: tuple | None, knobs: Sampling, ends: tuple, pad: int, seed):
-        self.cache.reset()
-        if context is not None:
-            for held, given in zip(context_tensors(self.context), context_tensors(context)):
-                held.copy_(given)
-        self.done.zero_(), self.count.zero_(), self.seed.copy_(torch.as_tensor(seed))
-        self.pad.fill_(pad), self.last.fill_(knobs.max_new_tokens - 1)
-        self.ends.copy_(torch.tensor(ends, dtype=torch.long))
-        for name, value in knobs.values().items():
-            self.values[name].fill_(1.0 if value is None else value)
-        real = mask.bool()
-        rows = torch.arange(len(real), device=real.device)[:, None].expand_as(real)[real]
-        self.ids.fill_(-1)[rows, count_positions(mask)[0][real]] = prompt[real]
-        self.seen.zero_()[rows, prompt[real]] = True
+        batch, real = len(prompt), mask.bool()
+        rows = torch.arange(batch, device=prompt.device)[:, None].expand_as(real)[real]
+        self.cache, self.context = cache, tree_map_only(Tensor, torch.clone, context)
+        self.ids = new(-1, batch, cache.size[1] + 1)            # by position: prompt and what came after it
+        self.ids[rows, count_positions(mask)[0][real]] = prompt[real]
+        self.seen = new(False, batch, vocab, dtype=torch.bool)
+        self.seen[rows, prompt[real]] = True
+        self.token, self.one = new(0, batch, 1), new(1, batch, 1)             # the newest, and its mask
+        self.done, self.alive = (new(False, batch, dtype=torch.bool) for _ in range(2))  # has ended; had not before
+        self.ends, self.pad = torch.tensor(knobs.eos_token_id, device=prompt.device).long(), new(knobs.pad_token_id)
+        self.count, self.last = new(0), new(knobs.max_new_tokens - 1)
+        self.seed = torch.randint(2**31, ()).to(prompt) if knobs.seed is None else new(knobs.seed)
+        self.numbers = {name: new(value, dtype=torch.float32) for name, value in knobs.numbers().items()}
 
     def take(self, token: Tensor):
         """The new ids (batch,) join the text."""
@@ -2098,36 +2001,15 @@ class Decoding:
         self.token.copy_(token[:, None])
         self.count += 1
 
-    def reorder(self, rows: Tensor, columns: int):
-        self.cache.reorder(rows, columns)
+    def reorder(self, rows: Tensor):
+        self.cache.reorder(rows)
         self.ids, self.seen = self.ids[rows], self.seen[rows]
 
+    def form(self) -> list:
+        return [*self.numbers, *(x.shape for x in self.tensors())]
+
     def tensors(self) -> list:
-        parts = [*vars(self).values(), *vars(self.cache).values(), *self.cache.k, *self.cache.v, *self.values.values(),
-                 *context_tensors(self.context)]
-        return [part for part in parts if isinstance(part, Tensor)]
-
-
-def context_tensors(context: tuple | None) -> list:
-    if context is None:
-        return []
-    pairs, mask = context
-    return [x for pair in pairs for x in pair] + ([] if mask is None else [mask])
-
-
-def context_shape(context: tuple | None) -> tuple:
-    return tuple(x.shape for x in context_tensors(context))
-
-
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    """Rows x[b, index[b, i]] of x (batch, n, ...)."""
-    return x.gather(1, index[(...,) + (None,) * (x.ndim - 2)].expand(-1, -1, *x.shape[2:]))
-
-
-def stop_strings(stop) -> tuple:
-    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    require(all(isinstance(s, str) and s for s in stop), f"stop = {stop!r}, expected strings that are not empty")
-    return stop
+        return [x for x in tree_leaves((vars(self), vars(self.cache))) if isinstance(x, Tensor)]
 
 
 def text_pieces(tokenizer, tokens, stop: tuple = (), prompt=()):
@@ -3369,8 +3251,9 @@ def add_options(parser, owner, *names: str, **defaults):
     """Fields of a dataclass, or those named, as options of a command. What is not said is not there."""
     for f in fields(owner):
         if f.name in names or not names:
-            kind = {"int": int, "float": float, "str": str, "bool": None}[f.type.split(" ")[0]]
-            kind = dict(type=kind, metavar=f.name.upper()) if kind else dict(action="store_true")
+            hint = get_type_hints(owner)[f.name]
+            kind = (*get_args(hint), hint)[0]  # of `int | None`, int
+            kind = dict(action="store_true") if kind is bool else dict(type=kind, metavar=f.name.upper())
             default = defaults.get(f.name, f.default)
             shown = "" if default in (None, "", False) else f" (default: {default})"
             parser.add_argument(flag(f.name), default=defaults.get(f.name, argparse.SUPPRESS),

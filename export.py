@@ -677,12 +677,12 @@ def onnx_attend(q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache
 def grouped_attention(self, x, rope, mask, cache, layer):
     """tinylm's `Attention.forward` as ONNX Runtime's own operator: it rotates by the tables of all positions, writes
     keys and values behind those of the past, in place where past and present are one buffer, and masks by lengths."""
-    import tinylm
+    from torch import nn
     qkv = self.qkv(x)
     like, inputs = qkv[..., :self.sizes[0]], (qkv, None, None)
-    if self.q_norm is not None:
+    if not isinstance(self.q_norm, nn.Identity):
         q, k, v = qkv.split(self.sizes, dim=-1)
-        inputs = tinylm.normed(q, self.q_norm), tinylm.normed(k, self.k_norm), v
+        inputs = self.q_norm(q), self.k_norm(k), v
     heads, groups, _ = (size // self.head_dim for size in self.sizes)
     more = dict(softcap=self.softcap) if self.softcap else {}
     more |= dict(local_window_size=cache.windows[layer]) if cache.windows[layer] else {}

@@ -45,6 +45,7 @@ except ImportError:  # Windows, where nothing locks a folder
     fcntl = None
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
@@ -2077,6 +2078,7 @@ class TrainOptions:
     decay: float | None = option(None, "share of the steps in which they fall to zero, at the end", 0, 0.99)
     clip: float = option(1.0, "largest norm of the gradient", 1e-12, 1e12)
     accumulate: int = option(1, "parts in which a step's batch is run, to save memory", 1, 2**31)
+    parallel: str = option("fsdp", "under torchrun: fsdp (each process has a part of the weights) or ddp (has all)")
     checkpoint: bool = option(False, "run each layer again in the backward pass, to save memory")
     lora: int = option(0, "train adapters of this rank and a new head only; saved merged, and for PEFT", 0, 2**16)
     freeze: str = option("", "what stays as it is: embeddings, body (all but the head), or them and the first N layers")
@@ -2093,7 +2095,7 @@ class TrainOptions:
             value, (low, high) = getattr(self, f.name), (f.metadata["low"], f.metadata["high"])
             require(low is None or value is None or number(value, low, high),
                     f"{flag(f.name)} {value}: expected a number from {low} to {high}")
-        for name, known in (("task", TRAINABLE), ("size", (None, *SIZES))):
+        for name, known in (("task", TRAINABLE), ("size", (None, *SIZES)), ("parallel", ("fsdp", "ddp"))):
             require(getattr(self, name) in known,
                     f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(filter(None, known))}")
         for name, ok, expected in (
@@ -2173,7 +2175,7 @@ class MuonAdamW(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-            update = orthogonal(p.grad.lerp(average, momentum))
+            update = like(p, orthogonal(whole(p.grad.lerp(average, momentum))))
             p.mul_(1 - lr * decay).add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
@@ -2255,19 +2257,65 @@ def chunked_loss(model: TinyLM, inputs: tuple, columns: Tensor | None, labels: T
 def train_step(model: TinyLM, optimizer, batch, max_grad_norm: float = 1.0, accumulate: int = 1, bf16: bool = False,
                class_weights: Tensor | None = None) -> Tensor:
     """One update on a batch of ids (batch, seq), or on a dict as `loss_sum` takes it, run in `accumulate` parts.
-    Returns the mean loss per label, a detached scalar. The optimizer is `MuonAdamW` or any of torch.optim."""
+    Returns the mean loss per label, a detached scalar. The optimizer is `MuonAdamW` or any of torch.optim. A model that
+    is `sharded` learns from the batches of all processes as from one."""
     model.train()
+    shards = world()[1] if hasattr(model, "set_requires_gradient_sync") else 1
     batch = batch if isinstance(batch, dict) else {"input_ids": batch}
     batch = {name: tensor for name, tensor in batch.items() if tensor is not None}
     weight, total = label_weight(target_labels(model, batch), class_weights).clamp(min=1e-9), 0.0
-    for rows in zip(*(tensor.chunk(accumulate) for tensor in batch.values())):
+    weight = summed(weight.float(), shards)
+    parts = [rows for rows in zip(*(tensor.tensor_split(accumulate) for tensor in batch.values())) if len(rows[0])]
+    for i, rows in enumerate(parts):
+        if shards > 1:  # gradients travel once
+            model.set_requires_gradient_sync(i + 1 == len(parts))
         loss = loss_sum(model, dict(zip(batch, rows)), class_weights, bf16) / weight
-        loss.backward()
+        (loss * shards).backward()  # of which the mean over processes is taken
         total += loss.detach()
     nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return total
+    return summed(total, shards)
+
+
+def world() -> tuple[int, int]:
+    """This process's number under torchrun, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def summed(x: Tensor, shards: int, how: str = "SUM") -> Tensor:
+    """The sum of what all processes have."""
+    if shards > 1:
+        dist.all_reduce(x, getattr(dist.ReduceOp, how))
+    return x
+
+
+def whole(x: Tensor) -> Tensor:
+    """A sharded tensor as a plain one, on every process."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def like(p: Tensor, x: Tensor) -> Tensor:
+    """A plain tensor, sharded as the parameter is."""
+    if not hasattr(p, "device_mesh") or x.ndim == 0:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+
+def sharded(lm: TinyLM, parallel: str = "fsdp"):
+    """Spread a model over all processes: fsdp shards its weights, gradients and the optimizer's state, ddp keeps a copy
+    on each (shards over one process each). The state dict stays the plain model's."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    shape, cuda = (world()[1],) if parallel == "fsdp" else (world()[1], 1), lm.device.type == "cuda"
+    mesh = init_device_mesh(lm.device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape):])
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
+    if lm.encoder is None:  # behind an encoder, parts of a layer are called by themselves
+        for block in lm.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(lm, mesh=mesh, mp_policy=policy)
+    lm.register_state_dict_post_hook(lambda _, state, *__: state.update({name: whole(x) for name, x in state.items()}))
 
 
 class LoRA(Linear):
@@ -2534,11 +2582,13 @@ def mask_token(lm: TinyLM) -> tuple[str, int]:
 
 class Batches:
     """An epoch's examples in batches of similar length, shuffled twice; all of it depends on seed and step alone, so
-    that a resumed run goes on."""
+    that a resumed run goes on. Each of several processes has its part of every batch."""
 
-    def __init__(self, lm: TinyLM, epoch, batch: int, seed: int):
-        self.lm, self.epoch, self.batch, self.seed, self.number = lm, epoch, batch, seed, None
-        self.per_epoch = -(-len(epoch(torch.Generator())) // batch)
+    def __init__(self, lm: TinyLM, epoch, options: TrainOptions):
+        self.lm, self.epoch, self.batch, self.seed, self.number = lm, epoch, options.batch, options.seed, None
+        self.rank, self.world = world()
+        least = self.world * options.accumulate if self.world > 1 else 1  # rows of a last batch that is not full
+        self.per_epoch = (len(epoch(torch.Generator())) + self.batch - least) // self.batch
 
     def draw(self, step: int) -> dict:
         number, i = divmod(step, self.per_epoch)
@@ -2547,9 +2597,9 @@ class Batches:
             examples = self.epoch(generator)
             order = torch.randperm(len(examples), generator=generator).tolist()
             order.sort(key=lambda j: len(examples[j]["input_ids"]))  # equal lengths stay shuffled
-            parts = [order[j:j + self.batch] for j in range(0, len(order), self.batch)]
+            parts = [order[j:j + self.batch] for j in range(0, len(order), self.batch)][:self.per_epoch]
             self.batches = [[examples[j] for j in parts[k]] for k in torch.randperm(len(parts), generator=generator)]
-        return collate(self.lm, self.batches[i], self.seed * 1_000_003 + step)
+        return collate(self.lm, self.batches[i][self.rank::self.world], self.seed * 1_000_003 + step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3038,6 +3088,11 @@ def prepared_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
         add_adapters(lm, options.lora)
     for block in (module for module in lm.modules() if options.checkpoint and isinstance(module, Block)):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if world()[1] > 1:
+        require(not options.lora, f"--lora {options.lora}: expected one process")
+        require(options.batch % (world()[1] * options.accumulate) == 0, f"--batch {options.batch}: expected a multiple "
+                f"of --accumulate times {world()[1]} processes")
+        sharded(lm, options.parallel)
     return lm
 
 
@@ -3075,20 +3130,24 @@ class Progress:
                       f"{eta % 60:02d}", "" if self.live else "\n")
 
     def note(self, text: str, end: str = "\n"):
-        print("\r\x1b[K" * self.live + text, end=end, file=sys.stderr, flush=True)
+        if world()[0] == 0:
+            print("\r\x1b[K" * self.live + text, end=end, file=sys.stderr, flush=True)
 
 
 def save(folder: Path, lm: TinyLM, options: TrainOptions, optimizer=None, notes: dict | None = None):
     """A checkpoint for everyone; with an optimizer, beside it all that `--resume` needs, in one file that is replaced
     at once. Raises Error where it cannot be written; each file is then the whole former one."""
+    tensors = {f"model/{name}": whole(p) for name, p in lm.named_parameters() if optimizer and p.requires_grad}
+    for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
+        tensors |= {f"optimizer/{i}/{key}": whole(tensor) for key, tensor in state.items()}
+    if world()[0] > 0:
+        lm.state_dict()  # in which all processes take part
+        return
     try:
         lm.save_pretrained(folder)
         if options.lora:
             save_adapter(folder / "adapter", lm, options)
-        if optimizer is not None:
-            tensors = {f"model/{name}": p for name, p in lm.named_parameters() if p.requires_grad}
-            for i, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer/{i}/{key}": tensor for key, tensor in state.items()}
+        if optimizer:
             write_tensors(folder / "training.safetensors", tensors, {"training": json.dumps(notes)})
     except (OSError, SafetensorError) as error:
         for rest in folder.rglob("*.tmp"):
@@ -3120,14 +3179,16 @@ def saved(folder: Path) -> tuple[dict, dict]:
     return {name: file.get_tensor(name) for name in file.keys()}, notes
 
 
+@torch.no_grad()
 def restore(lm: TinyLM, optimizer, tensors: dict):
-    state = {}
+    params, state = [p for group in optimizer.param_groups for p in group["params"]], {}
     for name, tensor in tensors.items():
         kind, name, *key = name.split("/")
         if kind == "optimizer":
-            state.setdefault(int(name), {})[key[0]] = tensor
+            state.setdefault(int(name), {})[key[0]] = like(params[int(name)], tensor)
         else:
-            lm.get_parameter(name).data.copy_(tensor)
+            p = lm.get_parameter(name)
+            p.copy_(like(p, tensor))
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
@@ -3147,7 +3208,7 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
         rows, held = split_rows(rows)
     lm = prepared_model(rows, options, resume)
     optimizer = make_optimizer(lm, options)
-    batches = Batches(lm, task.epochs(lm, rows, options.block), options.batch, options.seed)
+    batches = Batches(lm, task.epochs(lm, rows, options.block), options)
     require(batches.per_epoch, f"{data}: expected more than --block {options.block} tokens to train on")
     held = task.epochs(lm, held, options.block)(None) if held else []
     weights = class_weights(lm.config, batches.epoch(None)).to(lm.device) if options.class_weights else None
@@ -3163,7 +3224,7 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     total, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True))
     progress.note(f"{total:,} parameters, {trained:,} of them trained; {batches.per_epoch:,} batches to train on, "
                   f"{len(held):,} sequences held back; {lm.device}")
-    with locked(out):
+    with locked(out) if world()[0] == 0 else contextlib.nullcontext():
         train_steps(lm, optimizer, batches, held, weights, steps, notes, options, progress)
     return lm.eval()
 
@@ -3174,16 +3235,17 @@ def train_steps(lm, optimizer, batches, held, weights, steps: int, notes: dict, 
     peaks, stop = [group["lr"] for group in optimizer.param_groups], False
     with interruptible() as interrupted:
         while notes["step"] < steps and not (stop or 0 < options.patience <= notes["stale"]):
-            torch.manual_seed(options.seed * 1_000_003 + notes["step"])
+            torch.manual_seed(options.seed * 1_000_003 + notes["step"] + 2**40 * world()[0])
             scale, batch = rate(notes["step"], steps, options), batches.draw(notes["step"])
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * scale
             loss = train_step(lm, optimizer, batch, options.clip, options.accumulate, options.bf16, weights)
             notes["step"] += 1
-            due, stop = notes["step"] % every == 0 or notes["step"] == steps, interrupted.is_set()
-            if due or stop or notes["step"] % 16 == 0 or not loss.is_cuda:  # a look at a GPU waits for it
+            due = notes["step"] % every == 0 or notes["step"] == steps
+            if due or notes["step"] % 16 == 0 or not loss.is_cuda:  # a look at a GPU waits for it
                 watch(loss.item(), notes, progress)
-            progress.line(notes["step"], loss, options.lr * scale, batch["input_ids"].numel())
+                stop = bool(summed(loss.new_tensor(interrupted.is_set()), world()[1], "MAX"))
+            progress.line(notes["step"], loss, options.lr * scale, batch["input_ids"].numel() * world()[1])
             if due:
                 validate(lm, held, notes, options, progress)
             if due or stop:
@@ -3197,8 +3259,8 @@ def train_steps(lm, optimizer, batches, held, weights, steps: int, notes: dict, 
 def watch(loss: float, notes: dict, progress: Progress):
     """Stop at a loss that is no number, before anything is saved; say when one jumps."""
     step, usual = notes["step"], notes.get("usual", loss)
-    require(math.isfinite(loss), f"step {step}: the loss is {loss}, and what was saved before is kept; expected a number "
-            "(try a lower --lr and --adam-lr)")
+    require(math.isfinite(loss), f"step {step}: the loss is {loss}, and what was saved before is kept; expected a "
+            "number (try a lower --lr and --adam-lr)")
     if loss > 2 * usual + 1:
         progress.note(f"step {step}: the loss jumped from about {usual:.3f} to {loss:.3f}")
     notes["usual"] = 0.9 * usual + 0.1 * loss
@@ -3216,7 +3278,7 @@ def validate(lm: TinyLM, held: list, notes: dict, options: TrainOptions, progres
             f"{figure:.4f} {name}" for name, figure in figures.items()) + "  best" * better)
     if better:
         save(Path(options.out) / "best", lm, options)
-    if options.task == "lm" and held:
+    if options.task == "lm" and held and world()[1] == 1:
         text = lm.tokenizer.decode(held[0]["input_ids"][:1])
         text += "".join(lm.eval().stream(text, 120, temperature=0.8, top_p=0.95, seed=notes["step"]))
         progress.note("  | " + text.replace("\n", "\n  | "))
@@ -3321,10 +3383,22 @@ def main(argv: list | None = None) -> int:
 
 
 def run_train(options: dict):
-    data, resume = options.pop("data"), options.pop("resume")
+    data, resume, last = options.pop("data"), options.pop("resume"), Path(options.get("out", TrainOptions.out)) / "last"
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun begins again after a fault
+        resume |= (last / "training.safetensors").exists()
     if resume:  # what is not said again is as it was
-        options = saved(Path(options.get("out", TrainOptions.out)) / "last")[1]["options"] | options
-    train(data, TrainOptions(**options), resume)
+        options = saved(last)[1]["options"] | options
+    options = TrainOptions(**options)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # under torchrun
+        cuda = usable_device(options.device).type == "cuda"
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        train(data, options, resume)
+    finally:
+        if world()[1] > 1:
+            dist.destroy_process_group()
 
 
 def opened(options: dict) -> TinyLM:

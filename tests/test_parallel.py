@@ -1,0 +1,79 @@
+"""Two processes under torchrun, on the CPU: the curve, the weights and the files of one."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT
+from families import load_oracle
+from test_train import TEXT, TINY, finished, tinylm
+from tinylm import TinyLM
+
+OPTIONS = [*TINY, "--batch", "8", "--steps", "24", "--eval-every", "6"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT + TEXT[:160], encoding="utf-8")  # the last batch has rows for both, but is not full
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+    """What one process prints, and its folder."""
+    out = tmp_path_factory.mktemp("alone")
+    return finished(tinylm("train", text, "--out", out, *OPTIONS)).stderr, out
+
+
+def started(*arguments, restarts=0):
+    command = [*TORCHRUN, "--max-restarts", restarts, ROOT / "tinylm.py", *arguments]
+    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+def curve(log):
+    found = re.findall(r"step (\d+)\s+validation ([\d.]+) nats", log)
+    return {int(step): float(nats) for step, nats in found}
+
+
+def same_run(alone, log, out):
+    """To 1e-4, at every validation; and in the weights."""
+    expected = curve(alone[0])
+    assert [*curve(log).values()] == pytest.approx([expected[step] for step in curve(log)], abs=1.5e-4)
+    one, two = (load_file(folder / "last" / "model.safetensors") for folder in (alone[1], out))
+    assert list(one) == list(two)
+    for name in one:
+        assert (one[name] - two[name]).abs().max() < 1e-3 * one[name].abs().max().clamp(min=0.1), name
+
+
+@pytest.mark.parametrize("parallel, more", [("fsdp", ()), ("ddp", ("--accumulate", 2))])
+def test_two_processes_learn_what_one_learns(parallel, more, text, alone, tmp_path):
+    run = started("train", text, "--out", tmp_path, "--parallel", parallel, *OPTIONS, *more)
+    log = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, log
+    assert [*curve(log)] == [6, 12, 18, 24] and log.count("step 24  validation") == 1
+    same_run(alone, log, tmp_path)
+    ids = torch.tensor([[90, 101, 105, 108]])
+    assert TinyLM.from_pretrained(tmp_path / "best").generate(ids, max_new_tokens=8).tolist() == load_oracle(
+        tmp_path / "best").generate(ids, max_new_tokens=8, do_sample=False).tolist()
+
+
+def test_a_killed_process_is_started_again_and_goes_on(text, alone, tmp_path):
+    """torchrun ends the other one and begins again: the run of one process that nothing disturbed."""
+    run = started("train", text, "--out", tmp_path, *OPTIONS, restarts=1)
+    next(line for line in run.stderr if "step 12  validation" in line)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    log = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, log
+    assert min(curve(log)) in (12, 18) and 24 in curve(log), log
+    same_run(alone, log, tmp_path)

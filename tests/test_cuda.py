@@ -2,10 +2,11 @@
 
 import onnx_ir as ir
 import pytest
+import torch
 
-from export import PRECISIONS, kind_of, trace
+from export import PRECISIONS, generate_graph, in_a_loop, kind_of, round_weights, trace
 from families import CASES, CLASSIFIERS, ENCODERS, SEQ2SEQ
-from tinylm import TinyLM
+from tinylm import Config, TinyLM
 
 ANY = "bfloat16 bool float16 float32 int32 int64 uint8"
 FLOATS, NUMBERS = "bfloat16 float16 float32", "bfloat16 float16 float32 int32 int64"
@@ -23,21 +24,46 @@ KERNELS = {
         **dict.fromkeys("And Not Or Where".split(), "bool"),
         "ArgMax": "float16 float32", "Clip": "float16 float32 int64", "CumSum": "float16 float32 int32 int64",
         "GatherND": "bfloat16 bool float16 float32 int64", "Range": "float32 int32 int64",
-        "ReduceMax": "float16 float32 int32 int64",
+        **dict.fromkeys("ReduceMax ReduceMin ReduceSum TopK".split(), "float16 float32 int32 int64"),
     },
-    "com.microsoft": dict.fromkeys(("SkipSimplifiedLayerNormalization", "SkipLayerNormalization"), FLOATS),
+    "com.microsoft": {
+        **dict.fromkeys(("SkipSimplifiedLayerNormalization", "SkipLayerNormalization"), FLOATS),
+        "GroupQueryAttention": "bfloat16 float16", "MatMulNBits": FLOATS, "GatherBlockQuantized": "uint8",
+    },
 }
+ON_CPU = {"BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor"}  # the hash that draws: only where text is sampled
+CONTROL = {"Loop", "If"}  # they run beside the device, what is in them on it
 NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
-         ir.DataType.BOOL: "bool", ir.DataType.INT32: "int32", ir.DataType.INT64: "int64", ir.DataType.UINT8: "uint8"}
-CHOSEN = {"llama-dynamic", "gemma2", "gemma3_text", "bert-classify", "roberta-mlm", "electra-bare", "gpt2-classify", "t5", "marian"}
+         ir.DataType.UINT64: "uint64", ir.DataType.BOOL: "bool", ir.DataType.INT32: "int32", ir.DataType.INT64: "int64", ir.DataType.UINT8: "uint8"}
+CHOSEN = {"llama-dynamic", "gemma2", "gemma3_text", "bert-classify", "roberta-mlm", "electra-bare", "gpt2-classify",
+          "t5", "marian"}
 
 
 @pytest.mark.parametrize("case", [c for c in (*CASES, *ENCODERS, *CLASSIFIERS, *SEQ2SEQ) if c.name in CHOSEN], ids=str)
 def test_every_node_has_a_cuda_kernel(case, folder):
     lm = TinyLM.from_pretrained(folder(case)).float()
     for graph in kind_of(lm.config).graphs(lm.config, PRECISIONS["fp32"]):
-        for node in ir.traversal.RecursiveGraphIterator(trace(lm, graph).graph):
-            kernels = KERNELS[node.domain]
-            assert node.op_type in kernels, f"{graph.stem}: {node.op_type}"
-            types = {NAMES[value.dtype] for value in node.inputs[:1] if value is not None and value.dtype is not None}
-            assert types <= set(kernels[node.op_type].split()), f"{graph.stem}: {node.op_type} of {types}"
+        assert not without_kernel(trace(lm, graph))
+
+
+@pytest.mark.parametrize("precision", [name for name, stored in PRECISIONS.items() if stored.cuda])
+def test_precisions_for_cuda_run_there(precision):
+    stored = PRECISIONS[precision]
+    lm = TinyLM(Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16))
+    blocks = round_weights(lm, stored.bits, None) if stored.bits else {}
+    lm = lm.eval().to(getattr(torch, stored.dtype))
+    step, = kind_of(lm.config).graphs(lm.config, stored)
+    assert not without_kernel(trace(lm, step, blocks))
+    loop = in_a_loop(trace(lm, generate_graph(lm.config, stored), blocks), lm.config, stored)
+    assert {name for name, types in without_kernel(loop) if types != {"uint64"}} <= ON_CPU
+
+
+def without_kernel(model):
+    """Nodes without a CUDA kernel: (operator, types of its first input)."""
+    found = []
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        kernels = KERNELS[node.domain]
+        types = {NAMES[value.dtype] for value in node.inputs[:1] if value is not None and value.dtype is not None}
+        if node.op_type not in CONTROL and not types <= set(kernels.get(node.op_type, "").split()):
+            found.append((node.op_type, types))
+    return found

@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import string
 import sys
@@ -2450,7 +2451,7 @@ def records(file: Path):
             if line.strip():
                 try:
                     yield f"{file}, line {n}", json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     raise Error(f"{file}, line {n}: {line[:60]!r}, expected a JSON object") from None
     elif file.suffix in (".csv", ".tsv"):
         csv.field_size_limit(2**31 - 1)
@@ -3017,6 +3018,7 @@ def train_bpe(texts: list, vocab: int, encoder: bool = False) -> Tokenizer:
         raise Error("--vocab needs `pip install tokenizers`; without it, tokens of decoders are bytes") from None
     special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"] if encoder else list(ByteTokenizer.specials)
     backend = ByteLevelBPETokenizer(add_prefix_space=encoder)
+    texts = (re.sub(r"\S{1000}", r"\g<0> ", text) for text in texts)  # a word that never ends would take for ever
     backend.train_from_iterator(texts, max(vocab, 256 + len(special)), show_progress=False, special_tokens=special)
     named = json.loads(tokenizer_config(*((special[2], special[0]) if encoder else special)))
     if encoder:

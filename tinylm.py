@@ -221,6 +221,8 @@ class Config:
         heads, kinds, labels = self.num_attention_heads, self.layer_types, self.id2label
         self._expect("num_key_value_heads", heads % self.num_key_value_heads == 0,
                      f"a divisor of num_attention_heads = {heads}")
+        self._expect("position", self.position != "relative" or heads == self.num_key_value_heads
+                     and self.attn_logit_softcapping is None, "another one with grouped queries or soft-capped scores")
         self._expect("encoder_attention_heads", self.encoder_attention_heads in (None, heads)
                      or self.hidden_size % self.encoder_attention_heads == 0,
                      f"a divisor of hidden_size = {self.hidden_size}")

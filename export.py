@@ -53,10 +53,10 @@ class Precision:
 
 PRECISIONS = {
     "fp32": Precision("", 2e-4, exact=True, cuda=True),
-    "fp16": Precision("_fp16", 2e-2, "float16", cuda=True),
+    "fp16": Precision("_fp16", 0.1, "float16", cuda=True),
     "int8": Precision("_quantized", 2e-4, bits=8),
     "int4": Precision("_q4", 2e-4, bits=4),
-    "q4f16": Precision("_q4f16", 2e-2, "float16", bits=4, cuda=True),
+    "q4f16": Precision("_q4f16", 0.1, "float16", bits=4, cuda=True),
 }
 
 

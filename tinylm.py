@@ -1388,8 +1388,8 @@ class TinyLM(Stack):
         """What a continuation stands behind: the ids, or the start token (batch, 1) behind an encoder."""
         if self.encoder is None:
             return input_ids
-        start = self.said("decoder_start_token_id")
-        return input_ids.new_full((len(input_ids), 1), self.config.decoder_start_token_id if start is None else start)
+        said = as_ids("decoder_start_token_id", self.said("decoder_start_token_id"))
+        return input_ids.new_full((len(input_ids), 1), [*said, self.config.decoder_start_token_id][0])
 
     @torch.no_grad()
     def decode(self, input_ids, attention_mask, knobs: Sampling, compile=False, choose=None):
@@ -1614,7 +1614,8 @@ class Checkpoint:
             tensor = opened.get_tensor(stored)
         except SafetensorError as error:
             raise Error(f"{file}: tensor {stored} is not readable ({error})") from None
-        require(tensor.is_floating_point() and shape in (None, tensor.shape), f"{file}: tensor {stored} has shape "
+        plain = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        require(tensor.dtype in plain and shape in (None, tensor.shape), f"{file}: tensor {stored} has shape "
                 f"{tuple(tensor.shape)} and dtype {tensor.dtype}, expected floats of shape {tuple(shape or ())}")
         return tensor.to(self.device, self.dtype)
 
@@ -1853,7 +1854,7 @@ class Sampling:
         words, ends = self.bad_words_ids, as_ids("eos_token_id", self.eos_token_id)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         require(all(isinstance(s, str) and s for s in stop), f"stop = {stop!r}, expected strings that are not empty")
-        pad = self.pad_token_id if self.pad_token_id is not None else [*ends, 0][0]
+        pad = next(i for i in (self.pad_token_id, *ends, 0) if i is not None and i >= 0)
         vars(self).update(bad_words_ids=tuple(as_ids("bad_words_ids", word) for word in words), eos_token_id=ends,
                           stop=stop, pad_token_id=pad)
         if self.temperature < 1e-5:  # where a division would overflow, the draw is the likeliest anyway
@@ -1991,7 +1992,8 @@ class Decoding:
         self.seen[rows, prompt[real]] = True
         self.token, self.one = new(0, batch, 1), new(1, batch, 1)             # the newest, and its mask
         self.done, self.alive = (new(False, batch, dtype=torch.bool) for _ in range(2))  # has ended; had not before
-        self.ends, self.pad = torch.tensor(knobs.eos_token_id, device=prompt.device).long(), new(knobs.pad_token_id)
+        self.ends = torch.tensor(knobs.eos_token_id, device=prompt.device).long()
+        self.pad = new(min(knobs.pad_token_id, vocab - 1))
         self.count, self.last = new(0), new(knobs.max_new_tokens - 1)
         self.seed = torch.randint(2**31, ()).to(prompt) if knobs.seed is None else new(knobs.seed)
         self.numbers = {name: new(value, dtype=torch.float32) for name, value in knobs.numbers().items()}

@@ -17,6 +17,7 @@ Sources: Vaswani et al. 2017 (the transformer); Devlin et al. 2019 (BERT); Raffe
 from __future__ import annotations
 
 import argparse
+import array
 import contextlib
 import csv
 import functools
@@ -2398,7 +2399,7 @@ def freeze(lm: TinyLM, what: str):
 
 def as_text(value) -> str:
     value = " ".join(value) if isinstance(value, list) else value
-    if not isinstance(value, str):
+    if not isinstance(value, (str, MappedText)):
         raise TypeError
     return value
 
@@ -2444,11 +2445,84 @@ ROLES = {  # role -> (the option that names its column, the usual names, how it 
 COLUMNS = tuple(dict.fromkeys(option for option, *_ in ROLES.values() if option))
 OPTIONAL = ("messages", "pair")
 READ_ALOUD = ("text", "pair", "words", "source", "target", "question", "context")  # what a tokenizer is trained on
-HELD_BACK = 0.1  # the share of the data that is validated on
+HELD_BACK = 0.1  # the share of the data that is validated on; of texts at most BIG / 64 characters
+BIG = 2**26      # bytes of a text file above which it is not read into memory
+
+
+class MappedText:
+    """A large file's text, or some bytes of it, that stays on the disk; `tokens` are memory-mapped too."""
+
+    def __init__(self, path: Path, first: int = 0, last: int | None = None):
+        self.path, self.size, self.changed = path, path.stat().st_size, path.stat().st_mtime_ns
+        self.first, self.last = first, self.size if last is None else last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, part: slice) -> MappedText:
+        first, last, _ = part.indices(len(self))
+        return MappedText(self.path, self.first + first, self.first + last)
+
+    def __str__(self) -> str:
+        with open(self.path, "rb") as file:
+            file.seek(self.first)
+            return file.read(len(self)).decode("utf-8", errors="replace")
+
+    def __repr__(self) -> str:  # changes with the file
+        return f"{self.path.name} {self.size} {self.changed} {self.first} {self.last}"
+
+    def tokens(self, tokenizer) -> Tensor:
+        """Ids (tokens,): of bytes the file's own; else of a file beside it, made once, and again if it is torn."""
+        if isinstance(tokenizer, ByteTokenizer):
+            return torch.from_file(str(self.path), False, self.size, dtype=torch.uint8)[self.first:self.last]
+        key = hashlib.sha256(tokenizer.files["tokenizer.json"] + repr(self).encode()).hexdigest()[:16]
+        cache = self.path.with_name(f".{self.path.name}.{key}.tokens")
+
+        def stored() -> Tensor | None:
+            count = cache.stat().st_size // 4 if cache.exists() else 0
+            ids = torch.from_file(str(cache), False, count, dtype=torch.int32) if count else None
+            return ids[:-1] if count and ids[-1] == count - 1 else None  # it ends with its length
+
+        if world()[0] == 0 and stored() is None:
+            write_file(cache, lambda path: self.tokenise(tokenizer, path))
+        if world()[1] > 1:
+            dist.barrier()
+        return stored()
+
+    def tokenise(self, tokenizer, path: Path, size: int = 2**20):
+        """Sixteen pieces of the text at a time, which the library shares out over all processors."""
+        count = 0
+        with open(path, "wb") as file:
+            for first in range(0, len(self), 16 * size):
+                pieces = [str(self[i:i + size]) for i in range(first, min(first + 16 * size, len(self)), size)]
+                for encoding in tokenizer.backend.encode_batch_fast(pieces, add_special_tokens=False):
+                    count += len(encoding.ids)
+                    file.write(array.array("i", encoding.ids).tobytes())
+                print(f"{self.path}: {min(first + 16 * size, len(self)) / len(self):.0%} tokenised", file=sys.stderr)
+            file.write(array.array("i", [count]).tobytes())
+
+
+class Blocks:
+    """Consecutive blocks of a stream of tokens, each made when asked for; `more` tokens of the next go with it."""
+
+    def __init__(self, ids: Tensor, first: int, last: int, step: int, more: int, example: Callable):
+        self.ids, self.first, self.last, self.step, self.more, self.example = ids, first, last, step, more, example
+
+    def __len__(self) -> int:
+        return max(-(-(self.last - self.first) // self.step), 0)
+
+    def __getitem__(self, k: int) -> dict:
+        if k >= len(self):
+            raise IndexError
+        first = self.first + k * self.step
+        return self.example(self.ids[first:min(first + self.step, self.last) + self.more].long())
 
 
 def records(file: Path):
     """(place, record) of a file: of jsonl, csv, tsv, of SQuAD's json, or one of a plain text."""
+    if file.suffix not in (".jsonl", ".csv", ".tsv", ".json") and file.stat().st_size > BIG:
+        yield str(file), {"text": MappedText(file)}
+        return
     content = file.read_text(encoding="utf-8-sig", errors="replace")
     if file.suffix == ".jsonl":
         for n, line in enumerate(content.split("\n"), 1):  # at no other end of line: a string may hold U+2028
@@ -2511,7 +2585,8 @@ def split_rows(rows: list, share: float = HELD_BACK) -> tuple[list, list]:
     """Rows before and after the point that leaves `share` of them behind it: of their characters where they are texts,
     of each class where they have one label."""
     if set(rows[0]) == {"text"}:
-        left, kept, held = int(sum(len(row["text"]) for row in rows) * (1 - share)), [], []
+        total, kept, held = sum(len(row["text"]) for row in rows), [], []
+        left = max(int(total * (1 - share)), total - BIG // 64)
         for text in (row["text"] for row in rows):
             kept += [{"text": text[:left]}] * (left > 0)
             held += [{"text": text[left:]}] * (left < len(text))
@@ -2599,12 +2674,14 @@ class Batches:
         number, i = divmod(step, self.per_epoch)
         if number != self.number:
             self.number, generator = number, torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            examples = self.epoch(generator)
-            order = torch.randperm(len(examples), generator=generator).tolist()
-            order.sort(key=lambda j: len(examples[j]["input_ids"]))  # equal lengths stay shuffled
-            parts = [order[j:j + self.batch] for j in range(0, len(order), self.batch)][:self.per_epoch]
-            self.batches = [[examples[j] for j in parts[k]] for k in torch.randperm(len(parts), generator=generator)]
-        return collate(self.lm, self.batches[i][self.rank::self.world], self.seed * 1_000_003 + step)
+            self.examples = self.epoch(generator)
+            self.order = torch.randperm(len(self.examples), generator=generator)
+            if not isinstance(self.examples, Blocks):  # equal lengths stay shuffled
+                lengths = torch.tensor([len(example["input_ids"]) for example in self.examples])
+                self.order = self.order[lengths[self.order].argsort(stable=True)]
+            self.turns = torch.randperm(self.per_epoch, generator=generator)
+        rows = self.order[self.turns[i] * self.batch:][:self.batch][self.rank::self.world].tolist()
+        return collate(self.lm, [self.examples[j] for j in rows], self.seed * 1_000_003 + step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2688,23 +2765,30 @@ class LanguageModelling(Task):
     scratch = dict(eval_every=250)
 
     def epochs(self, lm, rows, block):
-        """Of texts, consecutive blocks: all of them, or as many whole ones from a random first token on."""
+        """Of texts, consecutive blocks: all of them, or whole ones, always as many, from a random first token on. A
+        block of a language model has the next token too."""
         if any("messages" in row for row in rows):
             return super().epochs(lm, rows, block)
         texts, ids, causal = [row["text"] for row in rows if row["text"]], [], self.head == "lm"
         for text in texts:
-            ids += [*lm.ends()][:1] * (causal and bool(ids)) + lm.tokenizer.encode(text, special=causal)
-        share = sum(len(text.encode("utf-8", errors="replace")) for text in texts) / max(len(ids), 1)
+            ids += [torch.tensor([*lm.ends()][:1])] * (causal and bool(ids)) + [
+                text.tokens(lm.tokenizer) if isinstance(text, MappedText) else
+                torch.tensor(lm.tokenizer.encode(text, special=causal), dtype=torch.int32)]
+        ids = torch.cat(ids) if len(ids) != 1 else ids[0]
+        size = sum(len(text.encode("utf-8", errors="replace") if isinstance(text, str) else text) for text in texts)
         special = torch.tensor([] if causal else lm.tokenizer.encode(""), dtype=torch.long)
-        step, end, ids = limit(lm, block) - len(special), len(ids) - causal, torch.tensor(ids, dtype=torch.long)
+        step, end, share = limit(lm, block) - len(special), len(ids) - causal, size / max(len(ids), 1)
 
-        def epoch(generator) -> list:
-            shift = 0 if generator is None else int(torch.randint(step, (), generator=generator))
-            last, stream = end if generator is None else end // step * step, ids.roll(-shift)
-            parts = [stream[i:min(i + step, last) + causal] for i in range(0, last, step)]
-            if causal:  # a block has the next token too
-                return [{"input_ids": part, "bytes": share * (len(part) - 1)} for part in parts]
-            return [{"input_ids": torch.cat((special[:1], part, special[1:])), "guess": True} for part in parts]
+        def example(part: Tensor) -> dict:
+            return {"input_ids": part, "bytes": share * (len(part) - 1)} if causal else {
+                "input_ids": torch.cat((special[:1], part, special[1:])), "guess": True}
+
+        def epoch(generator) -> Blocks:
+            if generator is None:
+                return Blocks(ids, 0, end, step, causal, example)
+            count = max(end // step - 1, min(end // step, 1))
+            first = int(torch.randint(max(min(step, end - count * step + 1), 1), (), generator=generator))
+            return Blocks(ids, first, first + count * step, step, causal, example)
 
         return epoch
 
@@ -3039,7 +3123,7 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
     starts smoothly."""
     task = TASKS[options.task]
     encoder, row = task.family == "bert", FAMILIES[task.family]
-    texts = [as_text(row[role]) for row in rows for role in READ_ALOUD if role in row]
+    texts = [str(as_text(row[role])[:BIG]) for row in rows for role in READ_ALOUD if role in row]
     tokenizer = train_bpe(texts, options.vocab, encoder) if options.vocab or encoder else ByteTokenizer()
     size = SIZES[options.size]
     ours = size | dict(

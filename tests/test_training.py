@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 import tinylm
 from families import FAMILIES, SEQ2SEQ, prompts
-from tinylm import Config, MuonAdamW, TinyLM, TrainOptions, loss_sum, train_step
+from test_train import TEXT, same_files
+from tinylm import Config, MuonAdamW, TinyLM, TrainOptions, loss_sum, main, train_step
 
 
 def gradients(lm, batch):
@@ -107,3 +108,61 @@ def test_a_step_equals_that_of_torchs_muon():
     for name, p in before.items():
         ours, theirs = (lm.layers.get_parameter(name) - p for lm in lms)
         assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max(), name
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Files of a kilobyte count as large."""
+    monkeypatch.setattr(tinylm, "BIG", 2**10)
+
+
+def train(path, out, *more):
+    return main(["train", str(path), "--out", str(out), "--size", "pico", "--batch", "4", "--block", "32",
+                 "--steps", "6", "--eval-every", "3", *more])
+
+
+def test_bytes_on_the_disk_train_as_those_in_memory(tmp_path, monkeypatch):
+    """The same bits; the whole tail is held back, as it is small."""
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    path.write_bytes(path.read_bytes().decode().encode("ascii", "replace"))  # that bytes are characters
+    assert train(path, tmp_path / "memory") == 0
+    monkeypatch.setattr(tinylm, "BIG", 2**12)
+    monkeypatch.setattr(tinylm, "split_rows", lambda rows, real=tinylm.split_rows: at(rows, real, monkeypatch))
+    assert train(path, tmp_path / "disk") == 0
+    for which in ("best", "last"):
+        assert same_files(*(tmp_path / out / which / "model.safetensors" for out in ("memory", "disk")))
+
+
+def at(rows, split, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tinylm, "BIG", 2**26)
+        return split(rows)
+
+
+def test_tokens_on_the_disk_are_made_once_and_again_when_torn(tmp_path, small, capsys):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 3, encoding="utf-8")
+    assert train(path, tmp_path / "one", "--vocab", "300") == 0
+    caches = sorted(tmp_path.glob(".*.tokens"))
+    assert len(caches) == 2 and "tokenised" in capsys.readouterr().err  # to train on, and held back
+    before = [cache.read_bytes() for cache in caches]
+    tokenizer = TinyLM.from_pretrained(tmp_path / "one" / "best").tokenizer
+    for cache in caches:
+        ids = torch.frombuffer(bytearray(cache.read_bytes()), dtype=torch.int32)
+        assert ids[-1] == len(ids) - 1 and tokenizer.decode(ids[:-1])[:99] in TEXT * 3
+    assert train(path, tmp_path / "one", "--resume") == 0 and "tokenised" not in capsys.readouterr().err
+    for cache, content in zip(caches, before):
+        cache.write_bytes(content[:len(content) // 2])
+    assert train(path, tmp_path / "two", "--vocab", "300") == 0
+    assert [cache.read_bytes() for cache in caches] == before and "tokenised" in capsys.readouterr().err
+    assert same_files(*(tmp_path / out / "last" / "model.safetensors" for out in ("one", "two")))
+
+
+def test_other_data_on_the_disk_is_not_gone_on_with(tmp_path, small, capsys):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    assert train(path, tmp_path / "out") == 0
+    path.write_text(TEXT + "x", encoding="utf-8")
+    assert main(["train", str(path), "--out", str(tmp_path / "out"), "--resume"]) == 1
+    assert "not that of the run" in capsys.readouterr().err

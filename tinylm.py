@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import codecs
 import contextlib
 import csv
 import functools
@@ -2489,16 +2490,19 @@ class MappedText:
             dist.barrier()
         return stored()
 
-    def tokenise(self, tokenizer, path: Path, size: int = 2**20):
+    def tokenise(self, tokenizer, path: Path, size: int = 2**17):
         """Sixteen pieces of the text at a time, which the library shares out over all processors."""
-        count = 0
-        with open(path, "wb") as file:
-            for first in range(0, len(self), 16 * size):
-                pieces = [str(self[i:i + size]) for i in range(first, min(first + 16 * size, len(self)), size)]
+        decoder, left, count = codecs.getincrementaldecoder("utf-8")("replace"), len(self), 0
+        with open(self.path, "rb") as text, open(path, "wb") as file:
+            text.seek(self.first)
+            while left:
+                pieces = [text.read(min(size, max(left - i * size, 0))) for i in range(16)]
+                left -= sum(map(len, pieces))
+                pieces = [decoder.decode(piece) for piece in pieces]
                 for encoding in tokenizer.backend.encode_batch_fast(pieces, add_special_tokens=False):
                     count += len(encoding.ids)
                     file.write(array.array("i", encoding.ids).tobytes())
-                print(f"{self.path}: {min(first + 16 * size, len(self)) / len(self):.0%} tokenised", file=sys.stderr)
+                print(f"{self.path}: {1 - left / len(self):.0%} tokenised", file=sys.stderr)
             file.write(array.array("i", [count]).tobytes())
 
 
@@ -2769,12 +2773,12 @@ class LanguageModelling(Task):
         block of a language model has the next token too."""
         if any("messages" in row for row in rows):
             return super().epochs(lm, rows, block)
-        texts, ids, causal = [row["text"] for row in rows if row["text"]], [], self.head == "lm"
+        texts, parts, causal = [row["text"] for row in rows if row["text"]], [], self.head == "lm"
         for text in texts:
-            ids += [torch.tensor([*lm.ends()][:1])] * (causal and bool(ids)) + [
+            parts += [torch.tensor([*lm.ends()][:1], dtype=torch.int32)] * (causal and bool(parts)) + [
                 text.tokens(lm.tokenizer) if isinstance(text, MappedText) else
                 torch.tensor(lm.tokenizer.encode(text, special=causal), dtype=torch.int32)]
-        ids = torch.cat(ids) if len(ids) != 1 else ids[0]
+        ids = parts[0] if len(parts) == 1 else torch.cat([torch.zeros(0, dtype=torch.int32), *parts])
         size = sum(len(text.encode("utf-8", errors="replace") if isinstance(text, str) else text) for text in texts)
         special = torch.tensor([] if causal else lm.tokenizer.encode(""), dtype=torch.long)
         step, end, share = limit(lm, block) - len(special), len(ids) - causal, size / max(len(ids), 1)
@@ -3123,7 +3127,7 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
     starts smoothly."""
     task = TASKS[options.task]
     encoder, row = task.family == "bert", FAMILIES[task.family]
-    texts = [str(as_text(row[role])[:BIG]) for row in rows for role in READ_ALOUD if role in row]
+    texts = [str(as_text(row[role])[:BIG // 4]) for row in rows for role in READ_ALOUD if role in row]
     tokenizer = train_bpe(texts, options.vocab, encoder) if options.vocab or encoder else ByteTokenizer()
     size = SIZES[options.size]
     ours = size | dict(
@@ -3474,8 +3478,6 @@ def main(argv: list | None = None) -> int:
 
 def run_train(options: dict):
     data, resume, last = options.pop("data"), options.pop("resume"), Path(options.get("out", TrainOptions.out)) / "last"
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun begins again after a fault
-        resume |= (last / "training.safetensors").exists()
     if resume:  # what is not said again is as it was
         options = saved(last)[1]["options"] | options
     options = TrainOptions(**options)

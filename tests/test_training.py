@@ -150,7 +150,7 @@ def test_tokens_on_the_disk_are_made_once_and_again_when_torn(tmp_path, small, c
     tokenizer = TinyLM.from_pretrained(tmp_path / "one" / "best").tokenizer
     for cache in caches:
         ids = torch.frombuffer(bytearray(cache.read_bytes()), dtype=torch.int32)
-        assert ids[-1] == len(ids) - 1 and tokenizer.decode(ids[:-1])[:99] in TEXT * 3
+        assert ids[-1] == len(ids) - 1 and tokenizer.decode(ids[:-1])[3:99].strip("\ufffd") in TEXT * 3
     assert train(path, tmp_path / "one", "--resume") == 0 and "tokenised" not in capsys.readouterr().err
     for cache, content in zip(caches, before):
         cache.write_bytes(content[:len(content) // 2])

@@ -127,8 +127,9 @@ class Session:
 class OnnxLM:
     """An exported model under ONNX Runtime: numpy in, numpy out.
 
-    folder: what `export_onnx` wrote; precision: a key of PRECISIONS; providers: ONNX Runtime's names, tried in order (None:
-    CUDA where there is a driver, else CPU); threads: of the CPU (None: ONNX Runtime's choice, one per core).
+    folder: what `export_onnx` wrote; precision: a key of PRECISIONS; providers: ONNX Runtime's names, tried in order
+    (None: CUDA where there is a driver and the precision is for it, else CPU); threads: of the CPU (None: ONNX Runtime's
+    choice, one per core).
     Raises Error where a file is missing or where a provider that was asked for does not load.
     """
 
@@ -866,7 +867,8 @@ def in_a_loop(model, config, stored: Precision):
         value.name = f"loop.{i}"  # no name of the body's
     text.name, text.type = "sequences", ir.TensorType(ir.DataType.INT64)
     text.shape = ir.Shape(["batch_size", "total_sequence_length"])
-    graph = ir.Graph([prompt, steps, *given.values()], [text], nodes=nodes, initializers=weights, opset_imports=body.opset_imports, name="tinylm")
+    graph = ir.Graph([prompt, steps, *given.values()], [text], nodes=nodes, initializers=weights,
+                     opset_imports=body.opset_imports, name="tinylm")
     return ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
 
 
@@ -1223,9 +1225,10 @@ def check_loop(lm, onnx_lm, path: Path):
         knobs = dict(temperature=0.0, top_k=0, top_p=1.0) | options
         feeds = {name: np.array(value, np.float32 if isinstance(value, float) else None)
                  for name, value in knobs.items()}
-        text, = session(input_ids=ids, max_new_tokens=np.array(new), seed=np.array(3), eos_token_id=np.array([-1]), **feeds)
-        require(np.array_equal(text.numpy(), ours), f"verify: {path.name} with {options or 'temperature 0'} differs from "
-                f"OnnxLM after {equal_columns(text.numpy(), ours)} of {ours.shape[1]} columns")
+        text, = session(input_ids=ids, max_new_tokens=np.array(new), seed=np.array(3), eos_token_id=np.array([-1]),
+                        **feeds)
+        require(np.array_equal(text.numpy(), ours), f"verify: {path.name} with {options or 'temperature 0'} differs "
+                f"from OnnxLM after {equal_columns(text.numpy(), ours)} of {ours.shape[1]} columns")
 
 
 def check_encoder(lm, onnx_lm, reference):
@@ -1260,7 +1263,8 @@ def check_encoder_decoder(lm, onnx_lm, reference):
 
 @dataclass(frozen=True)
 class Kind:
-    """How models of a kind are exported: `graphs(config, precision)`, and `checks(lm, onnx_lm, reference)` of what was written."""
+    """How models of a kind are exported: `graphs(config, precision)`, and `checks(lm, onnx_lm, reference)` of what was
+    written."""
     graphs: object
     checks: object
 
@@ -1403,8 +1407,9 @@ def measure(lm, folder: Path, precision: str, ids) -> str:
     onnx_lm, array, half = OnnxLM(folder, precision, providers=[CPU]), ids.numpy(), ids.shape[1] // 2
 
     def perplexity(model):
-        logits = [torch.from_numpy(np.asarray(model(row[None])))[0, :-1] for row in (array if model is onnx_lm else ids)]
-        return float(torch.nn.functional.cross_entropy(torch.cat(logits), ids[:, 1:].flatten()).exp())
+        rows = array if model is onnx_lm else ids
+        logits = torch.cat([torch.as_tensor(model(row[None]))[0, :-1] for row in rows])
+        return float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).exp())
 
     with torch.no_grad():
         before, after = perplexity(lm), perplexity(onnx_lm)
@@ -1415,8 +1420,8 @@ def measure(lm, folder: Path, precision: str, ids) -> str:
     begin = time.monotonic()
     onnx_lm.generate(array[:1, :1], **options)
     speed = options["max_new_tokens"] / (time.monotonic() - begin)
-    return (f"perplexity {after:.3f} (torch in fp32 {before:.3f}, {after / before - 1:+.2%}), {agree:.0%} of greedy tokens "
-            f"before the first that differs, {speed:.0f} tokens/s")
+    return (f"perplexity {after:.3f} (torch in fp32 {before:.3f}, {after / before - 1:+.2%}), {agree:.0%} of greedy "
+            f"tokens before the first that differs, {speed:.0f} tokens/s")
 
 
 def put(work: Path, out: Path):
@@ -1508,8 +1513,8 @@ def run_export(argv: list) -> int:
                         help=f"{', '.join(PRECISIONS)} or all; loaders take the first (default: fp32)")
     parser.add_argument("--generate", action="store_true", help="also onnx/generate*.onnx: the whole of generation, "
                         "cache, sampling and stopping, in one graph and one call")
-    parser.add_argument("--text", help="file of text such as the model will meet: weights of 4 bits are rounded for it, "
-                        "and every precision is measured on it")
+    parser.add_argument("--text", help="file of text such as the model will meet: weights of 4 bits are rounded for "
+                        "it, and every precision is measured on it")
     parser.add_argument("--out", default="exported", help="folder to write (default: exported)")
     parser.add_argument("--prompt", help="text that the exported model continues, greedily (default: 'ROMEO:', "
                         "sampled), or reads")
@@ -1521,7 +1526,8 @@ def run_export(argv: list) -> int:
     precisions = [*PRECISIONS] if "all" in options.precision else options.precision
     text = Path(options.text).read_text(encoding="utf-8") if options.text else None
     export_onnx(options.folder, options.out, onnx=options.onnx, precisions=precisions, text=text,
-                generate=options.generate, log=lambda text: print(f"[{time.monotonic() - begin:5.1f} s] {text}", flush=True))
+                generate=options.generate,
+                log=lambda text: print(f"[{time.monotonic() - begin:5.1f} s] {text}", flush=True))
     print(f"[{time.monotonic() - begin:5.1f} s] wrote {options.out}", flush=True)
     if options.onnx:
         lm = OnnxLM(options.out, precisions[0])

@@ -34,7 +34,8 @@ KERNELS = {
 ON_CPU = {"BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor"}  # the hash that draws: only where text is sampled
 CONTROL = {"Loop", "If"}  # they run beside the device, what is in them on it
 NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
-         ir.DataType.UINT64: "uint64", ir.DataType.BOOL: "bool", ir.DataType.INT32: "int32", ir.DataType.INT64: "int64", ir.DataType.UINT8: "uint8"}
+         ir.DataType.UINT64: "uint64", ir.DataType.BOOL: "bool", ir.DataType.INT32: "int32", ir.DataType.INT64: "int64",
+         ir.DataType.UINT8: "uint8"}
 CHOSEN = {"llama-dynamic", "gemma2", "gemma3_text", "bert-classify", "roberta-mlm", "electra-bare", "gpt2-classify",
           "t5", "marian"}
 

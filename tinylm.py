@@ -3478,6 +3478,9 @@ def main(argv: list | None = None) -> int:
 
 def run_train(options: dict):
     data, resume, last = options.pop("data"), options.pop("resume"), Path(options.get("out", TrainOptions.out)) / "last"
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts != "0":  # torchrun begins again after a fault
+        resume |= (last / "training.safetensors").exists()
     if resume:  # what is not said again is as it was
         options = saved(last)[1]["options"] | options
     options = TrainOptions(**options)
@@ -3485,7 +3488,9 @@ def run_train(options: dict):
         cuda = usable_device(options.device).type == "cuda"
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(restarts, store)  # where nothing of the processes before a restart is found
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
     try:
         train(data, options, resume)
     finally:

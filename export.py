@@ -128,8 +128,8 @@ class OnnxLM:
     """An exported model under ONNX Runtime: numpy in, numpy out.
 
     folder: what `export_onnx` wrote; precision: a key of PRECISIONS; providers: ONNX Runtime's names, tried in order
-    (None: CUDA where there is a driver and the precision is for it, else CPU); threads: of the CPU (None: ONNX Runtime's
-    choice, one per core).
+    (None: CUDA where there is a driver and the precision is for it, else CPU); threads: of the CPU (None: ONNX
+    Runtime's choice, one per core).
     Raises Error where a file is missing or where a provider that was asked for does not load.
     """
 
@@ -886,7 +886,9 @@ def encoder_graph(config, stored: Precision) -> list:
 
 def encoder_decoder_graphs(config, stored: Precision) -> list:
     """The encoder, and the decoder with two caches: of what it said, and of the source, filled by the first call."""
+    from unittest import mock
     import torch
+    import tinylm
     from einops import rearrange
     sides = {".decoder": "past_sequence_length", ".encoder": "encoder_sequence_length"}  # the latter may be 0 at first
     past, outputs = key_values(config, "past_key_values", sides, stored.dtype), [*key_values(config, "present", sides)]
@@ -902,7 +904,8 @@ def encoder_decoder_graphs(config, stored: Precision) -> list:
             parts = (part for block in lm.layers for part in block.cross_attention.keys_values(states))
             return [rearrange(part, "b s (h d) -> b h s d", d=config.head_dim).contiguous() for part in parts]
 
-        kept = torch.cond(feed["use_cache_branch"], lambda: [x.clone() for x in kept], source)
+        with mock.patch.object(tinylm, "linear", torch.nn.functional.linear):  # a branch takes no operator of our own
+            kept = torch.cond(feed["use_cache_branch"], lambda: [x.clone() for x in kept], source)
         cache, mask = Past(own), feed["encoder_attention_mask"].bool()[:, None, None, :]
         logits = lm(feed["input_ids"], cache=cache, context=(list(zip(kept[::2], kept[1::2])), mask)).float()
         present = dict(zip([n for n in outputs if ".decoder." in n], cache.present))
@@ -1116,15 +1119,15 @@ def compensated(weight, scales, zeros, moments, top: int):
 
 def round_weights(lm, bits: int, ids) -> dict:
     """Round the matrices of a model in place; their Blocks by name. Embedding, head and fused query, key and value keep
-    8 bits: 4 cost more there than in all others. In 4 bits each is rounded for the inputs it meets when `ids` (batch,
-    seq) run through what was rounded before it."""
+    8 bits: 4 cost more there than in all others. Keys and values of a source, made once, stay as they are. In 4 bits a
+    matrix is rounded for the inputs it meets when `ids` (batch, seq) run through what was rounded before it."""
     from unittest import mock
     import torch
     import tinylm
     linear, blocks = tinylm.linear, {}
     modules = {"embed": lm.embed} | {name: m for name, m in lm.named_modules() if isinstance(m, tinylm.Linear)}
     names = {id(module.weight): name + ".weight" for name, module in modules.items()
-             if module.weight is not None and module.weight.shape[1] % BLOCK == 0}
+             if module.weight is not None and module.weight.shape[1] % BLOCK == 0 and not name.endswith(".kv")}
 
     def put(weight, inputs=None):
         name = names.get(id(weight))

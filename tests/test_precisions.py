@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -68,6 +69,25 @@ def test_padded_rows_say_what_they_say_alone(name, precision, exported):
         assert difference(torch.from_numpy(alone), lm(prompt[None])) < ROUGH[precision]
         single = onnx_lm.generate(prompt[None].numpy(), max_new_tokens=12, eos_token_id=())[0, len(prompt):]
         assert tokens[ids.shape[1]:][:4].tolist() == single[:4].tolist()  # random weights come to near ties
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("fields", [
+    dict(causal=False, head="classify", position="learned", norm="layer", norm_position="post", final_norm=False,
+         type_vocab_size=2, attention_bias=True, gated=False), dict(num_encoder_layers=2, position="relative")],
+    ids=["encoder", "encoder-decoder"])
+def test_other_kinds_too(fields, precision, tmp_path):
+    """Their matrices are rounded, but for keys and values of a source, and they pass the export's own checks."""
+    torch.manual_seed(2)
+    lm = TinyLM(Config(**SIZES | dict(qk_norm=None, decoder_start_token_id=257) | fields)).eval()
+    export_onnx(lm, tmp_path / "out", precisions=[precision])
+    files = sorted((tmp_path / "out" / "onnx").iterdir())
+    assert [path.stem.removesuffix(PRECISIONS[precision].suffix) for path in files] == (
+        ["decoder_model_merged", "encoder_model"] if lm.encoder else ["model"])
+    products = [node.op_type for path in files for node in ir.traversal.RecursiveGraphIterator(ir.load(path).graph)
+                if "MatMul" in node.op_type]
+    plain = len(products) if precision == "fp16" else 2 * bool(lm.encoder)
+    assert products.count("MatMul") == plain and products.count("MatMulNBits") == len(products) - plain > 4 - plain
 
 
 @pytest.mark.parametrize("precision, bits", [("int8", 8), ("int4", 4), ("q4f16", 4)])

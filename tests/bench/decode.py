@@ -68,9 +68,9 @@ def onnx_loop(folder):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
     session = onnxruntime.InferenceSession(f"{folder}/onnx/generate.onnx", options, ["CPUExecutionProvider"])
-    fixed = dict(input_ids=numpy.array([PROMPT]), temperature=numpy.float32(0), top_k=numpy.int64(0),
-                 top_p=numpy.float32(1), seed=numpy.int64(0), eos_token_id=numpy.array([-1]))
-    return lambda n: session.run(None, fixed | {"max_new_tokens": numpy.int64(n)})[0][0, len(PROMPT):].tolist()
+    fixed = dict(input_ids=numpy.array([PROMPT]), temperature=numpy.array(0, "float32"), top_k=numpy.array(0),
+                 top_p=numpy.array(1, "float32"), seed=numpy.array(0), eos_token_id=numpy.array([-1]))
+    return lambda n: session.run(None, fixed | {"max_new_tokens": numpy.array(n)})[0][0, len(PROMPT):].tolist()
 
 
 def genai(folder):

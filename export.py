@@ -971,7 +971,7 @@ def put_blocks(graph, blocks: dict):
     """Rounded weights in the place of the traced ones: bytes, scales and zero points, each stored once."""
     import onnx_ir as ir
 
-    def stored(name, array):
+    def store(name, array):
         if name not in graph.initializers:
             graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
         return graph.initializers[name]
@@ -981,11 +981,13 @@ def put_blocks(graph, blocks: dict):
         if places is None:
             continue
         weight = node.inputs[places[0]]
-        dtype = weight.dtype.numpy()
-        values = [stored(f"{weight.name}.{part}", array)
-                  for part, array in blocks[weight.name].arrays(dtype).items()]
+        names = [f"{weight.name}.{part}" for part in ("blocks", "scales", "zero_points")]
+        if names[0] not in graph.initializers:  # a tied table is packed for its first use
+            for pair in zip(names, blocks[weight.name].arrays(weight.dtype.numpy())):
+                store(*pair)
+        values = [graph.initializers[name] for name in names]
         if places[0] == 0:  # rows of a table which the head has in blocks
-            shape = stored(weight.name + ".shape", np.array(weight.shape.numpy()))
+            shape = store(weight.name + ".shape", np.array(weight.shape.numpy()))
             rows = ir.Node("", "Reshape", [values[0], shape], outputs=[ir.Value(name=weight.name + ".rows")])
             node.graph.insert_before(node, rows)
             values[0] = rows.outputs[0]
@@ -1064,13 +1066,13 @@ class Blocks(NamedTuple):
     def weight(self):
         return ((self.codes - self.zeros) * self.scales).flatten(1)
 
-    def arrays(self, dtype) -> dict:
-        """As ONNX Runtime's operators have it: two codes of 4 bits in a byte, the first one low."""
+    def arrays(self, dtype) -> tuple:
+        """Codes, scales and zero points, as ONNX Runtime has them: two codes of 4 bits in a byte, the first one low."""
         codes, zeros = (x.numpy().astype(np.uint8) for x in (self.codes, self.zeros[..., 0]))
         if self.bits == 4:
             zeros = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))
             codes, zeros = (x[..., ::2] | x[..., 1::2] << 4 for x in (codes, zeros))
-        return dict(blocks=codes, scales=self.scales[..., 0].numpy().astype(dtype), zero_points=zeros)
+        return codes, self.scales[..., 0].numpy().astype(dtype), zeros
 
 
 def nearest(weight, bits: int, moments=None) -> Blocks:

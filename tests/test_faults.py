@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import tinylm
 from conftest import ROOT
-from test_train import TEXT, same_files
+from test_train import same_files, text  # noqa: F401: a fixture
 from tinylm import TinyLM, main
 
 OPTIONS = ["--size", "pico", "--batch", "4", "--block", "16", "--steps", "40", "--eval-every", "2", "--dropout", "0.1"]
@@ -28,13 +28,6 @@ def silent():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TinyLM, "stream", lambda *_, **__: ())
         yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,14 @@
 """The exported folder, unchanged, in the runtimes that people have: each in an environment of its own, made once."""
 
 import functools
+import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -74,6 +77,43 @@ def test_one_call_of_onnxruntime_node_writes_the_text(precision, folder):
                                               ("q4f16", "q4f16")])
 def test_transformers_js(precision, dtype, folder):
     assert said("node", in_node("transformers.mjs"), folder, dtype) == expected(folder, precision)
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", "fp32"), ("int4", "q4")])
+def test_a_page_in_chromium(precision, dtype, folder, tmp_path):
+    """transformers.js and onnxruntime-web on WASM, in a browser that gets all files from a server on this machine."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser:
+        pytest.skip("no Chromium is installed")
+    said, done = [], threading.Event()
+
+    class Server(http.server.SimpleHTTPRequestHandler):
+        def translate_path(self, path):
+            top, _, rest = urllib.parse.urlparse(path).path.lstrip("/").partition("/")
+            roots = {"node_modules": environment("node") / top, folder.name: folder, "page.html": SCRIPTS / top}
+            return str(roots.get(top, tmp_path / "nothing") / rest)
+
+        def do_POST(self):
+            said.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204), self.end_headers(), done.set()
+
+        def log_message(self, *_):
+            pass
+
+    environment("node")
+    query = urllib.parse.urlencode(dict(folder=folder.name, dtype=dtype, ids=json.dumps(IDS), count=NEW))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = f"http://127.0.0.1:{server.server_address[1]}/page.html?{query}"
+        quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+        process = subprocess.Popen([browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", *quiet,
+                                    f"--user-data-dir={tmp_path}", page], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        try:
+            assert done.wait(120), "the page has said nothing"
+        finally:
+            process.kill(), process.wait(), server.shutdown()
+    assert said[0] == [expected(folder, precision), expected(folder, "fp32")]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

@@ -33,6 +33,7 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped besid
 MARK = ".tinylm-export"                                # this file says: the next export may replace the folder
 OPSET = 23                                             # the first with Attention, RotaryEmbedding, RMSNormalization
 BLOCK = 32                                             # weights in a row that share a scale, where they are rounded
+PARTS = ("blocks", "scales", "zero_points")            # tensors that a rounded matrix is stored in
 EXTERNAL_ABOVE = 2**31 - 2**26                         # bytes; a protobuf file ends at 2 GiB
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 WINDOW, WINDOWS, MEASURED = 256, 40, 8                 # tokens, windows to round for and, of these, to measure on
@@ -703,10 +704,12 @@ def onnx_linear(x, weight, bias, blocks: Blocks | None):
     return y if bias is None else y + bias
 
 
-def onnx_embedding(weight, ids):
-    """Rows of a rounded table, which may be a tied head's too."""
-    return operator("com.microsoft::GatherBlockQuantized", (weight, ids, weight, weight), weight,
-                    (*ids.shape, weight.shape[1]), gather_axis=0, quantize_axis=1, block_size=BLOCK, bits=8)
+def onnx_embedding(table, ids):
+    """Rows of a rounded table, which may be a tied head's too; written out, since the ONNX Runtime of browsers has no
+    single operator for it."""
+    codes, scales, zeros = (getattr(table, part).index_select(0, ids.flatten()) for part in PARTS)
+    rows = (codes.to(scales.dtype) - zeros[..., None].to(scales.dtype)) * scales[..., None]
+    return rows.flatten(1).unflatten(0, ids.shape)
 
 
 def rotary_tables(self, positions):
@@ -936,10 +939,7 @@ def trace(lm, graph: Graph, blocks: dict = {}):
         def forward(self, tensors):
             rounded = {id(weight): blocks[name] for name, weight in lm.named_parameters() if name in blocks}
             linear = lambda x, weight, bias=None: onnx_linear(x, weight, bias, rounded.get(id(weight)))  # noqa: E731
-            with mock.patch.object(tinylm, "linear", linear), contextlib.ExitStack() as patches:
-                if "embed.weight" in blocks:
-                    rows = lambda ids: onnx_embedding(lm.embed.weight, ids)  # noqa: E731
-                    patches.enter_context(mock.patch.object(lm.embed, "forward", rows))
+            with mock.patch.object(tinylm, "linear", linear):
                 return graph.forward(self.lm, dict(zip(graph.inputs, tensors)))
 
     dims = {axis: torch.export.Dim(axis) for axis in SIZES}
@@ -949,6 +949,10 @@ def trace(lm, graph: Graph, blocks: dict = {}):
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # "no torchvision"
     with torch.no_grad(), leaves, contextlib.ExitStack() as patches, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that axes share names, as they should, and torch's own deprecations
+        if "embed.weight" in blocks:
+            for part, array in zip(PARTS, blocks["embed.weight"].arrays(str(lm.dtype).removeprefix("torch."))):
+                lm.embed.register_buffer(part, torch.from_numpy(array), persistent=False)
+            patches.enter_context(mock.patch.object(lm.embed, "forward", lambda ids: onnx_embedding(lm.embed, ids)))
         if graph.grouped:
             patches.enter_context(mock.patch.object(tinylm.Attention, "forward", grouped_attention))
             for rotary in lm.rotary.values():
@@ -970,29 +974,16 @@ def trace(lm, graph: Graph, blocks: dict = {}):
 def put_blocks(graph, blocks: dict):
     """Rounded weights in the place of the traced ones: bytes, scales and zero points, each stored once."""
     import onnx_ir as ir
-
-    def store(name, array):
-        if name not in graph.initializers:
-            graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
-        return graph.initializers[name]
-
     for node in list(ir.traversal.RecursiveGraphIterator(graph)):
-        places = {"MatMulNBits": (1, 2, 3), "GatherBlockQuantized": (0, 2, 3)}.get(node.op_type)
-        if places is None:
+        if node.op_type != "MatMulNBits":
             continue
-        weight = node.inputs[places[0]]
-        names = [f"{weight.name}.{part}" for part in ("blocks", "scales", "zero_points")]
-        if names[0] not in graph.initializers:  # a tied table is packed for its first use
-            for pair in zip(names, blocks[weight.name].arrays(weight.dtype.numpy())):
-                store(*pair)
-        values = [graph.initializers[name] for name in names]
-        if places[0] == 0:  # rows of a table which the head has in blocks
-            shape = store(weight.name + ".shape", np.array(weight.shape.numpy()))
-            rows = ir.Node("", "Reshape", [values[0], shape], outputs=[ir.Value(name=weight.name + ".rows")])
-            node.graph.insert_before(node, rows)
-            values[0] = rows.outputs[0]
-        for place, value in zip(places, values):
-            node.replace_input_with(place, value)
+        weight = node.inputs[1]
+        names = [weight.name.removesuffix("weight") + part for part in PARTS]
+        if names[0] not in graph.initializers:  # a tied table's are there already
+            for name, array in zip(names, blocks[weight.name].arrays(weight.dtype.numpy())):
+                graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
+        for place, name in enumerate(names, 1):
+            node.replace_input_with(place, graph.initializers[name])
         if not weight.uses():
             del graph.initializers[weight.name]
 

@@ -28,7 +28,7 @@ KERNELS = {
     },
     "com.microsoft": {
         **dict.fromkeys(("SkipSimplifiedLayerNormalization", "SkipLayerNormalization"), FLOATS),
-        "GroupQueryAttention": "bfloat16 float16", "MatMulNBits": FLOATS, "GatherBlockQuantized": "uint8",
+        "GroupQueryAttention": "bfloat16 float16", "MatMulNBits": FLOATS,
     },
 }
 ON_CPU = {"BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor"}  # the hash that draws: only where text is sampled

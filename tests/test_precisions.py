@@ -101,7 +101,7 @@ def test_matrices_are_stored_once_in_their_bits(precision, bits, exported):
     for name, weight in lm.named_parameters():
         if weight.ndim == 2:
             wide = "embed" in name or "qkv" in name
-            assert np.prod(stored[name + ".blocks"].dims) == weight.numel() * (8 if wide else bits) / 8
+            assert np.prod(stored[name.removesuffix("weight") + "blocks"].dims) == weight.numel() * (8 if wide else bits) / 8
     assert sum(node.op_type == "GroupQueryAttention" for node in graph.node) == lm.config.num_hidden_layers
 
 

@@ -1,9 +1,10 @@
 """Fine-tuning MiniLM on rt-polarity, tinylm's command against a plain transformers loop, in one run: time and accuracy.
-Then a classifier from scratch, and answers in xquad against baselines that train nothing.
+Then a classifier from scratch, and the other jobs, each beside what one has without training.
 
-    python tests/bench/finetune.py [sentiment] [scratch] [qa]
+    python tests/bench/finetune.py [sentiment] [scratch] [qa] [tags] [summary] [mlm]
 
-The last tenth of each file of rt-polarity, and the last fifth of xquad's paragraphs, are held out.
+The last tenth of each file of rt-polarity, the last fifth of xquad's paragraphs and the last tenth of scitldr's training
+file are held out. `summary` needs `pip install rouge_score`.
 """
 
 import json
@@ -46,6 +47,25 @@ def xquad(folder):
     cut = len(paragraphs) * 4 // 5
     return [write(folder / f"xquad-{name}.json", json.dumps({"data": [{"paragraphs": some}]}))
             for name, some in (("train", paragraphs[:cut]), ("test", paragraphs[cut:]))]
+
+
+def scitldr(folder):
+    """Abstracts of papers and what they say in a sentence: jsonl to train on and held out."""
+    rows = (DATA / "scitldr" / "train.jsonl").read_text(encoding="utf-8").strip().split("\n")
+    cut = len(rows) - len(rows) // 10
+    return [write(folder / f"scitldr-{name}.jsonl", "\n".join(some))
+            for name, some in (("train", rows[:cut]), ("test", rows[cut:]))]
+
+
+def punctuation(path):
+    """Beside a file of scitldr one of its words in lower case and without punctuation, whose tags say what stood behind
+    each: a comma, a full stop or nothing."""
+    rows = []
+    for row in map(json.loads, path.read_text(encoding="utf-8").split("\n")):
+        words = [(re.sub(r"\W+$", "", word).lower(), word[-1]) for word in " ".join(row["source"]).split()]
+        words = [(word, {",": "B-COMMA", ".": "B-PERIOD"}.get(end, "O")) for word, end in words if word]
+        rows.append(json.dumps({"tokens": [word for word, _ in words], "tags": [tag for _, tag in words]}))
+    return write(path.with_name("tags-" + path.name), "\n".join(rows))
 
 
 def write(path, text):
@@ -143,8 +163,44 @@ def qa(folder):
           f"{lexical(test):.4f}; German {last('span F1', german):.4f}")
 
 
+def tags(folder):
+    minilm, (train, test) = fetch_minilm(), map(punctuation, scitldr(folder))
+    seconds, log = tinylm("train", train, "--task", "tokens", "--init", minilm, "--val", test, "--epochs", 1, "--out",
+                          folder / "tags")
+    every = [tag for line in test.read_text().split("\n") for tag in json.loads(line)["tags"]]
+    print(f"tinylm, MiniLM on scitldr's punctuation: {seconds:.0f} s, F1 {last('entity F1', log):.4f}, accuracy "
+          f"{last('accuracy', log):.4f}; no punctuation at all {every.count('O') / len(every):.4f}")
+
+
+def summary(folder):
+    from rouge_score.rouge_scorer import RougeScorer
+    train, test = scitldr(folder)
+    seconds, log = tinylm("train", train, "--task", "seq2seq", "--val", test, "--out", folder / "summary")
+    begin = time.perf_counter()
+    _, log = tinylm("eval", folder / "summary" / "best", test)
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    rows = [json.loads(line) for line in test.read_text(encoding="utf-8").split("\n")]
+    lead = [scorer.score(" ".join(row["target"]), row["source"][0]) for row in rows]
+    first = (sum(score[name].fmeasure for score in lead) / len(lead) for name in ("rouge1", "rougeL"))
+    print(f"tinylm, summaries from scratch: {seconds:.0f} s, perplexity {last('perplexity', log):.1f}, ROUGE-1 "
+          f"{last('rouge1', log):.4f}, ROUGE-L {last('rougeL', log):.4f} (eval {time.perf_counter() - begin:.0f} s); "
+          "the first sentence {:.4f}, {:.4f}".format(*first))
+
+
+def mlm(folder):
+    minilm, files = fetch_minilm(), rt_polarity(folder)
+    train, test = (write(file.with_suffix(".txt"), "\n".join(json.loads(line)["text"] for line in
+                                                            file.read_text(encoding="utf-8").split("\n")))
+                   for file in files)
+    seconds, log = tinylm("train", train, "--task", "mlm", "--init", minilm, "--val", test, "--out", folder / "mlm")
+    found = [float(value) for value in re.findall(r"([\d.]+) perplexity", log)]
+    print(f"tinylm, MiniLM on reviews, masked: {seconds:.0f} s, perplexity {found[-1]:.1f}, after each epoch {found}")
+
+
+JOBS = dict(sentiment=sentiment, scratch=scratch, qa=qa, tags=tags, summary=summary, mlm=mlm)
+
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
-    for name in sys.argv[1:] or ("sentiment", "scratch", "qa"):
+    for name in sys.argv[1:] or JOBS:
         with tempfile.TemporaryDirectory() as work:
-            {"sentiment": sentiment, "scratch": scratch, "qa": qa}[name](Path(work))
+            JOBS[name](Path(work))

@@ -10,7 +10,10 @@ import sys
 import threading
 import urllib.parse
 
+from pathlib import Path
+
 import numpy as np
+import onnxruntime
 import pytest
 
 from conftest import CACHE, ROOT
@@ -71,6 +74,47 @@ def in_node(script):
 def test_one_call_of_onnxruntime_node_writes_the_text(precision, folder):
     path = folder / "onnx" / f"generate{PRECISIONS[precision].suffix}.onnx"
     assert said("node", in_node("generate.mjs"), path) == expected(folder, precision)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """generate.cpp, with the headers that this machine or Debian has and the library in Python's onnxruntime."""
+    work = tmp_path_factory.mktemp("cpp")
+    library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"), None)
+    if not (library and shutil.which("g++")):
+        pytest.skip("no g++, or no libonnxruntime.so in this onnxruntime")
+    places = (path.parent for top in ("/usr/include", "/usr/local/include")
+              for path in Path(top).rglob("onnxruntime_cxx_api.h"))
+    headers = next(places, None) or debian_headers(work)
+    (work / "libonnxruntime.so.1").symlink_to(library)
+    subprocess.run(["g++", "-std=c++17", "-I", headers, SCRIPTS / "generate.cpp", work / "libonnxruntime.so.1",
+                    f"-Wl,-rpath,{work}", "-o", work / "generate"], check=True)
+    return work / "generate"
+
+
+def debian_headers(work):
+    """Unpacked from its package, of a release that has one: nothing is installed."""
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        pytest.skip("no headers of onnxruntime, and no Debian to take them from")
+    run = functools.partial(subprocess.run, capture_output=True, text=True, cwd=work)
+    site = run(["apt-get", "indextargets", "--format", "$(SITE)"]).stdout.split("\n")[0]
+    (work / "list").write_text(f"deb {site} trixie main\n")
+    for folder in ("lists/partial", "archives/partial"):
+        (work / folder).mkdir(parents=True)
+    apt = ["apt-get", "-qq", f"-oDir::Etc::SourceList={work}/list", "-oDir::Etc::SourceParts=-",
+           f"-oDir::State::Lists={work}/lists", f"-oDir::Cache={work}", "-oAPT::Sandbox::User=root"]
+    for command in ([*apt, "update"], [*apt, "download", "libonnxruntime-dev"]):
+        done = run(command)
+        if done.returncode:
+            pytest.skip(f"headers of onnxruntime: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+    run(["dpkg-deb", "-x", next(work.glob("*.deb")), work], check=True)
+    return work / "usr/include/onnxruntime"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_one_call_of_cpp_writes_the_text(precision, folder, program):
+    path = folder / "onnx" / f"generate{PRECISIONS[precision].suffix}.onnx"
+    assert said(program, path) == expected(folder, precision)
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", "fp32"), ("fp16", "fp16"), ("int8", "q8"), ("int4", "q4"),

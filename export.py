@@ -22,7 +22,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +49,7 @@ class Precision:
     dtype: str = "float32"   # of what flows through it, and of weights that are not rounded
     bits: int = 0            # of its matrices, but 8 for embedding and head; 0: as dtype
     exact: bool = False      # greedy decoding must say what torch says
+    cache: str = ""          # dtype of keys and values in a decoder's cache, where it is another
     cuda: bool = False       # all its nodes run there: ONNX Runtime groups queries on CUDA in 16 bits only
 
 
@@ -102,7 +103,7 @@ class Session:
 
     def buffer(self, name: str, *shape):
         """Memory of an input's type on the graph's device; what it holds is not said."""
-        dtype = np.float16 if "float16" in self.types[name] else np.float32
+        dtype = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}.get(self.types[name], np.float32)
         return self.values.ortvalue_from_shape_and_type(shape, dtype, self.device)
 
     def __call__(self, into: dict = {}, **feeds) -> list:
@@ -640,12 +641,13 @@ def read_json(path: Path) -> dict:
 # Tracing: the model's leaves as single operators. From here on torch is needed.
 # ---------------------------------------------------------------------------------------------------------------------
 
-def operator(name: str, inputs: tuple, like, *shapes, **attributes):
-    """One node of the ONNX graph in the place of a traced function. Its outputs have the dtype of `like` and the
-    `shapes`, or the one shape of `like`."""
+def operator(name: str, inputs: tuple, like, *shapes, rest=None, **attributes):
+    """One node of the ONNX graph in the place of a traced function. Its outputs have the dtype of `like`, those after
+    the first that of `rest` if given, and the `shapes`, or the one shape of `like`."""
     import torch
     shapes = shapes or (like.shape,)
-    out = torch.onnx.ops.symbolic_multi_out(name, inputs, attributes, dtypes=[like.dtype] * len(shapes), shapes=shapes,
+    dtypes = [like.dtype, *[(like if rest is None else rest).dtype] * (len(shapes) - 1)]
+    out = torch.onnx.ops.symbolic_multi_out(name, inputs, attributes, dtypes=dtypes, shapes=shapes,
                                             version=1 if "::" in name else OPSET)
     return out if len(shapes) > 1 else out[0]
 
@@ -688,9 +690,13 @@ def grouped_attention(self, x, rope, mask, cache, layer):
     heads, groups, _ = (size // self.head_dim for size in self.sizes)
     more = dict(softcap=self.softcap) if self.softcap else {}
     more |= dict(local_window_size=cache.windows[layer]) if cache.windows[layer] else {}
+    scales = ()
+    if cache.scales:
+        scales = None, None, None, *cache.scales[layer]
+        more |= dict(kv_cache_bit_width=8, k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL")
     return self.o(cache.append(layer, "com.microsoft::GroupQueryAttention", inputs, x.shape[1], like,
-                               (*cache.lengths, *rope), num_heads=heads, kv_num_heads=groups, scale=self.scale,
-                               do_rotary=1, **more))
+                               (*cache.lengths, *rope, *scales), num_heads=heads, kv_num_heads=groups,
+                               scale=self.scale, do_rotary=1, **more))
 
 
 def onnx_linear(x, weight, bias, blocks: Blocks | None):
@@ -720,15 +726,17 @@ def rotary_tables(self, positions):
 class Past:
     """The cache of an exported graph, in the place of tinylm's KVCache: past comes in, present goes out, longer."""
 
-    def __init__(self, past: list, positions=None, lengths: tuple = (), windows: tuple = ()):
+    def __init__(self, past: list, positions=None, lengths: tuple = (), windows: tuple = (), scales: tuple = ()):
         self.past, self.positions, self.lengths, self.windows, self.present = past, positions, lengths, windows, []
+        self.scales = scales  # of keys and values of 8 bits, by layer
 
     def append(self, layer: int, name: str, inputs: tuple, new: int, like, more: tuple = (), **attributes):
         """An attention operator of a layer, after which its cache has `new` more columns."""
         past = self.past[2 * layer:2 * layer + 2]
         batch, heads, length, width = past[0].shape
         longer = batch, heads, length + new, width
-        x, *present = operator(name, (*inputs, *past, *more), like, like.shape, longer, longer, **attributes)
+        x, *present = operator(name, (*inputs, *past, *more), like, like.shape, longer, longer, rest=past[0],
+                               **attributes)
         self.present += present
         return x
 
@@ -778,7 +786,7 @@ def groups_queries(config, stored: Precision) -> bool:
 
 def decoder_graph(config, stored: Precision) -> list:
     """With a cache: the mask spans past and new tokens."""
-    past = key_values(config, "past_key_values", {"": "past_sequence_length"}, stored.dtype)
+    past = key_values(config, "past_key_values", {"": "past_sequence_length"}, stored.cache or stored.dtype)
 
     def forward(lm, feed):
         return decoder_step(lm, feed, [feed[name] for name in past], stored)
@@ -800,14 +808,15 @@ def decoder_step(lm, feed: dict, past: list, stored: Precision, columns=None) ->
         total = operator("Gather", (operator("Shape", (mask,), mask, (2,)), torch.tensor(1)), mask, ())
         lengths = (mask.sum(1) - 1).int(), total.int()
     windows = tuple(kind == "sliding_attention" and config.sliding_window for kind in config.layer_types)
-    cache = Past(past, feed["position_ids"], lengths, windows)
+    scales = tuple((block.attention.k_scale, block.attention.v_scale) for block in lm.layers if stored.cache)
+    cache = Past(past, feed["position_ids"], lengths, windows, scales)
     return [lm(ids, mask, cache=cache, columns=columns).float(), *cache.present]
 
 
 def generate_graph(config, stored: Precision) -> Graph:
     """What `in_a_loop` repeats: a step of the decoder, the choice of a token, and whether all rows have ended."""
     import torch
-    past = key_values(config, "past", {"": "past_sequence_length"}, stored.dtype)
+    past = key_values(config, "past", {"": "past_sequence_length"}, stored.cache or stored.dtype)
     pad = config.pad_token_id
 
     def forward(lm, feed):
@@ -857,7 +866,7 @@ def in_a_loop(model, config, stored: Precision):
     weights.append(ir.val(heads.name, const_value=heads, type=ir.TensorType(heads.dtype), shape=heads.shape))
     prompt = ir.val("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
     steps = ir.val("max_new_tokens", ir.DataType.INT64, [])
-    nothing, false = np.zeros(1, stored.dtype), np.zeros(1, bool)
+    nothing, false = np.zeros(1, stored.cache or stored.dtype), np.zeros(1, bool)
     batch = ir.node("Shape", [prompt], {"end": 1})
     shape = ir.node("Concat", [batch.outputs[0], weights[-1]], {"axis": 0})
     empty = ir.node("ConstantOfShape", shape.outputs, {"value": ir.tensor(nothing)})
@@ -1146,19 +1155,55 @@ def round_weights(lm, bits: int, ids) -> dict:
     return blocks
 
 
+def scale_cache(lm, ids):
+    """Give every layer the scales (1, kv_heads, 1, head_dim) by which its keys and values fit into 8 bits, as large as
+    ids (batch, seq) ask for. Channels of a key that turn together share theirs, so that it holds at every position."""
+    import torch
+    half = lm.config.rotary_dim // 2
+
+    def see(attention, k, v):
+        turning = torch.hypot(k[..., :half], k[..., half:2 * half])
+        k = torch.cat((turning, turning, k[..., 2 * half:]), -1)
+        attention.k_scale, attention.v_scale = (x.abs().amax((0, 1))[None, :, None].clamp(min=1e-6) / 127
+                                                for x in (k, v))
+        return k, v
+
+    with torch.no_grad(), keys_and_values(lm, see):
+        lm(ids, columns=torch.zeros_like(ids[:, :1]))
+
+
+def round_to_scale(attention, k, v):
+    """Keys and values as a cache of 8 bits gives them back."""
+    return [(x / scale[:, :, 0]).round().clamp(-128, 127) * scale[:, :, 0]
+            for x, scale in ((k, attention.k_scale), (v, attention.v_scale))]
+
+
+def keys_and_values(lm, change):
+    """While it lasts, `change(attention, k, v)` sees keys and values (batch, seq, kv_heads, head_dim) of every layer on
+    their way into tinylm's `attend`, and says what goes on."""
+    from unittest import mock
+    import tinylm
+    attend = tinylm.attend
+
+    def changed(q, k, v, mask, head_dim, scale, softcap, dropout, cache, layer, causal):
+        k, v = change(lm.layers[layer].attention, *(x.unflatten(-1, (-1, head_dim)) for x in (k, v)))
+        return attend(q, k.flatten(2), v.flatten(2), mask, head_dim, scale, softcap, dropout, cache, layer, causal)
+
+    return mock.patch.object(tinylm, "attend", changed)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Verifying: the file that was written, against torch
 # ---------------------------------------------------------------------------------------------------------------------
 
-def verify(lm, folder: Path, precision: str, tolerance: float) -> dict:
+def verify(lm, folder: Path, precision: str, stored: Precision) -> dict:
     """Largest difference from torch, relative to the largest value, per check; of ids the number of equal ones. Raises
     Error where one is too large or, in fp32, where ids differ."""
     import torch
-    stored = PRECISIONS[precision]
 
     def reference(ids, mask=None, types=None, **more):
         given = [None if x is None else torch.from_numpy(x) for x in (ids, mask, types)]
-        with torch.no_grad():
+        with torch.no_grad(), keys_and_values(lm, round_to_scale) if stored.cache else contextlib.nullcontext():
             return lm(*given, **{name: torch.from_numpy(x) for name, x in more.items()}).float().numpy()
 
     found = {}
@@ -1171,8 +1216,8 @@ def verify(lm, folder: Path, precision: str, tolerance: float) -> dict:
         else:
             error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
             found[name] = max(error, found.get(name, 0.0))
-            require(error <= tolerance, f"verify: {precision} {name} differs from torch by {error:.1e} of the largest "
-                    f"value, expected at most {tolerance:.0e}")
+            require(error <= stored.tolerance, f"verify: {precision} {name} differs from torch by {error:.1e} of the "
+                    f"largest value, expected at most {stored.tolerance:.0e}")
     return found
 
 
@@ -1277,13 +1322,13 @@ def kind_of(config) -> Kind:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, log=None, precisions=("fp32",),
-                text: str | None = None, generate: bool = False) -> dict:
+                text: str | None = None, generate: bool = False, int8_cache: bool = False) -> dict:
     """Write the folder `out` from a TinyLM or a checkpoint folder: config, tokenizer and model.safetensors in the
     stored dtype, and the graphs in onnx/ in each of the precisions (keys of PRECISIONS), of a decoder with
     genai_config.json for the first of them, and with `generate` onnx/generate.onnx: prefill, cache, sampling and
-    stopping in one graph. Weights of 4 bits are rounded for a text such as the model will meet;
-    without one, for what it writes by itself. Returns what `verify` found, by precision. The folder appears whole,
-    after its check, or not at all; an earlier export in its place is replaced.
+    stopping in one graph. Weights of 4 bits and, with `int8_cache`, keys and values (in all but fp32) are rounded for a
+    text such as the model will meet; without one, for what it writes by itself. Returns what `verify` found, by
+    precision. The folder appears whole, after its check, or not at all; an earlier export in its place is replaced.
 
     Raises Error (or tinylm's) where the checkpoint cannot be read or a check fails.
     """
@@ -1310,7 +1355,7 @@ def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, 
         (work / MARK).write_text("")
         log(f"model.safetensors {megabytes(work / 'model.safetensors')}")
         if onnx:
-            found = write_graphs(lm, work, list(dict.fromkeys(precisions)), text, generate, log)
+            found = write_graphs(lm, work, list(dict.fromkeys(precisions)), text, generate, int8_cache, log)
         if not safetensors:
             (work / "model.safetensors").unlink()
         put(work, out)
@@ -1319,13 +1364,15 @@ def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, 
     return found
 
 
-def write_graphs(lm, folder: Path, precisions: list, text: str | None, generate: bool, log) -> dict:
+def write_graphs(lm, folder: Path, precisions: list, text: str | None, generate: bool, int8_cache: bool, log) -> dict:
     """onnx/ of a folder, each precision verified and, if there is more than fp32, measured."""
     import torch
     import tinylm
     lm, kind, found = lm.to("cpu", torch.float32).eval(), kind_of(lm.config), {}
     writes = lm.config.causal and lm.config.head == "lm" and not lm.config.num_encoder_layers
     require(writes or not generate, "--generate: the model is no decoder that writes text")
+    caches = [name for name in precisions if writes and groups_queries(lm.config, PRECISIONS[name])]
+    require(caches or not int8_cache, f"--int8-cache: no graph of {', '.join(precisions)} groups queries")
     (folder / "onnx").mkdir()
     measured = precisions != ["fp32"]
     ids = some_ids(lm, text, writes) if measured else None
@@ -1333,11 +1380,15 @@ def write_graphs(lm, folder: Path, precisions: list, text: str | None, generate:
     log(f"tracing {sum(p.numel() for p in lm.parameters()):,} parameters")
     for name in precisions:
         stored = PRECISIONS[name]
+        if int8_cache and name in caches:
+            stored = replace(stored, cache="int8")
         if stored.bits not in rounded:
             log(f"rounding to {stored.bits} bits")
             model = copy.deepcopy(lm)
             rounded[stored.bits] = model, round_weights(model, stored.bits, None if ids is None else ids[MEASURED:])
         model, blocks = rounded[stored.bits]
+        if stored.cache:
+            scale_cache(model, ids[MEASURED:])
         traced = copy.deepcopy(model).to(getattr(torch, stored.dtype))
         try:
             graphs = {graph.stem: trace(traced, graph, blocks) for graph in kind.graphs(lm.config, stored)}
@@ -1348,11 +1399,12 @@ def write_graphs(lm, folder: Path, precisions: list, text: str | None, generate:
             raise Error(f"onnx: the trace of {name} failed ({first_line(error)})") from error
         graphs = {folder / "onnx" / f"{stem}{stored.suffix}.onnx": model for stem, model in graphs.items()}
         write_all(graphs)
-        found[name] = verify(model, folder, name, stored.tolerance)
+        found[name] = verify(model, folder, name, stored)
         log(f"{name} verified against torch: " + said(found[name]))
         if blocks:
             write_all(graphs, accuracy_level=4)
-            log(f"{name} in 8-bit arithmetic: " + said(verify(model, folder, name, math.inf)))
+            rough = verify(model, folder, name, replace(stored, tolerance=math.inf))
+            log(f"{name} in 8-bit arithmetic: {said(rough)}")
         for path in graphs:
             log(f"onnx/{path.name} {megabytes(path)}")
         if generate:
@@ -1509,6 +1561,8 @@ def run_export(argv: list) -> int:
                         help=f"{', '.join(PRECISIONS)} or all; loaders take the first (default: fp32)")
     parser.add_argument("--generate", action="store_true", help="also onnx/generate*.onnx: the whole of generation, "
                         "cache, sampling and stopping, in one graph and one call")
+    parser.add_argument("--int8-cache", action="store_true", help="keys and values in 8 bits (in all but fp32): a "
+                        "quarter of the memory, and long texts are written faster; not for optimum and transformers.js")
     parser.add_argument("--text", help="file of text such as the model will meet: weights of 4 bits are rounded for "
                         "it, and every precision is measured on it")
     parser.add_argument("--out", default="exported", help="folder to write (default: exported)")
@@ -1522,7 +1576,7 @@ def run_export(argv: list) -> int:
     precisions = [*PRECISIONS] if "all" in options.precision else options.precision
     text = Path(options.text).read_text(encoding="utf-8") if options.text else None
     export_onnx(options.folder, options.out, onnx=options.onnx, precisions=precisions, text=text,
-                generate=options.generate,
+                generate=options.generate, int8_cache=options.int8_cache,
                 log=lambda text: print(f"[{time.monotonic() - begin:5.1f} s] {text}", flush=True))
     print(f"[{time.monotonic() - begin:5.1f} s] wrote {options.out}", flush=True)
     if options.onnx:

@@ -1,10 +1,12 @@
 """What a machine without a GPU can say of CUDA: ONNX Runtime has a CUDA kernel for every node that an export writes."""
 
+from dataclasses import replace
+
 import onnx_ir as ir
 import pytest
 import torch
 
-from export import PRECISIONS, generate_graph, in_a_loop, kind_of, round_weights, trace
+from export import PRECISIONS, generate_graph, in_a_loop, kind_of, round_weights, scale_cache, trace
 from families import CASES, CLASSIFIERS, ENCODERS, SEQ2SEQ
 from tinylm import Config, TinyLM
 
@@ -18,11 +20,11 @@ KERNELS = {
         **dict.fromkeys("Attention RMSNormalization RotaryEmbedding Gelu LayerNormalization MatMul Relu Sigmoid Softmax "
                         "Tanh".split(), FLOATS),
         **dict.fromkeys("Cos Sin Log Reciprocal".split(), "float16 float32"),
-        **dict.fromkeys("Cast Concat Expand Gather GatherElements Identity If Reshape Shape Slice Split Squeeze Transpose "
+        **dict.fromkeys("Cast Concat Expand Gather GatherElements Identity If Reshape Slice Split Squeeze Transpose "
                         "Unsqueeze".split(), ANY),
         **dict.fromkeys("Equal Greater GreaterOrEqual Less LessOrEqual".split(), "float16 float32 int32 int64"),
         **dict.fromkeys("And Not Or Where".split(), "bool"),
-        "ArgMax": "float16 float32", "Clip": "float16 float32 int64", "CumSum": "float16 float32 int32 int64",
+        "Shape": ANY + " int8", "ArgMax": "float16 float32", "Clip": "float16 float32 int64", "CumSum": "float16 float32 int32 int64",
         "GatherND": "bfloat16 bool float16 float32 int64", "Range": "float32 int32 int64",
         **dict.fromkeys("ReduceMax ReduceMin ReduceSum TopK".split(), "float16 float32 int32 int64"),
     },
@@ -31,11 +33,12 @@ KERNELS = {
         "GroupQueryAttention": "bfloat16 float16", "MatMulNBits": FLOATS,
     },
 }
+CACHES = {"int8"}  # of keys and values, beside the type of the queries
 ON_CPU = {"BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor"}  # the hash that draws: only where text is sampled
 CONTROL = {"Loop", "If"}  # they run beside the device, what is in them on it
 NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
          ir.DataType.UINT64: "uint64", ir.DataType.BOOL: "bool", ir.DataType.INT32: "int32", ir.DataType.INT64: "int64",
-         ir.DataType.UINT8: "uint8"}
+         ir.DataType.UINT8: "uint8", ir.DataType.INT8: "int8"}
 CHOSEN = {"llama-dynamic", "gemma2", "gemma3_text", "bert-classify", "roberta-mlm", "electra-bare", "gpt2-classify",
           "t5", "marian"}
 
@@ -47,12 +50,16 @@ def test_every_node_has_a_cuda_kernel(case, folder):
         assert not without_kernel(trace(lm, graph))
 
 
+@pytest.mark.parametrize("cache", ["", "int8"])
 @pytest.mark.parametrize("precision", [name for name, stored in PRECISIONS.items() if stored.cuda])
-def test_precisions_for_cuda_run_there(precision):
-    stored = PRECISIONS[precision]
+def test_precisions_for_cuda_run_there(precision, cache):
+    stored = replace(PRECISIONS[precision], cache=cache)
+    if stored.exact and cache:
+        pytest.skip("its attention has no cache in 8 bits")
     lm = TinyLM(Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16))
     blocks = round_weights(lm, stored.bits, None) if stored.bits else {}
-    lm = lm.eval().to(getattr(torch, stored.dtype))
+    scale_cache(lm.eval(), torch.arange(8)[None])
+    lm = lm.to(getattr(torch, stored.dtype))
     step, = kind_of(lm.config).graphs(lm.config, stored)
     assert not without_kernel(trace(lm, step, blocks))
     loop = in_a_loop(trace(lm, generate_graph(lm.config, stored), blocks), lm.config, stored)
@@ -65,6 +72,8 @@ def without_kernel(model):
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         kernels = KERNELS[node.domain]
         types = {NAMES[value.dtype] for value in node.inputs[:1] if value is not None and value.dtype is not None}
+        if node.op_type == "GroupQueryAttention" and NAMES[node.inputs[3].dtype] not in types | CACHES:
+            found.append((node.op_type, NAMES[node.inputs[3].dtype]))
         if node.op_type not in CONTROL and not types <= set(kernels.get(node.op_type, "").split()):
             found.append((node.op_type, types))
     return found

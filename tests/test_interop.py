@@ -160,14 +160,14 @@ def test_a_page_in_chromium(precision, dtype, folder, tmp_path):
     assert said[0] == [expected(folder, precision), expected(folder, "fp32")]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_onnxruntime_genai(precision, folder, tmp_path):
+@pytest.mark.parametrize("precision, int8_cache", [("fp32", False), ("int8", False), ("int8", True)])
+def test_onnxruntime_genai(precision, int8_cache, folder, tmp_path):
     """Its own config names the file; here the same folder, exported with another precision first."""
     python = environment("genai") / "bin" / "python"
     out = folder
     if precision != "fp32":
         out = tmp_path / "out"
-        export_onnx(WEIGHTS, out, precisions=[precision])
+        export_onnx(WEIGHTS, out, precisions=[precision], int8_cache=int8_cache)
     assert said(python, SCRIPTS / "genai.py", out) == expected(out, precision)
 
 

@@ -16,15 +16,18 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import functools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -94,7 +97,7 @@ class Session:
         except Exception as error:  # onnxruntime's own exceptions have no common base
             raise Error(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
         self.values, self.provider = ort.OrtValue, self.session.get_providers()[0]
-        self.device = "cpu" if self.provider == CPU else "cuda"
+        self.device = "cuda" if self.provider in (CUDA, "TensorrtExecutionProvider") else "cpu"
         inputs = self.session.get_inputs()
         self.inputs, self.types = {i.name: i.shape for i in inputs}, {i.name: i.type for i in inputs}
         self.outputs = {o.name: o.shape for o in self.session.get_outputs()}
@@ -109,10 +112,10 @@ class Session:
     def __call__(self, into: dict = {}, **feeds) -> list:
         """All outputs, on the graph's device; `into`: an output's name -> the value that it is written to. What the
         graph does not take is left out."""
-        feeds = {name: self.values.ortvalue_from_numpy(np.ascontiguousarray(x), self.device)
-                 if isinstance(x, np.ndarray) else x for name, x in feeds.items() if name in self.inputs}
         binding = self.session.io_binding()
         try:
+            feeds = {name: self.values.ortvalue_from_numpy(np.asarray(x, order="C"), self.device)
+                     if isinstance(x, np.ndarray) else x for name, x in feeds.items() if name in self.inputs}
             for name, x in feeds.items():
                 binding.bind_ortvalue_input(name, x)
             for name in self.outputs:
@@ -139,7 +142,8 @@ class OnnxLM:
         import onnxruntime as ort
         require(precision in PRECISIONS, f"precision = {precision!r}, expected one of {', '.join(PRECISIONS)}")
         self.folder = Path(folder)
-        self.config = read_json(self.folder / "config.json") | self._json("generation_config.json")
+        said = {key: value for key, value in self._json("generation_config.json").items() if value is not None}
+        self.config = read_json(self.folder / "config.json") | said
         stems = ("encoder_model", "decoder_model_merged") if self.config.get("is_encoder_decoder") else ("model",)
         stored = PRECISIONS[precision]
         paths = [self.folder / "onnx" / f"{stem}{stored.suffix}.onnx" for stem in stems]
@@ -159,14 +163,12 @@ class OnnxLM:
                 f"{self.provider}")
         self.past = {name: shape for name, shape in self.session.inputs.items() if name.startswith("past_key_values.")}
         self.shared = "shared_cache" in self.session.notes
-        self.vocab_size, self._tokenizer = self.config["vocab_size"], None
+        self.vocab_size = self.config["vocab_size"]
 
-    @property
+    @functools.cached_property
     def tokenizer(self):
         """`encode(text)` and `decode(ids)` of the folder's tokenizer.json."""
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self.folder / "tokenizer.json")
-        return self._tokenizer
+        return Tokenizer(self.folder / "tokenizer.json")
 
     @property
     def job(self) -> str:
@@ -231,6 +233,7 @@ class OnnxLM:
     def tokens(self, ids: list, max_new_tokens: int | None = None, eos_token_id="config", **options):
         """The new ids after those of one row, one by one, without the one that ends the text."""
         ends = self.ends(eos_token_id)
+        options = {"num_beams": 1} | options
         for token, in self.decode([ids or [*ends, 0][:1]], None, max_new_tokens, ends, **options):
             if token not in ends:
                 yield int(token)
@@ -243,21 +246,28 @@ class OnnxLM:
         require(all(number(i, -1, 2**31, Integral) for i in ids), f"eos_token_id = {eos_token_id!r}, expected integers")
         return ids
 
-    def sampling(self, **given) -> Sampling:
+    def sampling(self, **given) -> SimpleNamespace:
         """tinylm's `sampling`: as given, else as the folder's generation_config.json says, else plainly."""
-        for key in UNSUPPORTED & set(self.config):
-            require(self.config[key] in (None, 0, 1, []), f"generation_config.json: {key} = {self.config[key]!r} is "
-                    "not supported")
-        said = {name: self.config.get(name) for name in FROM_FILE}
-        if self.encoder and said["max_new_tokens"] is None and self.config.get("max_length"):
-            said["max_new_tokens"] = self.config["max_length"] - 1
-        said |= {name: value for name, value in given.items() if value is not None or name not in said}
-        unknown = sorted(set(said) - {f.name for f in fields(Sampling)})
+        said, longest = {name: default for name, (default, *_) in RANGES.items()}, self.config.get("max_length")
+        said["bad_words_ids"] = ()
+        if self.encoder and number(longest, 2, 2**31, Integral):
+            said["max_new_tokens"] = longest - 1
+        known = {*said}
+        for source in ({name: self.config.get(name) for name in FROM_FILE}, given):
+            said |= {name: value for name, value in source.items() if value is not None}
+        unknown, words = sorted(said.keys() - known), said["bad_words_ids"]
         require(not unknown, f"{', '.join(unknown)}: no such option of a generation under ONNX Runtime")
-        knobs = Sampling(**{name: value for name, value in said.items() if value is not None or name not in FROM_FILE})
-        require(knobs.num_beams == 1, f"num_beams = {knobs.num_beams}: there is no beam search under ONNX Runtime; "
+        for name, (_, low, high) in RANGES.items():
+            value, kind = said[name], Integral if isinstance(low, int) else Real
+            require(value is None or number(value, low, high, kind), f"{name} = {value!r}, expected "
+                    f"{'an integer' if kind is Integral else 'a number'} from {low:g} to {high:g}")
+        require(isinstance(words, (list, tuple)) and all(isinstance(w, (list, tuple)) and w and all(
+            number(i, 0, 2**31, Integral) for i in w) for w in words), f"bad_words_ids = {words!r}, expected lists of "
+            "ids")
+        require(said["num_beams"] == 1, f"num_beams = {said['num_beams']}: there is no beam search under ONNX Runtime; "
                 "give num_beams=1 for greedy decoding or sampling")
-        return knobs
+        said["temperature"] *= said["temperature"] >= 1e-5  # below, a division would overflow
+        return SimpleNamespace(**said)
 
     def decode(self, input_ids, attention_mask=None, max_new_tokens=None, eos_token_id="config", stop=None, seed=None,
                **sampling):
@@ -269,13 +279,16 @@ class OnnxLM:
         require(seed is None or number(seed, -2**63, 2**63 - 1, Integral), f"seed = {seed!r}, expected an integer of "
                 "64 bits")
         seed = int(np.random.randint(2**31) if seed is None else seed)
-        pad = self.config.get("pad_token_id")
-        pad = pad if pad is not None else ends[0] if ends else 0
+        pad = next(i for i in (self.config.get("pad_token_id"), *ends, 0) if i is not None and i >= 0)
+        pad = min(pad, self.vocab_size - 1)
         if self.encoder:
             source = self.source(input_ids, mask)
             input_ids = self._prompt(input_ids)
             mask = np.ones_like(input_ids)
         batch, seq = input_ids.shape
+        limit = self.session.limit
+        require(seq + knobs.max_new_tokens <= limit, f"max_new_tokens = {knobs.max_new_tokens} after {seq} tokens, "
+                f"expected at most {limit} in all")
         texts = [row[real].tolist() for row, real in zip(input_ids, mask.astype(bool))]  # prompts, and what follows
         starts, ended = [*map(len, texts)], np.zeros(batch, bool)
         order = mask.argsort(1, kind="stable")  # every row's last token goes to the last column
@@ -320,6 +333,9 @@ class OnnxLM:
         input_ids = np.asarray(input_ids)
         require(input_ids.ndim == 2 and input_ids.size and np.issubdtype(input_ids.dtype, np.integer),
                 f"{name}: {input_ids.dtype} of shape {input_ids.shape}, expected ids (batch, seq)")
+        limit = (self.session if self.encoder is None or name != "input_ids" else self.encoder).limit
+        require(input_ids.shape[1] <= limit, f"{name}: {input_ids.shape[1]} tokens, but the model has only {limit} "
+                "positions")
         mask = np.ones_like(input_ids) if mask is None else np.asarray(mask)
         require(mask.shape == input_ids.shape and mask.any(1).all(), f"attention_mask: shape {mask.shape}, expected "
                 f"{input_ids.shape} and a token in every row")
@@ -335,15 +351,25 @@ LONGEST = 512  # tokens that are read, where the model has no limit of its own
 
 def read(lm: OnnxLM, encodings: list) -> tuple:
     """What the model says of encodings, and their mask (batch, longest), padded on the right."""
-    width, fills = max(len(e.ids) for e in encodings), (lm.config.get("pad_token_id") or 0, 0, 0)
-    rows = [[part + [fill] * (width - len(part)) for part, fill in zip((e.ids, e.attention_mask, e.type_ids), fills)]
-            for e in encodings]
+    empty, fills = ([*lm.ends(), 0][:1], [1], [0]), (max(lm.config.get("pad_token_id") or 0, 0), 0, 0)
+    parts = [(e.ids, e.attention_mask, e.type_ids) if e.ids else empty for e in encodings]
+    width = max(len(ids) for ids, *_ in parts)
+    rows = [[part + [fill] * (width - len(part)) for part, fill in zip(row, fills)] for row in parts]
     ids, mask, types = (np.array(part) for part in zip(*rows))
     return lm(ids, mask, types if lm.config.get("type_vocab_size", 0) > 1 else None), mask
 
 
 def encodings(lm: OnnxLM, texts, pairs, limit: int = LONGEST, stride: int | None = None) -> list:
-    return lm.tokenizer.encodings(texts, pairs, min(lm.session.limit, limit), stride)
+    """Of texts, or of pairs, cut to `limit` ids; with a stride only the second one is cut, into windows that share so
+    many ids, and those after the first are its `overflowing`."""
+    backend, how = lm.tokenizer.backend, {} if stride is None else dict(stride=stride, strategy="only_second")
+    backend.enable_truncation(min(lm.session.limit, limit), **how)
+    try:
+        return backend.encode_batch([text if pair is None else (text, pair) for text, pair in zip(texts, pairs)])
+    except Exception as error:  # the library raises plain Exception
+        raise Error(f"tokenizer: {first_line(error)}") from None
+    finally:
+        backend.no_truncation()
 
 
 def labels(lm: OnnxLM) -> list:
@@ -406,10 +432,11 @@ def answer(lm: OnnxLM, texts, pairs, longest: int = 30, window: int = 384):
 
 def fill(lm: OnnxLM, texts, pairs, top_k: int = 5):
     """The likeliest tokens in the place of each <mask> (or what the tokenizer calls it)."""
-    token = lm._json("tokenizer_config.json").get("mask_token")
-    name = token["content"] if isinstance(token, dict) else token
+    token, known = lm._json("tokenizer_config.json").get("mask_token"), lm.tokenizer.backend.token_to_id
+    names = token["content"] if isinstance(token, dict) else token, "[MASK]", "<mask>"  # BERT's own does not name it
+    name = next((name for name in names if name and known(name) is not None), None)
     require(name, f"{lm.folder / 'tokenizer_config.json'}: no mask_token")
-    mask = lm.tokenizer.backend.token_to_id(name)
+    mask = known(name)
     found = encodings(lm, [text.replace("<mask>", name) for text in texts], pairs)
     for text, encoding, row in zip(texts, found, read(lm, found)[0]):
         ids, places = encoding.ids, [i for i, id in enumerate(encoding.ids) if id == mask]
@@ -431,19 +458,24 @@ POOLINGS = {  # of sentence-transformers: states (batch, seq, hidden) and their 
 
 def embed(lm: OnnxLM, texts, pairs):
     """Vectors as the files of sentence-transformers say: pooled (else the mean), normalised if modules.json has it."""
-    pooling, modules = lm._json("1_Pooling/config.json"), lm.folder / "modules.json"
+    pooling, file = lm._json("1_Pooling/config.json"), lm.folder / "modules.json"
+    modules = re.findall(r"sentence_transformers[\w.]*\.(\w+)", file.read_text("utf-8") if file.exists() else "")
+    require(set(modules) <= {"Transformer", "Pooling", "Normalize"}, f"{file}: {', '.join(modules)}, expected no more "
+            "than Transformer, Pooling and Normalize")
     chosen = [pool for name, pool in POOLINGS.items() if pooling.get(name)] or [POOLINGS["pooling_mode_mean_tokens"]]
+    require(any(map(pooling.get, POOLINGS)) or not pooling, f"{lm.folder / '1_Pooling/config.json'}: expected one of "
+            f"{', '.join(POOLINGS)}")
     longest = lm._json("sentence_bert_config.json").get("max_seq_length") or LONGEST
     states, mask = read(lm, encodings(lm, texts, pairs, longest))
     vectors = np.concatenate([pool(states, mask[..., None]).astype(np.float32) for pool in chosen], -1)
-    if modules.exists() and "Normalize" in modules.read_text(encoding="utf-8"):
+    if "Normalize" in modules:
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
     yield from ([{"embedding": vector.tolist()}] for vector in vectors)
 
 
 def write(lm: OnnxLM, texts, pairs, **options):
-    for text in texts:
-        yield [{"generated_text": "".join(lm.stream(text, **dict(num_beams=1) | options))}]
+    for encoding in encodings(lm, texts, pairs, 2**31):
+        yield [{"generated_text": "".join(lm.stream(encoding.ids, **options))}]
 
 
 JOBS = {"classify": classify, "tokens": tag, "qa": answer, "fill": fill, "embed": embed, "generate": write}
@@ -464,63 +496,19 @@ class Tokenizer:
         self.backend.no_truncation(), self.backend.no_padding()  # settings of somebody's training, stored along
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text).ids
-
-    def encodings(self, texts: list, pairs: list, limit: int, stride: int | None = None) -> list:
-        """Of texts, or of pairs, cut to `limit` ids; with a stride only the second one is cut, into windows that share
-        so many ids, and those after the first are its `overflowing`."""
-        how = {} if stride is None else dict(stride=stride, strategy="only_second")
-        self.backend.enable_truncation(limit, **how)
-        try:
-            both = zip(texts, pairs)
-            return self.backend.encode_batch([text if pair is None else (text, pair) for text, pair in both])
-        except Exception as error:  # the library raises plain Exception
-            raise Error(f"tokenizer: {first_line(error)}") from None
-        finally:
-            self.backend.no_truncation()
+        return self.backend.encode(text.encode("utf-8", "replace").decode("utf-8")).ids
 
     def decode(self, ids) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-FROM_FILE = ("max_new_tokens", "no_repeat_ngram_size", "min_length", "bad_words_ids", "forced_bos_token_id",
-             "forced_eos_token_id", "num_beams")  # tinylm's, where they are not about beams
-UNSUPPORTED = {"num_beam_groups", "penalty_alpha", "typical_p", "encoder_no_repeat_ngram_size", "suppress_tokens",
-               "begin_suppress_tokens", "exponential_decay_length_penalty", "encoder_repetition_penalty",
-               "sequence_bias", "guidance_scale", "min_new_tokens", "epsilon_cutoff", "eta_cutoff", "constraints",
-               "force_words_ids"}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """tinylm's `Sampling`, without beams."""
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    min_length: int = 0
-    bad_words_ids: tuple = ()
-    forced_bos_token_id: int | None = None
-    forced_eos_token_id: int | None = None
-    num_beams: int = 1
-
-    def __post_init__(self):
-        for name, low, high in (("max_new_tokens", 1, 2**31), ("top_k", 0, 2**31), ("no_repeat_ngram_size", 0, 2**31),
-                                ("min_length", 0, 2**31), ("forced_bos_token_id", 0, 2**31), ("num_beams", 1, 2**16),
-                                ("forced_eos_token_id", 0, 2**31), ("temperature", 0.0, 1e9), ("top_p", 0.0, 1),
-                                ("min_p", 0.0, 1), ("repetition_penalty", 1e-9, 1e9)):
-            value, kind = getattr(self, name), Integral if isinstance(low, int) else Real
-            require(number(value, low, high, kind) or value is None is getattr(Sampling, name), f"{name} = {value!r}, "
-                    f"expected {'an integer' if kind is Integral else 'a number'} from {low:g} to {high:g}")
-        words = self.bad_words_ids
-        require(isinstance(words, (list, tuple)) and all(isinstance(w, (list, tuple)) and w and all(
-            number(i, 0, 2**31, Integral) for i in w) for w in words), f"bad_words_ids = {words!r}, expected lists of "
-            "ids")
-        if self.temperature < 1e-5:
-            object.__setattr__(self, "temperature", 0.0)
+RANGES = {  # of tinylm's `Sampling`, without beams: name -> default, least, most; whole numbers where the least is one
+    "max_new_tokens": (128, 1, 2**31), "temperature": (0.0, 0.0, 1e9), "top_k": (None, 0, 2**31),
+    "top_p": (None, 0.0, 1), "min_p": (None, 0.0, 1), "repetition_penalty": (1.0, 1e-9, 1e9),
+    "no_repeat_ngram_size": (0, 0, 2**31), "min_length": (0, 0, 2**31), "forced_bos_token_id": (None, 0, 2**31),
+    "forced_eos_token_id": (None, 0, 2**31), "num_beams": (1, 1, 2**16),
+}
+FROM_FILE = {*RANGES, "bad_words_ids"} - {"temperature", "top_k", "top_p", "min_p"}
 
 
 def has_cuda(ort) -> bool:
@@ -528,13 +516,13 @@ def has_cuda(ort) -> bool:
     if CUDA not in ort.get_available_providers():
         return False
     with contextlib.suppress(OSError):
-        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-        ort.preload_dlls()
-        return True
+        if ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuInit(0) == 0:
+            ort.preload_dlls()
+            return True
     return False
 
 
-def constrain(logits, texts: list, knobs: Sampling, ends: tuple, count: int) -> np.ndarray:
+def constrain(logits, texts: list, knobs: SimpleNamespace, ends: tuple, count: int) -> np.ndarray:
     """Logits (batch, vocab), changed in place: tinylm's `constrain`, after the ids so far of each row."""
     for row, ids in zip(logits, texts):
         if knobs.repetition_penalty != 1:
@@ -557,13 +545,14 @@ def constrain(logits, texts: list, knobs: Sampling, ends: tuple, count: int) -> 
     return logits
 
 
-def sample(logits, knobs: Sampling, seed: int, step: int) -> np.ndarray:
+def sample(logits, knobs: SimpleNamespace, seed: int, step: int) -> np.ndarray:
     """One id per row of logits (batch, vocab): tinylm's `sample` in numpy."""
     if knobs.temperature == 0:
         return logits.argmax(-1)
     logits = logits / np.float32(knobs.temperature)
     if knobs.top_k:
-        least = np.sort(logits, axis=-1)[:, -min(int(knobs.top_k), logits.shape[-1])]
+        k = min(int(knobs.top_k), logits.shape[-1])
+        least = np.partition(logits, -k, axis=-1)[:, -k]
         logits = np.where(logits < least[:, None], -np.inf, logits)
     if knobs.top_p is not None and knobs.top_p < 1:
         order = np.argsort(-logits, axis=-1, kind="stable")
@@ -597,9 +586,10 @@ def uniform(seed: int, step: int, batch: int, vocab: int) -> np.ndarray:
 
 
 def stop_strings(stop) -> tuple:
-    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    require(all(isinstance(s, str) and s for s in stop), f"stop = {stop!r}, expected strings that are not empty")
-    return stop
+    stop = (stop,) if isinstance(stop, str) else stop or ()
+    require(isinstance(stop, (list, tuple)) and all(isinstance(s, str) and s for s in stop),
+            f"stop = {stop!r}, expected strings that are not empty")
+    return tuple(stop)
 
 
 def text_pieces(tokenizer, tokens, stop: tuple = (), prompt=()):
@@ -667,7 +657,7 @@ def onnx_attend(q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache
     """With heads folded, as the model has them: the operator unfolds them, and appends to the past, by itself. Keys of
     a source come unfolded, as they are kept between calls."""
     from einops import rearrange
-    mask = None if mask is None else mask.expand(*mask.shape[:2], q.shape[1], mask.shape[3])
+    mask = mask.expand(*mask.shape[:2], q.shape[1], mask.shape[3])
     options = dict(scale=scale, **({"softcap": softcap} if softcap else {}))
     if k.ndim == 4:
         q = rearrange(q, "b s (h d) -> b h s d", d=head_dim)
@@ -726,7 +716,7 @@ def rotary_tables(self, positions):
 class Past:
     """The cache of an exported graph, in the place of tinylm's KVCache: past comes in, present goes out, longer."""
 
-    def __init__(self, past: list, positions=None, lengths: tuple = (), windows: tuple = (), scales: tuple = ()):
+    def __init__(self, past: list, positions, lengths: tuple = (), windows: tuple = (), scales: tuple = ()):
         self.past, self.positions, self.lengths, self.windows, self.present = past, positions, lengths, windows, []
         self.scales = scales  # of keys and values of 8 bits, by layer
 
@@ -741,15 +731,9 @@ class Past:
         return x
 
     def extend(self, mask):
-        """Positions of the queries and of the keys. The mask spans past and new tokens, or, where no positions are
-        given, the new ones, none of which is padding."""
-        import torch
+        """Positions of the queries and of the keys; the mask spans past and new tokens."""
         import tinylm
-        if self.positions is not None:
-            return self.positions, tinylm.count_positions(mask)[1]
-        old = self.past[0].shape[2]
-        keys = torch.arange(old + mask.shape[1])[None]
-        return keys[:, old:], keys
+        return self.positions, tinylm.count_positions(mask)[1]
 
 
 @dataclass(frozen=True)
@@ -781,7 +765,7 @@ def groups_queries(config, stored: Precision) -> bool:
     """Does GroupQueryAttention compute it? In fp32 it has no CUDA kernel."""
     scaling = config.rope_scaling or {}
     fixed = config.position == "rope" and scaling.get("rope_type", scaling.get("type")) != "dynamic"
-    return not stored.exact and fixed and config.head_dim % 8 == 0 and config.rotary_dim % 16 == 0
+    return not stored.exact and fixed and config.head_dim % 16 == 0 and config.rotary_dim % 16 == 0
 
 
 def decoder_graph(config, stored: Precision) -> list:
@@ -817,7 +801,6 @@ def generate_graph(config, stored: Precision) -> Graph:
     """What `in_a_loop` repeats: a step of the decoder, the choice of a token, and whether all rows have ended."""
     import torch
     past = key_values(config, "past", {"": "past_sequence_length"}, stored.cache or stored.dtype)
-    pad = config.pad_token_id
 
     def forward(lm, feed):
         ids, text, ended, ends = (feed[name] for name in ("ids", "text", "ended", "eos_token_id"))
@@ -827,7 +810,9 @@ def generate_graph(config, stored: Precision) -> Graph:
         logits, *present = decoder_step(lm, step, [feed[name] for name in past], stored, last)
         knobs = [feed[name] for name in ("temperature", "top_k", "top_p", "seed", "step")]
         token = torch.cond(knobs[0] > 0, choose, lambda logits, *_: logits.argmax(-1), (logits[:, 0], *knobs))
-        token = torch.where(ended, ends[0] if pad is None else pad, token)
+        pad = lm.said("pad_token_id")
+        pad = ends[0] if pad is None or pad < 0 else min(pad, config.vocab_size - 1)
+        token = torch.where(ended, pad, token)
         ended = ended | (token[:, None] == ends).any(-1)
         return [~ended.all(), token[:, None], torch.cat((text, token[:, None]), 1), ended, *present]
 
@@ -918,8 +903,10 @@ def encoder_decoder_graphs(config, stored: Precision) -> list:
 
         with mock.patch.object(tinylm, "linear", torch.nn.functional.linear):  # a branch takes no operator of our own
             kept = torch.cond(feed["use_cache_branch"], lambda: [x.clone() for x in kept], source)
-        cache, mask = Past(own), feed["encoder_attention_mask"].bool()[:, None, None, :]
-        logits = lm(feed["input_ids"], cache=cache, context=(list(zip(kept[::2], kept[1::2])), mask)).float()
+        ids, mask = feed["input_ids"], feed["encoder_attention_mask"].bool()[:, None, None, :]
+        ones = torch.ones(1, own[0].shape[2] + ids.shape[1], dtype=torch.long)
+        cache = Past(own, torch.arange(ones.shape[1])[None, -ids.shape[1]:])
+        logits = lm(ids, ones, cache=cache, context=(list(zip(kept[::2], kept[1::2])), mask)).float()
         present = dict(zip([n for n in outputs if ".decoder." in n], cache.present))
         present |= zip([n for n in outputs if ".encoder." in n], kept)
         return [logits, *map(present.get, outputs)]
@@ -929,6 +916,13 @@ def encoder_decoder_graphs(config, stored: Precision) -> list:
     sources = dict.fromkeys(["input_ids", "attention_mask"], SOURCE_IDS)
     return [Graph("encoder_model", encode, sources, ["last_hidden_state"]),
             Graph("decoder_model_merged", decode, inputs | {"use_cache_branch": ("bool", 1)}, ["logits", *outputs])]
+
+
+def graphs_of(config, stored: Precision) -> list:
+    """What a model is exported as."""
+    if config.num_encoder_layers:
+        return encoder_decoder_graphs(config, stored)
+    return (decoder_graph if config.causal and config.head == "lm" else encoder_graph)(config, stored)
 
 
 def trace(lm, graph: Graph, blocks: dict = {}):
@@ -975,7 +969,7 @@ def trace(lm, graph: Graph, blocks: dict = {}):
     put_blocks(model.graph, blocks)
     if graph.grouped:
         model.metadata_props["shared_cache"] = "1"  # present may be written in place, where past has the room
-    if lm.config.position in tinylm.LIMITED:
+    if graph.grouped or lm.config.position in tinylm.LIMITED:
         model.metadata_props["max_position_embeddings"] = str(lm.config.max_position_embeddings)
     return model
 
@@ -1028,28 +1022,18 @@ def fuse_norm(graph, norm):
     add = norm.inputs[0].producer()
     if add is None or add.op_type != "Add" or any(x.shape is None or len(x.shape) != 3 for x in add.inputs):
         return
-    names = norm.outputs[0].name, "", "", add.outputs[0].name
-    outputs = [ir.Value(name=name, type=norm.outputs[0].type, shape=norm.outputs[0].shape) for name in names]
+    fused = ir.Node("com.microsoft", "SkipSimplifiedLayerNormalization", [*add.inputs, norm.inputs[1]],
+                    [norm.attributes["epsilon"]], num_outputs=4)
+    fused.outputs[1].name = fused.outputs[2].name = ""
     graph.opset_imports["com.microsoft"] = 1
-    inputs, epsilon = [*add.inputs, norm.inputs[1]], [norm.attributes["epsilon"]]
-    graph.insert_before(norm, ir.Node("com.microsoft", "SkipSimplifiedLayerNormalization", inputs, epsilon,
-                                      outputs=outputs))
-    ir.convenience.replace_all_uses_with([norm.outputs[0], add.outputs[0]], outputs[::3], replace_graph_outputs=True)
-    graph.remove([norm, add], safe=True)
+    ir.convenience.replace_nodes_and_values(graph, norm, [norm, add], [fused], [norm.outputs[0], add.outputs[0]],
+                                            fused.outputs[::3])
 
 
 def rename(graph, value, name: str):
     """An initializer under another name, unless an earlier one has that."""
     if name not in graph.initializers:
-        graph.initializers.pop(value.name)
-        value.name = value.const_value.name = name
-        graph.initializers[name] = value
-
-
-def write_graph(model, path: Path):
-    import onnx_ir as ir
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    ir.save(model, path, **({"external_data": path.name + "_data"} if size > EXTERNAL_ABOVE else {}))
+        value.name = name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1201,13 +1185,13 @@ def verify(lm, folder: Path, precision: str, stored: Precision) -> dict:
     Error where one is too large or, in fp32, where ids differ."""
     import torch
 
-    def reference(ids, mask=None, types=None, **more):
-        given = [None if x is None else torch.from_numpy(x) for x in (ids, mask, types)]
+    def reference(ids, mask, **more):
         with torch.no_grad(), keys_and_values(lm, round_to_scale) if stored.cache else contextlib.nullcontext():
-            return lm(*given, **{name: torch.from_numpy(x) for name, x in more.items()}).float().numpy()
+            more = {name: torch.from_numpy(x) for name, x in more.items()}
+            return lm(torch.from_numpy(ids), torch.from_numpy(mask), **more).float().numpy()
 
     found = {}
-    for name, ours, theirs in kind_of(lm.config).checks(lm, OnnxLM(folder, precision, providers=[CPU]), reference):
+    for name, ours, theirs in checks(lm, OnnxLM(folder, precision, providers=[CPU]), reference):
         if np.issubdtype(theirs.dtype, np.integer):
             if stored.exact:  # elsewhere a near tie of random ids says nothing; `measure` counts on real ones
                 found[name] = equal_columns(ours, theirs)
@@ -1226,40 +1210,45 @@ def equal_columns(a, b) -> int:
     return int((a == b).all(0).cumprod().sum()) if a.shape == b.shape else 0
 
 
-def examples(lm) -> tuple:
-    """Random ids (1, long), (1, short), and batches of both: {side of the padding: (ids, mask, short's columns)}."""
-    rng, limit = np.random.default_rng(0), min(lm.config.max_position_embeddings, 64)
-    long, short = (rng.integers(0, lm.config.vocab_size, (1, n)) for n in (max(2, limit // 4), max(1, limit // 8)))
-    batches = {}
-    for side, columns in (("left", slice(-short.size, None)), ("right", slice(short.size))):
-        ids, mask = np.repeat(long, 2, 0), np.ones((2, long.size), np.int64)
-        mask[1], mask[1, columns], ids[1, columns] = 0, 1, short
-        batches[side] = ids, mask, columns
-    return long, short, batches
+def examples(lm) -> dict:
+    """Name -> random ids (2, seq) and their mask: whole, or the second row padded on one side."""
+    rng, limit, found = np.random.default_rng(0), min(lm.config.max_position_embeddings, 64), {}
+    ids, short = rng.integers(0, lm.config.vocab_size, (2, max(2, limit // 4))), max(1, limit // 8)
+    rows = {"prefill": slice(None), "left padding": slice(-short, None), "right padding": slice(short)}
+    for name, real in rows.items():
+        mask = np.ones_like(ids)
+        mask[1], mask[1, real] = 0, 1
+        found[name] = ids, mask
+    return found
 
 
-def check_decoder(lm, onnx_lm, reference):
+def checks(lm, onnx_lm, reference):
+    """(name, what OnnxLM says, what torch says) of padded batches and, where text is written, of a step after others
+    and of greedy tokens."""
     import torch
-    ids, other, batches = examples(lm)
-    expected, mask = reference(ids), np.ones_like(ids)
-    yield "prefill", onnx_lm(ids), expected
-    _, past = onnx_lm.step(ids[:, :-1], mask[:, :-1])
-    yield "decode", onnx_lm.step(ids[:, -1:], mask, past)[0], expected[:, -1:]
-    for side, (batch, real, columns) in batches.items():
-        logits = onnx_lm(batch, real)
-        yield f"{side} padding", logits[:1], expected
-        yield f"{side} padding", logits[1:, columns], reference(other)
-    new = min(32, lm.config.max_position_embeddings - ids.size)
-    options = dict(max_new_tokens=new, eos_token_id=(), num_beams=1)
-    theirs = lm.generate(torch.from_numpy(ids), **options).numpy()
-    yield "greedy tokens", onnx_lm.generate(ids, **options)[:, ids.size:], theirs[:, ids.size:]
+    for name, (ids, mask) in examples(lm).items():
+        more = {"decoder_input_ids": ids[:, ::-1].copy()} if lm.encoder else {}
+        if kinds := lm.config.type_vocab_size:
+            more["token_type_ids"] = ids % kinds
+        expected = reference(ids, mask, **more)
+        seen = mask.astype(bool) if expected.ndim == 3 and not lm.encoder else slice(None)
+        yield name, onnx_lm(ids, mask, **more)[seen], expected[seen]
+        if onnx_lm.past and name == "left padding":
+            text, real = (more["decoder_input_ids"], np.ones_like(ids)) if lm.encoder else (ids, mask)
+            source, start = (onnx_lm.source(ids, mask), 1) if lm.encoder else (None, ids.shape[1])
+            _, past = onnx_lm.step(text[:, :-1], real[:, :-1], source=source)
+            yield "decode", onnx_lm.step(text[:, -1:], real, past, source)[0], expected[:, -1:]
+            new = min(32, lm.config.max_position_embeddings - start)
+            options = dict(max_new_tokens=new, eos_token_id=(), num_beams=1)
+            theirs = lm.generate(*map(torch.from_numpy, (ids, mask)), **options).numpy()
+            yield "greedy tokens", onnx_lm.generate(ids, mask, **options)[:, start:], theirs[:, start:]
 
 
 def check_loop(lm, onnx_lm, path: Path):
     """The graph that generates says, greedily and sampled, what OnnxLM does with the one it was made of."""
     import onnxruntime as ort
     session = Session(path, ort.SessionOptions(), [CPU])
-    ids = np.repeat(examples(lm)[1], 2, 0)
+    ids = np.repeat(examples(lm)["prefill"][0][:1], 2, 0)
     new = min(24, lm.config.max_position_embeddings - ids.shape[1])
     for options in ({}, dict(temperature=0.8, top_k=40, top_p=0.95), dict(temperature=1.0)):
         ours = onnx_lm.generate(ids, max_new_tokens=new, eos_token_id=(), seed=3, num_beams=1, **options)
@@ -1270,51 +1259,6 @@ def check_loop(lm, onnx_lm, path: Path):
                         **feeds)
         require(np.array_equal(text.numpy(), ours), f"verify: {path.name} with {options or 'temperature 0'} differs "
                 f"from OnnxLM after {equal_columns(text.numpy(), ours)} of {ours.shape[1]} columns")
-
-
-def check_encoder(lm, onnx_lm, reference):
-    ids, other, batches = examples(lm)
-    kinds = lm.config.type_vocab_size
-    types = np.random.default_rng(1).integers(0, kinds, ids.shape) if kinds else None
-    expected = reference(ids, None, types)
-    yield "alone", onnx_lm(ids, None, types), expected
-    for side, (batch, real, columns) in batches.items():
-        both = np.repeat(types, 2, 0) if kinds else None
-        outputs = onnx_lm(batch, real, both)
-        yield f"{side} padding", outputs[:1], expected
-        rows = outputs[1:, columns] if outputs.ndim == 3 else outputs[1:]
-        yield f"{side} padding", rows, reference(other, None, both[1:, columns] if kinds else None)
-
-
-def check_encoder_decoder(lm, onnx_lm, reference):
-    import torch
-    target, _, batches = examples(lm)
-    target = np.repeat(target, 2, 0)
-    new = min(32, lm.config.max_position_embeddings - 1)
-    options = dict(max_new_tokens=new, eos_token_id=(), num_beams=1)
-    for side, (ids, mask, _) in batches.items():
-        expected = reference(ids, mask, decoder_input_ids=target)
-        yield f"{side} padding", onnx_lm(ids, mask, decoder_input_ids=target), expected
-        source, ones = onnx_lm.source(ids, mask), np.ones_like(target)
-        _, past = onnx_lm.step(target[:, :-1], ones[:, :-1], source=source)
-        yield "decode", onnx_lm.step(target[:, -1:], ones, past, source)[0], expected[:, -1:]
-        theirs = lm.generate(torch.from_numpy(ids), torch.from_numpy(mask), **options).numpy()
-        yield "greedy tokens", onnx_lm.generate(ids, mask, **options)[:, 1:], theirs[:, 1:]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How models of a kind are exported: `graphs(config, precision)`, and `checks(lm, onnx_lm, reference)` of what was
-    written."""
-    graphs: object
-    checks: object
-
-
-def kind_of(config) -> Kind:
-    if config.num_encoder_layers:
-        return Kind(encoder_decoder_graphs, check_encoder_decoder)
-    writes = config.causal and config.head == "lm"
-    return Kind(decoder_graph, check_decoder) if writes else Kind(encoder_graph, check_encoder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1341,7 +1285,9 @@ def export_onnx(lm_or_folder, out, onnx: bool = True, safetensors: bool = True, 
     if isinstance(lm_or_folder, tinylm.TinyLM):
         lm, extras = copy.deepcopy(lm_or_folder), []
     else:
-        require(out != Path(lm_or_folder).resolve(), f"{out}: is the checkpoint itself; name another folder")
+        source = Path(lm_or_folder).resolve()
+        require(out not in (source, *source.parents), f"{out}: is the checkpoint itself, or holds it; name another "
+                "folder")
         log(f"loading {lm_or_folder}")
         lm = tinylm.TinyLM.from_pretrained(lm_or_folder)
         extras = [name for name in POOLING if (Path(lm_or_folder) / name).exists()]
@@ -1368,13 +1314,17 @@ def write_graphs(lm, folder: Path, precisions: list, text: str | None, generate:
     """onnx/ of a folder, each precision verified and, if there is more than fp32, measured."""
     import torch
     import tinylm
-    lm, kind, found = lm.to("cpu", torch.float32).eval(), kind_of(lm.config), {}
+    lm, found = lm.to("cpu", torch.float32).eval(), {}
     writes = lm.config.causal and lm.config.head == "lm" and not lm.config.num_encoder_layers
     require(writes or not generate, "--generate: the model is no decoder that writes text")
+    told = [name for name in ("no_repeat_ngram_size", "min_length", "bad_words_ids", "forced_bos_token_id",
+                              "forced_eos_token_id") if lm.generation_config.get(name)]
+    told += ["repetition_penalty"] * (lm.generation_config.get("repetition_penalty", 1) not in (None, 1))
+    require(not (generate and told), f"--generate: generation_config.json has {', '.join(told)}, which the graph lacks")
     caches = [name for name in precisions if writes and groups_queries(lm.config, PRECISIONS[name])]
     require(caches or not int8_cache, f"--int8-cache: no graph of {', '.join(precisions)} groups queries")
     (folder / "onnx").mkdir()
-    measured = precisions != ["fp32"]
+    measured = text is not None or precisions != ["fp32"]
     ids = some_ids(lm, text, writes) if measured else None
     rounded = {0: (lm, {})}
     log(f"tracing {sum(p.numel() for p in lm.parameters()):,} parameters")
@@ -1391,7 +1341,7 @@ def write_graphs(lm, folder: Path, precisions: list, text: str | None, generate:
             scale_cache(model, ids[MEASURED:])
         traced = copy.deepcopy(model).to(getattr(torch, stored.dtype))
         try:
-            graphs = {graph.stem: trace(traced, graph, blocks) for graph in kind.graphs(lm.config, stored)}
+            graphs = {graph.stem: trace(traced, graph, blocks) for graph in graphs_of(lm.config, stored)}
             if generate:
                 graph = generate_graph(lm.config, stored)
                 graphs[graph.stem] = in_a_loop(trace(traced, graph, blocks), lm.config, stored)
@@ -1412,6 +1362,10 @@ def write_graphs(lm, folder: Path, precisions: list, text: str | None, generate:
             log(f"onnx/{path.name} writes what onnx/model{stored.suffix}.onnx does")
         if measured and writes:
             log(f"{name} " + measure(lm, folder, name, ids[:MEASURED]))
+    if large := {path.name: True for path in (folder / "onnx").glob("*.onnx") if Path(f"{path}_data").exists()}:
+        config = tinylm.read_json(folder / "config.json")  # where browsers look
+        config["transformers.js_config"] = {"use_external_data_format": large}
+        tinylm.write_json(folder / "config.json", config)
     if writes:
         tinylm.write_json(folder / "genai_config.json", genai_config(lm, PRECISIONS[precisions[0]]))
     return found
@@ -1424,7 +1378,8 @@ def write_all(graphs: dict, **attributes):
         for node in ir.traversal.RecursiveGraphIterator(model.graph):
             if node.op_type == "MatMulNBits":
                 node.attributes.update({name: ir.AttrInt64(name, value) for name, value in attributes.items()})
-        write_graph(model, path)
+        size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+        ir.save(model, path, **({"external_data": path.name + "_data"} if size > EXTERNAL_ABOVE else {}))
 
 
 def said(found: dict) -> str:
@@ -1444,7 +1399,7 @@ def some_ids(lm, text: str | None, writes: bool):
         return torch.tensor(ids[:count * length]).view(count, length)
     if not writes:
         return None
-    begin = lm.config.bos_token_id if lm.config.bos_token_id is not None else 0
+    begin = lm.config.bos_token_id if lm.config.bos_token_id in range(lm.config.vocab_size) else 0
     return lm.generate(torch.full((WINDOWS, 1), begin), max_new_tokens=length - 1, temperature=1.0, eos_token_id=(),
                        seed=0, num_beams=1)
 
@@ -1495,9 +1450,9 @@ def genai_config(lm, stored: Precision) -> dict:
     """The settings of onnxruntime-genai for a graph."""
     config, layers = lm.config, lm.config.num_hidden_layers
     ends = lm.ends()
-    pad = lm.generation_config.get("pad_token_id", config.pad_token_id)
-    if pad is None or pad in ends:  # it wants one that ends nothing
-        pad = next(i for i in range(config.vocab_size) if i not in ends)
+    pad = lm.said("pad_token_id")
+    if pad not in range(config.vocab_size) or pad in ends:  # it wants one that ends nothing: of the last, used least
+        pad = next(i for i in reversed(range(config.vocab_size)) if i not in ends)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": f"onnx/model{stored.suffix}.onnx", "head_size": config.head_dim, "hidden_size": config.hidden_size,
@@ -1536,18 +1491,23 @@ def run_folder(argv: list) -> int:
     parser = argparse.ArgumentParser(prog="tinylm-export run", description="Run an exported folder on texts, without "
                                      "torch: a line of JSON for each.")
     parser.add_argument("folder", help="what the export wrote")
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="texts; a second one (of a question its context) "
-                        "stands behind a tab; by default the lines of standard input")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="texts; a second one to classify, or a question's "
+                        "context, stands behind a tab; by default the lines of standard input")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--max-new-tokens", type=int, help="of a model that writes")
     options = parser.parse_intermixed_args(argv)
-    inputs = options.inputs or [line for line in sys.stdin.read().splitlines() if line.strip()]
-    lm, halves = OnnxLM(options.folder, options.precision), [text.partition("\t") for text in inputs]
-    more = {"max_new_tokens": options.max_new_tokens} if lm.job == "generate" else {}
-    results = lm.run([text for text, *_ in halves], [pair or None for *_, pair in halves], **more)
+    inputs = options.inputs or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    results = run_inputs(OnnxLM(options.folder, options.precision), inputs, options.max_new_tokens)
     for text, result in zip(inputs, results):
         print(json.dumps({"input": text, "output": result}, ensure_ascii=False), flush=True)
     return 0
+
+
+def run_inputs(lm: OnnxLM, inputs: list, max_new_tokens: int | None) -> list:
+    """What the model says of each; behind a tab stands a second text to classify, or a question's context."""
+    parts = [text.partition("\t") if lm.job in ("classify", "qa") else (text, "", "") for text in inputs]
+    more = {"max_new_tokens": max_new_tokens} if lm.job == "generate" else {}
+    return lm.run([text for text, *_ in parts], [pair or None for *_, pair in parts], **more)
 
 
 def run_export(argv: list) -> int:
@@ -1572,6 +1532,8 @@ def run_export(argv: list) -> int:
     options = parser.parse_args(argv)
     if not (options.onnx or options.safetensors):
         parser.error("nothing to do: give --onnx, --safetensors or both")
+    if not options.onnx and (options.generate or options.int8_cache or options.text or options.prompt):
+        parser.error("--generate, --int8-cache, --text and --prompt go with --onnx")
     begin = time.monotonic()
     precisions = [*PRECISIONS] if "all" in options.precision else options.precision
     text = Path(options.text).read_text(encoding="utf-8") if options.text else None
@@ -1585,7 +1547,7 @@ def run_export(argv: list) -> int:
             sampled = {} if options.prompt else {"temperature": 0.7, "seed": 1}
             show(lm, options.prompt or "ROMEO:", options.max_new_tokens, **sampled)
         elif options.prompt:
-            print(json.dumps(lm.run([options.prompt])[0], ensure_ascii=False))
+            print(json.dumps(run_inputs(lm, [options.prompt], options.max_new_tokens)[0], ensure_ascii=False))
     return 0
 
 
@@ -1595,6 +1557,7 @@ def show(lm: OnnxLM, prompt: str, max_new_tokens: int, **options):
         return print("no sample: the checkpoint has no tokenizer.json")
     print(f"\n{prompt}", end="", flush=True)
     times, ids = [], lm.tokenizer.encode(prompt)
+    max_new_tokens = max(1, min(max_new_tokens, lm.session.limit - len(ids)))
 
     def timed():
         for token in lm.tokens(ids, max_new_tokens, **options):

@@ -188,7 +188,7 @@ class Config:
     attention_dropout: Dropout = 0.0              # of attention weights, in training
     hidden_dropout: Dropout = 0.0                 # of what each sub-layer adds, in training
     embedding_dropout: Dropout = 0.0
-    head_dropout: Dropout | None = None           # before the head's output; None: hidden_dropout
+    head_dropout: Dropout | None = None           # before the head's output; None: an encoder's classifier as hidden
     initializer_range: Real = 0.02
     bos_token_id: Id | None = None
     eos_token_id: int | tuple | list | None = None
@@ -229,12 +229,14 @@ class Config:
         self._expect("encoder_attention_heads", self.encoder_attention_heads in (None, heads)
                      or self.hidden_size % self.encoder_attention_heads == 0,
                      f"a divisor of hidden_size = {self.hidden_size}")
+        self._expect("embedding_size", not self.tied or self.embedding_size == self.hidden_size or self.head == "mlm"
+                     and self.head_act, f"hidden_size = {self.hidden_size}, as the head is the embedding")
         self._expect("id2label", self.head not in ("classify", "tokens") or isinstance(labels, dict)
                      and list(labels) == list(range(len(labels))) != [], "names for 0, 1, 2, ...")
         self._expect("layer_types", isinstance(kinds, tuple) and len(kinds) == self.num_hidden_layers
                      and set(kinds) <= set(LAYER_TYPES), f"{self.num_hidden_layers} of {', '.join(LAYER_TYPES)}")
-        self._expect("sliding_window", self.sliding_window or LAYER_TYPES[1] not in kinds,
-                     "a number, as layer_types has a sliding_attention")
+        self._expect("sliding_window", self.sliding_window and self.causal or LAYER_TYPES[1] not in kinds,
+                     "a number, as layer_types has a sliding_attention" if self.causal else "none in an encoder")
         if self.position == "rope":
             self._expect("head_dim", self.rotary_dim in range(2, self.head_dim + 1, 2), "an even number of channels "
                          f"that rotate, not {self.rotary_dim}")
@@ -263,7 +265,7 @@ class Config:
         same = self.encoder_attention_heads == self.num_attention_heads
         return replace(self, causal=False, num_encoder_layers=0, num_hidden_layers=self.num_encoder_layers, head=None,
                        num_attention_heads=self.encoder_attention_heads, layer_types=None, head_act=None,
-                       num_key_value_heads=self.num_key_value_heads if same else None,
+                       sliding_window=None, num_key_value_heads=self.num_key_value_heads if same else None,
                        head_dim=self.head_dim if same else None, intermediate_size=self.encoder_intermediate_size)
 
     @property
@@ -361,7 +363,7 @@ INERT = set("""
 INERT_STARTS, INERT_ENDS = ("_", "output_", "pooler_", "summary_"), ("dropout", "pdrop", "layerdrop")
 FIELDS = same("""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings
     hidden_act tie_word_embeddings attention_dropout bos_token_id eos_token_id pad_token_id problem_type""") | dict(
-        id2label=("id2label", lambda names, raw: {int(i): str(name) for i, name in names.items()},
+        id2label=("id2label", lambda names, raw: dict(sorted((int(i), str(name)) for i, name in names.items())),
                   lambda names, config: names and {str(i): name for i, name in names.items()}))
 COMMON = FIELDS | same("num_key_value_heads head_dim rope_theta rope_scaling") | dict(norm_eps="rms_norm_eps")
 BIASES = dict(attention_bias="attention_bias", attention_output_bias="attention_bias")
@@ -652,7 +654,8 @@ FAMILIES |= {
         FIELDS | same("decoder_start_token_id relative_attention_num_buckets relative_attention_max_distance") | dict(
             hidden_size="d_model", head_dim="d_kv", intermediate_size="d_ff", num_encoder_layers="num_layers",
             num_hidden_layers="num_decoder_layers", num_attention_heads="num_heads", norm_eps="layer_norm_epsilon",
-            hidden_dropout="dropout_rate", embedding_dropout="dropout_rate", attention_dropout="dropout_rate",
+            head_dropout="dropout_rate", hidden_dropout="dropout_rate", embedding_dropout="dropout_rate",
+            attention_dropout="dropout_rate",
             scale_logits="scale_decoder_outputs",
             gated=("feed_forward_proj", lambda name, raw: name.startswith("gated-"), t5_mlp),
             hidden_act=("feed_forward_proj", lambda name, raw: T5_ACTIVATIONS.get(name, name), t5_mlp)),
@@ -1167,7 +1170,8 @@ class Head(nn.Module):
             inner = config.embedding_size if config.head == "mlm" else width
             self.dense, width = Linear(width, inner), inner
         self.norm = Norm(config, width) if config.head_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.hidden_dropout if config.head_dropout is None else config.head_dropout)
+        usual = config.hidden_dropout if config.head in ("classify", "tokens") and not config.causal else 0.0
+        self.dropout = nn.Dropout(usual if config.head_dropout is None else config.head_dropout)
         self.bare = not config.outputs
         if not self.bare:
             self.out = Linear(width, config.outputs, bias=config.head_bias)
@@ -1294,12 +1298,9 @@ class TinyLM(Stack):
             lm.head = Head(lm.config).apply(lm._init)
             fresh = lm.head.state_dict(prefix="head.")
         lm.load_state_dict(checkpoint.state(lm, fresh), assign=True)
-        for parameter in lm.parameters():
-            parameter.requires_grad_(True)
         lm.tokenizer = load_tokenizer(folder)
-        generation = folder / "generation_config.json"
-        lm.generation_config = read_json(generation) if generation.exists() else {
-            key: value for key, value in raw.items() if key in GENERATION}
+        lm.generation_config = read_json(folder / "generation_config.json", {
+            key: value for key, value in raw.items() if key in GENERATION})
         return lm.to(device).eval()
 
     def save_pretrained(self, folder):
@@ -1330,7 +1331,8 @@ class TinyLM(Stack):
         (batch, 1 + new), beginning with decoder_start_token_id.
 
         The options are fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, eos_token_id, stop,
-        seed, num_beams, ...; what is not given is as generation_config.json says. The same seed gives the same text,
+        seed, num_beams, ...; what is not given is as generation_config.json says, but for temperature, top_k and top_p:
+        nothing is sampled unless asked for. The same seed gives the same text,
         whatever stands in the other rows. `compile` compiles the decode step (CUDA graphs on CUDA). Raises Error for
         arguments out of range.
         """
@@ -1429,6 +1431,7 @@ class TinyLM(Stack):
                 f"generate: the checkpoint's head is {self.config.head!r}, expected a language model's, 'lm'")
         self._fits(input_ids, mask)
         require(bool(mask.any(-1).all()), "attention_mask: a row has no token")
+        input_ids = input_ids.long()
         seq, limit = 1 if self.encoder else input_ids.shape[1], self.config.max_position_embeddings
         require(self.config.position not in LIMITED or seq + knobs.max_new_tokens <= limit,
                 f"max_new_tokens = {knobs.max_new_tokens} after {seq} tokens, expected at most {limit} in all")
@@ -1505,10 +1508,13 @@ def write_json(path: Path, content):
     write_file(path, lambda p: p.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"))
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, missing: dict | None = None) -> dict:
+    """A file's JSON object; `missing`: what stands for a file that is not there."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if missing is not None:
+            return missing
         raise Error(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise Error(f"{path}: not readable as JSON ({error})") from None
@@ -1657,6 +1663,9 @@ class ByteTokenizer:
     eos_token_id, pad_token_id, size = 256, 257, 258
     specials = ("<|endoftext|>", "<|pad|>")
 
+    def __init__(self, more: dict = {}):
+        self.more = more  # files that travel along: a chat template
+
     def encode(self, text: str, pair: str | None = None, special: bool = True) -> list[int]:
         return list(text.encode("utf-8", errors="replace")) if pair is None else self.encoding(text, pair).ids
 
@@ -1686,12 +1695,12 @@ class ByteTokenizer:
         tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
                      "pre_tokenizer": level, "post_processor": None, "decoder": level, "model": model}
         return {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False).encode("utf-8"),
-                "tokenizer_config.json": tokenizer_config(*self.specials)}
+                "tokenizer_config.json": tokenizer_config(*self.specials)} | self.more
 
 
-def tokenizer_config(eos: str, pad: str) -> bytes:
+def tokenizer_config(eos: str, pad: str, **more) -> bytes:
     return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": pad,
-                       "clean_up_tokenization_spaces": False}, indent=2).encode("utf-8")
+                       "clean_up_tokenization_spaces": False} | more, indent=2).encode("utf-8")
 
 
 class Tokenizer:
@@ -1735,7 +1744,7 @@ def load_tokenizer(folder: Path):
     if "tokenizer.json" not in files:
         return None
     if files["tokenizer.json"] == ByteTokenizer().files["tokenizer.json"]:
-        return ByteTokenizer()
+        return ByteTokenizer({name: content for name, content in files.items() if name != "tokenizer.json"})
     try:
         return Tokenizer(files)
     except ImportError:
@@ -1801,7 +1810,7 @@ def chat_prompt(tokenizer, messages: list[dict], answer: bool = True) -> str:
         require(isinstance(template, str) and len(template) <= size, f"expected a text of at most {size} characters")
         with bounded():
             text = environment.from_string(template).render(messages=messages, add_generation_prompt=answer,
-                                                            **special_tokens(files))
+                                                            tools=None, documents=None, **special_tokens(files))
         require(len(text) <= size, f"it writes {len(text)} characters, expected at most {size}")
     except Exception as error:  # whatever a template's code raises
         raise Error(f"chat: the checkpoint's chat template failed ({type(error).__name__}: {error})") from None
@@ -1813,13 +1822,13 @@ def chat_prompt(tokenizer, messages: list[dict], answer: bool = True) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CACHE_BUCKET = 128  # cache lengths are multiples of it, so that a compiled step serves many prompt lengths
-FROM_FILE = set("""max_new_tokens no_repeat_ngram_size min_length bad_words_ids forced_bos_token_id forced_eos_token_id
-    num_beams renormalize_logits length_penalty early_stopping""".split())  # where generation_config.json has them
+FROM_FILE = set("""max_new_tokens repetition_penalty no_repeat_ngram_size min_length bad_words_ids forced_bos_token_id
+    forced_eos_token_id num_beams renormalize_logits length_penalty early_stopping""".split())  # what generation_config.json may say
 UNSUPPORTED = set("""num_beam_groups penalty_alpha typical_p encoder_no_repeat_ngram_size suppress_tokens constraints
     begin_suppress_tokens exponential_decay_length_penalty encoder_repetition_penalty sequence_bias guidance_scale
     min_new_tokens epsilon_cutoff eta_cutoff force_words_ids""".split())
 GENERATION = FROM_FILE | UNSUPPORTED | set("""max_length do_sample diversity_penalty temperature top_k top_p
-    repetition_penalty num_return_sequences force_bos_token_to_be_generated decoder_start_token_id bos_token_id
+    num_return_sequences force_bos_token_to_be_generated decoder_start_token_id bos_token_id
     eos_token_id pad_token_id""".split())  # what may stand in config.json
 
 
@@ -1859,6 +1868,7 @@ class Sampling:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         require(all(isinstance(s, str) and s for s in stop), f"stop = {stop!r}, expected strings that are not empty")
         pad = next(i for i in (self.pad_token_id, *ends, 0) if i is not None and i >= 0)
+        require(all(words), f"bad_words_ids = {words!r}, expected lists of ids that are not empty")
         vars(self).update(bad_words_ids=tuple(as_ids("bad_words_ids", word) for word in words), eos_token_id=ends,
                           stop=stop, pad_token_id=pad)
         if self.temperature < 1e-5:  # where a division would overflow, the draw is the likeliest anyway
@@ -1894,7 +1904,7 @@ def constrain(logits: Tensor, state: Decoding, knobs: Sampling) -> Tensor:
     if "repetition_penalty" in state.numbers:
         penalty = state.numbers["repetition_penalty"]
         logits = torch.where(state.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if n := knobs.no_repeat_ngram_size:
+    if 0 < (n := knobs.no_repeat_ngram_size) <= ids.shape[1]:
         windows = ids.unfold(1, n, 1)
         inside = torch.arange(windows.shape[1], device=ids.device) + n <= length
         again = (windows[..., :-1] == newest(n - 1)[:, None]).all(-1) & inside
@@ -2077,7 +2087,7 @@ class TrainOptions:
     epochs: Annotated[float, 1e-6, 1e6] | None = option(None, "passes over the data, in place of --steps")
     steps: Size | None = option(None, "optimizer steps")
     batch: Size | None = option(None, "sequences per step")
-    block: Size = option(256, "tokens per sequence, at most")
+    block: Annotated[int, 8, 2**31] = option(256, "tokens per sequence, at most")
     vocab: Count | None = option(None, "train a byte-level BPE of this many tokens; 0: bytes")
     lr: Rate | None = option(None, "peak learning rate of Muon (matrices); in fine-tuning, of the body")
     adam_lr: Rate | None = option(None, "that of AdamW (all else); in fine-tuning, of a new head")
@@ -2109,6 +2119,8 @@ class TrainOptions:
                 ("freeze", self.freeze in ("", "embeddings", "body") or self.freeze.isdecimal(),
                  "embeddings, body or a number of layers"),
                 ("freeze", not (self.lora and self.freeze), "no --lora, which freezes all but the adapters by itself"),
+                ("size", not (self.init and self.size), "no --init, whose size is as it is"),
+                ("vocab", not (self.init and self.vocab), "no --init, whose tokens are as they are"),
                 ("lora", not self.lora or self.init, "a pretrained model, --init FOLDER"),
                 ("epochs", self.steps is None or self.epochs is None, "it or --steps, not both")):
             require(ok, f"{flag(name)} {getattr(self, name)}: expected {expected}")
@@ -2121,8 +2133,8 @@ class TrainOptions:
         length = {"steps", "epochs"}
         said = {name: value for name, value in said.items() if name not in length or not length & set(given)}
         options = replace(self, **said | given)
-        require(options.batch % options.accumulate == 0,
-                f"--accumulate {options.accumulate}: expected a divisor of --batch {options.batch}")
+        require(options.batch % (world()[1] * options.accumulate) == 0, f"--batch {options.batch}: expected a multiple "
+                f"of --accumulate {options.accumulate} (times {world()[1]} processes)")
         return options
 
 
@@ -2187,6 +2199,7 @@ class MuonAdamW(torch.optim.Optimizer):
 def make_optimizer(lm: TinyLM, options: TrainOptions) -> torch.optim.Optimizer:
     """Muon and AdamW from scratch; in fine-tuning AdamW, with one rate for what was pretrained and another for a new
     head, where only matrices decay."""
+    require(any(p.requires_grad for p in lm.parameters()), f"--freeze {options.freeze}: nothing is left to train")
     if not options.init:
         return MuonAdamW(lm, options.lr, options.adam_lr, options.weight_decay)
     groups = {}
@@ -2194,7 +2207,6 @@ def make_optimizer(lm: TinyLM, options: TrainOptions) -> torch.optim.Optimizer:
         if p.requires_grad:
             rate = options.adam_lr if name.startswith("head.") and lm.config.head in NEW_HEADS else options.lr
             groups.setdefault((rate, options.weight_decay if p.ndim == 2 else 0.0), []).append(p)
-    require(groups, f"--freeze {options.freeze}: nothing is left to train")
     return torch.optim.AdamW([dict(params=params, lr=rate, weight_decay=decay)
                               for (rate, decay), params in groups.items()], fused=True)
 
@@ -2234,7 +2246,8 @@ def loss_sum(model: TinyLM, batch: dict, class_weights: Tensor | None = None, bf
         labels = labels.gather(1, columns)
     inputs = ids, mask, batch.get("token_type_ids"), batch.get("decoder_input_ids")
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16 or ids.device.type == "cuda"):
-        if config.head == "lm" and labels.numel() * config.vocab_size > LARGE and not config.final_logit_softcapping:
+        if config.head == "lm" and labels.numel() * config.vocab_size > LARGE and not (
+                config.final_logit_softcapping or config.head_act):
             return chunked_loss(model, inputs, columns, labels)
         logits = model(*inputs, columns=columns).float()
     if labels.is_floating_point():
@@ -2330,6 +2343,7 @@ class LoRA(Linear):
     def __init__(self, base: Linear, sizes: tuple, rank: int):
         nn.Module.__init__(self)
         self.weight, self.bias, self.sizes = base.weight, base.bias, sizes
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.a = nn.Parameter(torch.randn(len(sizes) * rank, base.in_features) * base.in_features ** -0.5)
         self.b = nn.Parameter(torch.zeros(sum(sizes), rank))
 
@@ -2379,7 +2393,9 @@ def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
     write_json(folder / "adapter_config.json", dict(
         peft_type="LORA", task_type=kinds.get(config.head), base_model_name_or_path=options.init, inference_mode=True,
         r=options.lora, lora_alpha=2 * options.lora, lora_dropout=0.0, bias="none", fan_in_fan_out=transposed,
-        target_modules=sorted(targets), modules_to_save=sorted({name.rpartition(".")[0] for name in head}) or None))
+        target_modules=sorted(targets), modules_to_save=sorted({  # PEFT wraps a classifier as one
+            name.partition(".")[0] if name.startswith("classifier.") else name.rpartition(".")[0] for name in head})
+        or None))
 
 
 def freeze(lm: TinyLM, what: str):
@@ -2417,7 +2433,8 @@ def as_answers(value) -> list:
     if isinstance(value, dict):
         value = [{"text": text, "answer_start": start} for text, start in zip(value["text"], value["answer_start"])]
     value = [value] if isinstance(value, str) else value
-    return [(item, None) if isinstance(item, str) else (as_text(item["text"]), item["answer_start"]) for item in value]
+    return [(item, None) if isinstance(item, str) else (as_text(item["text"]), int(item["answer_start"]))
+            for item in value]
 
 
 def as_list(value) -> list:
@@ -2537,6 +2554,7 @@ def records(file: Path):
         csv.field_size_limit(2**31 - 1)
         table = csv.DictReader(io.StringIO(content, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",")
         for record in table:
+            require(None not in record, f"{file}, line {table.line_num}: more fields than columns")
             yield f"{file}, line {table.line_num}", record
     elif file.suffix == ".json":
         for article in read_json(file).get("data", ()):
@@ -2562,6 +2580,7 @@ def read_rows(path: Path, options: TrainOptions) -> list:
         except (KeyError, TypeError, AttributeError) as error:
             raise Error(f"{file}: expected SQuAD's json: data, paragraphs, qas ({error!r})") from None
     require(rows, f"{path}: no rows")
+    require(len({"messages" in row for row in rows}) == 1, f"{path}: texts and messages, expected one kind")
     return rows
 
 
@@ -2627,7 +2646,7 @@ def columns_example(lm: TinyLM, encoding, kept: list, part: int) -> dict:
 
 def collate(lm: TinyLM, examples: list, seed: int = 0) -> dict:
     """Examples as a batch, padded on the right to the longest; what a masked model is to guess depends on the seed."""
-    pad, batch = lm.config.pad_token_id or 0, {}
+    pad, batch = max(lm.config.pad_token_id or 0, 0), {}
     for name, padding in dict(input_ids=pad, token_type_ids=0, decoder_input_ids=pad, labels=-100).items():
         values = [torch.as_tensor(example[name]) for example in examples if name in example]
         if values:
@@ -2656,10 +2675,12 @@ def masked(lm: TinyLM, ids: Tensor, generator: torch.Generator) -> dict:
 
 def mask_token(lm: TinyLM) -> tuple[str, int]:
     """Text and id of the token that hides another."""
-    text = special_tokens(lm.tokenizer.files).get("mask_token")
-    found = lm.tokenizer.backend.token_to_id(text) if text else None
-    require(found is not None, "tokenizer_config.json: no mask_token")
-    return text, found
+    names = special_tokens(lm.tokenizer.files).get("mask_token"), "[MASK]", "<mask>"  # BERT's own files do not name it
+    backend = getattr(lm.tokenizer, "backend", None)
+    found = [(name, backend.token_to_id(name)) for name in names if backend and name]
+    found = [(name, token) for name, token in found if token is not None]
+    require(found, "tokenizer_config.json: no mask_token")
+    return found[0]
 
 
 class Batches:
@@ -2868,7 +2889,7 @@ class Classification(Task):
     def examples(self, lm, row, block):
         (example,), label, problem = super().examples(lm, row, block), row.get("label"), lm.config.problem_type
         if label is not None and problem == "regression":
-            require(isinstance(label, float) or isinstance(label, str) and label.lstrip("-").isdecimal(),
+            require(isinstance(label, float) or isinstance(label, str) and re.fullmatch(r"-?\d+", label),
                     f"label {label!r}: expected a number, as the model is a regression")
             example["labels"] = float(label)
         elif label is not None and problem == "multi_label_classification":
@@ -2899,7 +2920,7 @@ class Classification(Task):
             said, true = (F.one_hot(classes, lm.config.num_labels).bool() for classes in (logits.argmax(-1), labels))
         counts = zip(*(part.sum(0).tolist() for part in (said & true, said, true)))
         scores = [f1(*count) for count in counts if any(count)]
-        return {"accuracy": (said == true).all(-1).float().mean().item(), "macro F1": sum(scores) / len(scores)}
+        return {"accuracy": (said == true).all(-1).float().mean().item(), "macro F1": sum(scores) / max(len(scores), 1)}
 
 
 def f1(right: float, said: float, true: float) -> float:
@@ -2928,9 +2949,9 @@ def label_changes(rows: list, known: dict | None) -> dict:
 
 def class_weights(config: Config, examples: list) -> Tensor:
     """Weights (labels,) by which all classes count alike, whatever their share of the examples."""
-    labels = torch.cat([torch.as_tensor(example["labels"]).flatten() for example in examples])
     require(config.problem_type in (None, "single_label_classification") and config.id2label,
             "--class-weights: expected one label for each text or word")
+    labels = torch.cat([torch.as_tensor(example["labels"]).flatten() for example in examples])
     counts = torch.bincount(labels[labels != -100], minlength=config.num_labels)
     return counts.sum() / (len(counts) * counts.clamp(min=1)).float()
 
@@ -2980,15 +3001,9 @@ class Tagging(Task):
 
 def spans(tags: list) -> list:
     """(kind, first, behind the last) of each run of tags of one kind; B- begins another."""
-    found, last = [], None
-    for i, tag in enumerate(tags):
-        kind = tag[2:] if tag[:2] in ("B-", "I-") else tag
-        if kind == last and tag[:2] != "B-":
-            found[-1] = (*found[-1][:2], i + 1)
-        else:
-            found.append((kind, i, i + 1))
-        last = kind
-    return [span for span in found if span[0] != "O"]
+    kinds = [tag[2:] if tag[:2] in ("B-", "I-") else tag for tag in tags]
+    starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1] or tags[i][:2] == "B-"]
+    return [(kinds[i], i, end) for i, end in zip(starts, [*starts[1:], len(kinds)]) if kinds[i] != "O"]
 
 
 class QuestionAnswering(Task):
@@ -3072,18 +3087,20 @@ class Embedding(Task):
     }
 
     def examples(self, lm, row, block):
-        yield text_example(lm, self.said(lm, "sentence_bert_config.json").get("max_seq_length") or block, row["text"])
+        said = read_json(lm.folder / "sentence_bert_config.json", {})
+        yield text_example(lm, said.get("max_seq_length") or block, row["text"])
 
     def answer(self, lm, windows):
         (_, states), = windows
-        said, modules = self.said(lm, "1_Pooling/config.json"), lm.folder / "modules.json"
+        said, file = read_json(lm.folder / "1_Pooling/config.json", {}), lm.folder / "modules.json"
+        modules = re.findall(r"sentence_transformers[\w.]*\.(\w+)", file.read_text("utf-8") if file.exists() else "")
+        require(set(modules) <= {"Transformer", "Pooling", "Normalize"}, f"{file}: {', '.join(modules)}, expected no "
+                "more than Transformer, Pooling and Normalize")
         chosen = [pool for name, pool in self.poolings.items() if said.get(name)]
+        require(chosen or not said, f"{lm.folder / '1_Pooling/config.json'}: expected one of "
+                f"{', '.join(self.poolings)}")
         vector = torch.cat([pool(states) for pool in chosen or [self.poolings["pooling_mode_mean_tokens"]]])
-        unit = modules.exists() and "Normalize" in modules.read_text(encoding="utf-8")
-        return [{"embedding": (F.normalize(vector, dim=0) if unit else vector).tolist()}]
-
-    def said(self, lm, name) -> dict:
-        return read_json(lm.folder / name) if (lm.folder / name).exists() else {}
+        return [{"embedding": (F.normalize(vector, dim=0) if "Normalize" in modules else vector).tolist()}]
 
 
 TASKS = dict(lm=LanguageModelling(), mlm=MaskFilling(), classify=Classification(), tokens=Tagging(),
@@ -3110,14 +3127,13 @@ def train_bpe(texts: list, vocab: int, encoder: bool = False) -> Tokenizer:
     backend = ByteLevelBPETokenizer(add_prefix_space=encoder)
     texts = (re.sub(r"\S{1000}", r"\g<0> ", text) for text in texts)  # a word that never ends would take for ever
     backend.train_from_iterator(texts, max(vocab, 256 + len(special)), show_progress=False, special_tokens=special)
-    named = json.loads(tokenizer_config(*((special[2], special[0]) if encoder else special)))
+    named = tokenizer_config(*special[:2])
     if encoder:
         backend.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-        named |= dict(cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
-                      model_input_names=["input_ids", "token_type_ids", "attention_mask"])
-    return Tokenizer({"tokenizer.json": backend.to_str().encode("utf-8"),
-                      "tokenizer_config.json": json.dumps(named, indent=2).encode("utf-8")})
+        named = tokenizer_config("[SEP]", "[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+                                 model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    return Tokenizer({"tokenizer.json": backend.to_str().encode("utf-8"), "tokenizer_config.json": named})
 
 
 def new_model(rows: list, options: TrainOptions) -> TinyLM:
@@ -3147,9 +3163,11 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
 
 
 def dropouts(config: Config, p: float | None) -> dict:
-    """Changes of a Config; attention's own, which keeps the fast kernels out, is never raised."""
-    return {} if p is None else dict(hidden_dropout=p, embedding_dropout=p, head_dropout=p,
-                                     attention_dropout=min(p, config.attention_dropout))
+    """Changes of a Config; attention's own, which keeps the fast kernels out, is raised only where all are one (T5)."""
+    if p is None:
+        return {}
+    return dict(hidden_dropout=p, embedding_dropout=p, head_dropout=p,
+                attention_dropout=p if config.position == "relative" else min(p, config.attention_dropout))
 
 
 def opened_model(folder: Path, rows: list, options: TrainOptions) -> TinyLM:
@@ -3182,8 +3200,6 @@ def prepared_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if world()[1] > 1:
         require(not options.lora, f"--lora {options.lora}: expected one process")
-        require(options.batch % (world()[1] * options.accumulate) == 0, f"--batch {options.batch}: expected a multiple "
-                f"of --accumulate times {world()[1]} processes")
         sharded(lm, options.parallel)
     return lm
 
@@ -3298,7 +3314,8 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     require(not resume or notes["data"] == hashed, "--resume: the data is not that of the run to go on with")
     if held is None:
         rows, held = split_rows(rows)
-    lm = prepared_model(rows, options, resume)
+    named = [{role: row[role] for role in ("label", "tags") if role in row} for row in held]  # some may be there only
+    lm = prepared_model(rows + named, options, resume)
     optimizer = make_optimizer(lm, options)
     batches = Batches(lm, task.epochs(lm, rows, options.block), options)
     require(batches.per_epoch, f"{data}: expected more than --block {options.block} tokens to train on")
@@ -3372,7 +3389,8 @@ def validate(lm: TinyLM, held: list, notes: dict, options: TrainOptions, progres
         save(Path(options.out) / "best", lm, options)
     if options.task == "lm" and held and world()[1] == 1:
         text = lm.tokenizer.decode(held[0]["input_ids"][:1])
-        text += "".join(lm.eval().stream(text, 120, temperature=0.8, top_p=0.95, seed=notes["step"]))
+        with contextlib.suppress(Error):  # e.g. of so many tokens: it is only a sample
+            text += "".join(lm.eval().stream(text, 120, temperature=0.8, top_p=0.95, seed=notes["step"]))
         progress.note("  | " + text.replace("\n", "\n  | "))
 
 
@@ -3466,6 +3484,9 @@ def main(argv: list | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # inputs behind options
         options["inputs"] += more
+    for stream in (sys.stdin, sys.stdout):  # text that is no UTF-8 is read and shown as well as it can be
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+            stream.reconfigure(errors="replace")
     try:
         COMMANDS[options.pop("command")](options)
     except (Error, OSError) as error:
@@ -3513,6 +3534,7 @@ def run_eval(options: dict):
     require(name in TRAINABLE, f"{lm.folder}: expected a model with a task's head")
     options, task = TrainOptions(task=name, **options).filled(), TASKS[name]
     examples = task.epochs(lm, read_rows(Path(data), options), options.block)(None)
+    require(len(examples), f"{data}: nothing to evaluate")
     figures = task.report(lm, examples, options.batch)
     print(json.dumps(figures) if as_json else "\n".join(f"{name}  {figure:.4f}" for name, figure in figures.items()))
 
@@ -3522,6 +3544,7 @@ def run_run(options: dict):
     context, a text from its pair."""
     lm, context, as_json, batch = opened(options), options["context"], options["json"], options["batch"]
     require(batch > 0, f"--batch {batch}: expected a positive number")
+    require(context is None or len(TASKS[task_of(lm.config)].inputs) > 1, "--context: the model reads one text alone")
     task, lines = TASKS[task_of(lm.config)], (line.rstrip("\r\n") for line in sys.stdin)
     texts = itertools.chain.from_iterable(lines if text == "-" else [text] for text in options["inputs"] or ["-"])
     while some := list(itertools.islice(texts, batch)):

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from export import PRECISIONS, generate_graph, in_a_loop, kind_of, round_weights, scale_cache, trace
+from export import PRECISIONS, generate_graph, graphs_of, in_a_loop, round_weights, scale_cache, trace
 from families import CASES, CLASSIFIERS, ENCODERS, SEQ2SEQ
 from tinylm import Config, TinyLM
 
@@ -24,7 +24,8 @@ KERNELS = {
                         "Unsqueeze".split(), ANY),
         **dict.fromkeys("Equal Greater GreaterOrEqual Less LessOrEqual".split(), "float16 float32 int32 int64"),
         **dict.fromkeys("And Not Or Where".split(), "bool"),
-        "Shape": ANY + " int8", "ArgMax": "float16 float32", "Clip": "float16 float32 int64", "CumSum": "float16 float32 int32 int64",
+        "Shape": ANY + " int8", "ArgMax": "float16 float32", "Clip": "float16 float32 int64",
+        "CumSum": "float16 float32 int32 int64",
         "GatherND": "bfloat16 bool float16 float32 int64", "Range": "float32 int32 int64",
         **dict.fromkeys("ReduceMax ReduceMin ReduceSum TopK".split(), "float16 float32 int32 int64"),
     },
@@ -46,7 +47,7 @@ CHOSEN = {"llama-dynamic", "gemma2", "gemma3_text", "bert-classify", "roberta-ml
 @pytest.mark.parametrize("case", [c for c in (*CASES, *ENCODERS, *CLASSIFIERS, *SEQ2SEQ) if c.name in CHOSEN], ids=str)
 def test_every_node_has_a_cuda_kernel(case, folder):
     lm = TinyLM.from_pretrained(folder(case)).float()
-    for graph in kind_of(lm.config).graphs(lm.config, PRECISIONS["fp32"]):
+    for graph in graphs_of(lm.config, PRECISIONS["fp32"]):
         assert not without_kernel(trace(lm, graph))
 
 
@@ -60,7 +61,7 @@ def test_precisions_for_cuda_run_there(precision, cache):
     blocks = round_weights(lm, stored.bits, None) if stored.bits else {}
     scale_cache(lm.eval(), torch.arange(8)[None])
     lm = lm.to(getattr(torch, stored.dtype))
-    step, = kind_of(lm.config).graphs(lm.config, stored)
+    step, = graphs_of(lm.config, stored)
     assert not without_kernel(trace(lm, step, blocks))
     loop = in_a_loop(trace(lm, generate_graph(lm.config, stored), blocks), lm.config, stored)
     assert {name for name, types in without_kernel(loop) if types != {"uint64"}} <= ON_CPU

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import export
+import tinylm
 from conftest import ROOT
 from export import OnnxLM, export_onnx
 from families import CASES, FAMILIES, difference, load_oracle, prompts, ragged
@@ -192,7 +193,7 @@ def test_too_many_tokens_for_learned_positions_is_one_line(exported):
     """Guards an exception of onnxruntime's own from the middle of a generation."""
     case = next(case for case in FAMILIES if case.family == "gpt2")
     lm = OnnxLM(exported(case), providers=CPU)
-    with pytest.raises(ValueError, match="^onnxruntime: .*Gather.*$"):
+    with pytest.raises(ValueError, match=r"^max_new_tokens = 5000 after 3 tokens, expected at most \d+ in all$"):
         lm.generate(np.ones((1, 3), np.int64), max_new_tokens=5000, eos_token_id=())
 
 
@@ -240,6 +241,68 @@ def test_a_provider_that_does_not_load_is_an_error(small):
         pytest.skip("needs the CUDA build of onnxruntime and a machine without a GPU")
     with pytest.raises(ValueError, match="CUDAExecutionProvider did not load"):
         OnnxLM(small[2], providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+TINY = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+
+
+@pytest.mark.parametrize("pad", [-1, 320, None])
+def test_rows_end_with_an_id_that_there_is(pad, tmp_path):
+    """Guards an id that pads and is no token."""
+    torch.manual_seed(0)
+    lm = TinyLM(Config(**TINY, eos_token_id=256, pad_token_id=pad)).eval()
+    ids = torch.tensor([[3, 5], [7, 9]])
+    free = lm.generate(ids, max_new_tokens=8, eos_token_id=())
+    lm.config = tinylm.replace(lm.config, eos_token_id=int(free[0, 3]))
+    export_onnx(lm, tmp_path / "out", generate=True)
+    assert OnnxLM(tmp_path / "out", providers=CPU).generate(ids.numpy(), max_new_tokens=8).tolist() == lm.generate(
+        ids, max_new_tokens=8).tolist()
+    assert 0 <= json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["pad_token_id"] < 320
+
+
+def test_positions_end_where_the_graph_says(tmp_path):
+    """Guards an error of onnxruntime's, or zeros from CUDA's Gather, in the middle of a text."""
+    lm = TinyLM(Config(**TINY | dict(hidden_size=64), max_position_embeddings=48)).eval()
+    export_onnx(lm, tmp_path / "out", precisions=["fp16"])
+    onnx_lm = OnnxLM(tmp_path / "out", "fp16", providers=CPU)
+    assert onnx_lm.generate(np.ones((1, 40), np.int64), max_new_tokens=8, eos_token_id=()).shape == (1, 48)
+    with pytest.raises(ValueError, match="^max_new_tokens = 9 after 40 tokens, expected at most 48 in all$"):
+        onnx_lm.generate(np.ones((1, 40), np.int64), max_new_tokens=9)
+    with pytest.raises(ValueError, match="^input_ids: 49 tokens, but the model has only 48 positions$"):
+        onnx_lm(np.ones((1, 49), np.int64))
+
+
+@pytest.mark.parametrize("name, value", [("no_repeat_ngram_size", 2), ("repetition_penalty", 1.3), ("min_length", 3)])
+def test_one_graph_has_no_constraints(name, value, tmp_path):
+    """Guards a generate.onnx that says other than the folder's generation_config.json."""
+    lm = TinyLM(Config(**TINY))
+    lm.generation_config = {name: value}
+    with pytest.raises(export.Error, match=f"^--generate: generation_config.json has {name}"):
+        export_onnx(lm, tmp_path / "out", generate=True)
+
+
+def test_a_stream_has_no_beams(small, tmp_path):
+    """As in tinylm: the number of beams in a folder's file is not for it."""
+    out = shutil.copytree(small[2], tmp_path / "out")
+    file = out / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": 4, "decoder_start_token_id": None}))
+    options = dict(max_new_tokens=4)
+    assert [*OnnxLM(out, providers=CPU).stream([1, 2], **options)] == [*OnnxLM(small[2], providers=CPU).stream(
+        [1, 2], **options)]
+
+
+def test_rounding_begins_with_an_id_that_there_is(tmp_path):
+    """Guards a GPT-2 of 320 ids whose config keeps 50256, and heads too narrow for grouped queries."""
+    lm = TinyLM(Config(**TINY, bos_token_id=50256, head_dim=24, partial_rotary_factor=0.7, model_type="tinylm"))
+    export_onnx(lm, tmp_path / "out", precisions=["fp16"])
+
+
+def test_a_checkpoint_inside_the_folder_to_write_stays(tmp_path):
+    TinyLM(Config(**TINY)).save_pretrained(tmp_path / "out" / "mine")
+    (tmp_path / "out" / export.MARK).touch()
+    with pytest.raises(export.Error, match="holds it; name another folder"):
+        export_onnx(tmp_path / "out" / "mine", tmp_path / "out")
+    assert (tmp_path / "out" / "mine" / "model.safetensors").exists()
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Encoders, heads and encoder-decoders on their way out: graphs, answers, and the command without torch."""
 
 import functools
+import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -163,3 +165,24 @@ def test_minilm_embeds_as_in_torch(minilm, tmp_path, capsys):
     theirs = [json.loads(line)["output"][0]["embedding"] for line in capsys.readouterr().out.splitlines()]
     assert vectors.shape == (2, 384) and np.allclose(vectors, theirs, atol=1e-5)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_a_tab_divides_only_what_has_two_parts(exported, capsys, monkeypatch):
+    """Guards a text cut at its tab, and lines cut at a form feed."""
+    _, onnx_lm, out = exported("electra-tokens")
+    text = "w5 w6\tw7\x0cw8"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text + "\n\nw9\n"))
+    assert export.main(["run", str(out)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["input"] for line in lines] == [text, "w9"]
+    assert [line["output"] for line in lines] == onnx_lm.run([text, "w9"])
+
+
+def test_an_empty_text_is_a_text(exported, tmp_path):
+    """Guards a batch lost to a text of no tokens, where a tokenizer has no specials."""
+    _, _, folder = exported("qwen3-classify")
+    out = shutil.copytree(folder, tmp_path / "out")
+    content = json.loads((out / "tokenizer.json").read_text())
+    (out / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
+    found = OnnxLM(out, providers=CPU).run(["", "w5 w6"])
+    assert len(found) == 2 and all(answer["score"] >= 0 for answer in found[0])

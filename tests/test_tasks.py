@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import shutil
 import sys
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 import tinylm
-from families import difference, load_oracle
+from families import CLASSIFIERS, difference, load_oracle
 from test_train import same_files
 from tinylm import Config, TinyLM, main, train_step
 
@@ -351,3 +352,154 @@ def test_classifying_step_is_the_step_of_transformers(body, tmp_path):
     loss = train_step(lm, torch.optim.SGD(lm.parameters(), lr=0.0), batch)
     assert loss.item() == pytest.approx(oracle(ids, mask, labels=labels).loss.item(), rel=1e-5)
     assert difference(lm.eval()(ids, mask), oracle(ids, mask).logits) < 1e-4
+
+
+# ---- what was wrong once --------------------------------------------------------------------------------------------
+
+def test_a_dozen_classes_come_back_in_their_order(tmp_path):
+    """Guards labels that config.json has in the order of their numbers as texts: 0, 1, 10, 11, 2, ..."""
+    lm = TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head="classify",
+                       id2label={i: f"class {i}" for i in range(12)}))
+    lm.save_pretrained(tmp_path)
+    assert TinyLM.from_pretrained(tmp_path).config.id2label == lm.config.id2label
+
+
+def test_a_label_that_only_validation_has(tmp_path):
+    """Guards a training that stops at a rare tag in the rows held back."""
+    rows = rows_of("tokens", 20)
+    rows[-1]["ner_tags"][0] = "B-RARE"
+    data = write(tmp_path / "data.jsonl", rows)
+    command("train", data, "--task", "tokens", "--size", "pico", "--steps", 1, "--vocab", 300, "--out", tmp_path / "out")
+    assert "B-RARE" in TinyLM.from_pretrained(tmp_path / "out" / "best").config.id2label.values()
+
+
+@pytest.mark.parametrize("task, options", [
+    ("seq2seq", ["--dropout", 0.2]),  # T5's only rate is attention's too
+    ("lm", ["--block", 128]),         # a sample longer than the positions there are
+])
+def test_trains_to_the_end(task, options, tmp_path):
+    data = write(tmp_path / "data.jsonl", rows_of(task, 60))
+    command("train", data, "--task", task, "--size", "pico", "--steps", 1, "--batch", 4, "--out", tmp_path / "out",
+            *options)
+    assert (tmp_path / "out" / "last" / "model.safetensors").exists()
+
+
+def test_several_labels_or_none(body, tmp_path):
+    """Guards a division by the number of classes that occur: none."""
+    rows = [dict(text=sentence(random.Random(i), i % 2), label=[] if i > 20 else ["a"]) for i in range(30)]
+    tune(body, write(tmp_path / "data.jsonl", rows), tmp_path / "out", "--steps", 1, "--lr", 1e-9, "--adam-lr", 1e-9)
+
+
+WRONG = {
+    "weights of words": ("lm", ["--class-weights"], "--class-weights"),
+    "nothing to train": ("lm", ["--freeze", "body"], "--freeze body: nothing is left to train"),
+    "a short block": ("lm", ["--block", 2], "--block = 2"),
+    "a size of its own": ("classify", ["--init", "x", "--size", "nano"], "--size nano"),
+    "tokens of its own": ("classify", ["--init", "x", "--vocab", 300], "--vocab 300"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_options_are_one_line(what, tmp_path, capsys):
+    task, options, words = WRONG[what]
+    data = write(tmp_path / "data.jsonl", rows_of(task, 60))
+    assert main(["train", str(data), "--task", task, "--steps", "1", "--out", str(tmp_path / "out"),
+                 *map(str, options)]) == 1
+    error = capsys.readouterr().err
+    assert words in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_texts_and_chats_do_not_mix(tmp_path, capsys):
+    rows = [{"text": "x"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    for rows in (rows, rows[::-1]):
+        assert main(["train", str(write(tmp_path / "data.jsonl", rows)), "--out", str(tmp_path / "out")]) == 1
+        assert "texts and messages" in capsys.readouterr().err
+
+
+def test_a_comma_too_many_is_one_line(tmp_path, capsys):
+    """Guards a text that ends at its own comma, and what stands behind it as the label."""
+    (tmp_path / "data.csv").write_text("text,label\nfine,a\nhello, you,b\n")
+    assert main(["train", str(tmp_path / "data.csv"), "--task", "classify", "--out", str(tmp_path / "out")]) == 1
+    assert "data.csv, line 3: more fields than columns" in capsys.readouterr().err
+
+
+def test_nothing_to_evaluate_and_nothing_for_a_context(scratch, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a")
+    lm = TinyLM(Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    lm.save_pretrained(tmp_path / "lm")
+    assert main(["eval", str(tmp_path / "lm"), str(tmp_path / "a.txt")]) == 1
+    assert main(["run", str(scratch("tokens")[1]), "x", "--context", "y"]) == 1
+    error = capsys.readouterr().err
+    assert "nothing to evaluate" in error and "--context: the model reads one text alone" in error
+
+
+def test_masks_that_no_file_names(scratch, tmp_path, capsys):
+    """As in BERT's own tokenizer_config.json."""
+    _, folder = scratch("mlm")
+    out = shutil.copytree(folder, tmp_path / "out")
+    (out / "tokenizer_config.json").write_text('{"do_lower_case": false, "model_max_length": 512}')
+    assert answers(out, "the film is <mask>", capsys=capsys) == answers(folder, "the film is <mask>", capsys=capsys)
+
+
+def test_modules_of_sentence_transformers_that_are_not_here(minilm, tmp_path, capsys):
+    """Guards embeddings without a layer that the folder asks for."""
+    out = shutil.copytree(minilm, tmp_path / "out")
+    modules = json.loads((out / "modules.json").read_text())
+    modules.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"})
+    (out / "modules.json").write_text(json.dumps(modules))
+    assert main(["run", str(out), "x"]) == 1
+    assert "Dense" in capsys.readouterr().err
+
+
+def test_adapters_of_a_deep_classifier_wrap_it_as_one(folder, tmp_path):
+    """PEFT wraps `classifier` by itself: a module inside of it could not be loaded."""
+    case = next(case for case in CLASSIFIERS if case.name == "roberta-classify")
+    lm = TinyLM.from_pretrained(folder(case))
+    tinylm.add_adapters(lm, 2)
+    tinylm.save_adapter(tmp_path, lm, tinylm.TrainOptions(task="classify", init="x", lora=2))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    assert "lora" in str(lm).lower()
+
+
+def test_dropout_stands_where_transformers_has_it():
+    """Guards a dropout before the output of language models, masked ones and answers, which have none."""
+    p = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, hidden_dropout=0.1)
+    rates = {head: TinyLM(Config(head=head, causal=False, **p)).head.dropout.p for head in tinylm.CLASS}
+    assert rates == {"lm": 0.0, "mlm": 0.0, "classify": 0.1, "tokens": 0.1, "qa": 0.0, None: 0.0}
+    assert TinyLM(Config(head="classify", **p)).head.dropout.p == 0.0
+
+
+def test_rows_are_padded_where_no_id_pads():
+    lm = TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=-1))
+    batch = tinylm.collate(lm, [dict(input_ids=[1, 2, 3]), dict(input_ids=[4])])
+    assert lm(batch["input_ids"], batch["attention_mask"]).isfinite().all()
+
+
+def test_a_byte_model_keeps_its_chat_template(tmp_path):
+    lm = TinyLM(Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    lm.save_pretrained(tmp_path / "a")
+    template = "{% if tools is not none %}wrong{% endif %}{{ messages[0].content }}"
+    (tmp_path / "a" / "chat_template.jinja").write_text(template)
+    TinyLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    lm = TinyLM.from_pretrained(tmp_path / "b")
+    assert tinylm.chat_prompt(lm.tokenizer, [dict(role="user", content="hi")]) == "hi"
+
+
+@pytest.mark.parametrize("changes, field", [
+    (dict(embedding_size=16), "embedding_size"), (dict(causal=False, sliding_window=2), "sliding_window")])
+def test_fields_that_do_not_go_together(changes, field):
+    with pytest.raises(tinylm.Error, match=f"^config: {field} = "):
+        Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **changes)
+
+
+def test_generation_takes_ids_of_32_bits_and_the_penalty_of_its_file():
+    torch.manual_seed(0)
+    lm = TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    ids, options = torch.tensor([[3, 5]]), dict(max_new_tokens=12, eos_token_id=())
+    plain, penalised = (lm.generate(ids.int(), **options, **more).tolist() for more in ({}, dict(repetition_penalty=5.0)))
+    assert plain == lm.generate(ids, **options).tolist() != penalised
+    lm.generation_config = {"repetition_penalty": 5.0}
+    assert lm.generate(ids, **options).tolist() == penalised
+    assert lm.generate(ids, no_repeat_ngram_size=1000, **options).tolist() == penalised
+    with pytest.raises(tinylm.Error, match="^bad_words_ids = "):
+        lm.generate(ids, bad_words_ids=[[]], **options)

@@ -41,6 +41,15 @@ def test_logits_in_chunks_have_the_same_gradients(case, labelled, folder, monkey
     same(whole, gradients(lm, batch))
 
 
+def test_a_head_of_several_layers_is_run_whole(monkeypatch):
+    """Guards a loss in chunks that leaves out the layers before the output."""
+    lm = TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_act="gelu"))
+    batch = {"input_ids": torch.randint(64, (2, 16))}
+    whole = gradients(lm, batch)
+    monkeypatch.setattr(tinylm, "LARGE", 0)
+    same(whole, gradients(lm, batch))
+
+
 def test_checkpointed_layers_have_the_same_gradients():
     """With dropout: the second forward pass draws what the first one drew."""
     batch, found = {"input_ids": torch.randint(64, (2, 16))}, []

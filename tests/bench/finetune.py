@@ -123,7 +123,7 @@ def transformers_loop(minilm, train, test, batch=32, lr=1e-4):
 def sentiment(folder):
     minilm, (train, test) = fetch_minilm(), rt_polarity(folder)
     ours, log = tinylm("train", train, "--task", "classify", "--init", minilm, "--val", test, "--epochs", 1,
-                       "--batch", 16, "--dropout", 0, "--out", folder / "sentiment")
+                       "--batch", 24, "--dropout", 0, "--out", folder / "sentiment")
     print(f"tinylm, MiniLM, one epoch: {ours:.0f} s, accuracy {last('accuracy', log):.4f}", flush=True)
     theirs, accuracy = transformers_loop(minilm, train, test)
     print(f"transformers, MiniLM, one epoch: {theirs:.0f} s, accuracy {accuracy:.4f}")

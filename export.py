@@ -586,10 +586,9 @@ def uniform(seed: int, step: int, batch: int, vocab: int) -> np.ndarray:
 
 
 def stop_strings(stop) -> tuple:
-    stop = (stop,) if isinstance(stop, str) else stop or ()
-    require(isinstance(stop, (list, tuple)) and all(isinstance(s, str) and s for s in stop),
-            f"stop = {stop!r}, expected strings that are not empty")
-    return tuple(stop)
+    stop = tuple(stop) if isinstance(stop, (list, tuple)) else () if stop is None else (stop,)
+    require(all(isinstance(s, str) and s for s in stop), f"stop = {stop!r}, expected strings that are not empty")
+    return stop
 
 
 def text_pieces(tokenizer, tokens, stop: tuple = (), prompt=()):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 import tinylm
-from families import CLASSIFIERS, difference, load_oracle
+from families import ENCODERS, difference, load_oracle
 from test_train import same_files
 from tinylm import Config, TinyLM, main, train_step
 
@@ -453,7 +453,7 @@ def test_modules_of_sentence_transformers_that_are_not_here(minilm, tmp_path, ca
 
 def test_adapters_of_a_deep_classifier_wrap_it_as_one(folder, tmp_path):
     """PEFT wraps `classifier` by itself: a module inside of it could not be loaded."""
-    case = next(case for case in CLASSIFIERS if case.name == "roberta-classify")
+    case = next(case for case in ENCODERS if case.name == "roberta-classify")
     lm = TinyLM.from_pretrained(folder(case))
     tinylm.add_adapters(lm, 2)
     tinylm.save_adapter(tmp_path, lm, tinylm.TrainOptions(task="classify", init="x", lora=2))

@@ -1823,7 +1823,7 @@ def chat_prompt(tokenizer, messages: list[dict], answer: bool = True) -> str:
 
 CACHE_BUCKET = 128  # cache lengths are multiples of it, so that a compiled step serves many prompt lengths
 FROM_FILE = set("""max_new_tokens repetition_penalty no_repeat_ngram_size min_length bad_words_ids forced_bos_token_id
-    forced_eos_token_id num_beams renormalize_logits length_penalty early_stopping""".split())  # from generation_config.json
+    forced_eos_token_id num_beams renormalize_logits length_penalty early_stopping""".split())
 UNSUPPORTED = set("""num_beam_groups penalty_alpha typical_p encoder_no_repeat_ngram_size suppress_tokens constraints
     begin_suppress_tokens exponential_decay_length_penalty encoder_repetition_penalty sequence_bias guidance_scale
     min_new_tokens epsilon_cutoff eta_cutoff force_words_ids""".split())

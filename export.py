@@ -188,14 +188,14 @@ class OnnxLM:
         return [self.session.buffer(name, batch, heads, length, width) for name, (_, heads, _, width)
                 in self.past.items()]
 
-    def step(self, input_ids, mask, past=None, source=None):
+    def step(self, input_ids, mask, past=None, source=None, keep: int = 0):
         """One call of a graph with a cache: (logits, present). Ids (batch, seq), mask (batch, past + seq), past as
-        returned, or of the `cache`; behind an encoder its `source`."""
+        returned, or of the `cache`; behind an encoder its `source`; keep: logits of so many last columns (0: of all)."""
         first = past is None
         past = self.cache(len(input_ids)) if first else past
         shared = self.shared and past[0].shape()[2] >= mask.shape[1]
         into = dict(zip([*self.session.outputs][1:], past)) if shared else {}
-        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1]:]
+        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -(keep or input_ids.shape[1]):]
         feeds = dict(zip(self.past, past)) | (source or {})
         logits, *present = self.session(into, input_ids=input_ids, attention_mask=mask, position_ids=positions,
                                         use_cache_branch=np.array([not first]), **feeds)
@@ -296,7 +296,7 @@ class OnnxLM:
         longest = np.concatenate([mask, np.ones((batch, knobs.max_new_tokens), np.int64)], 1)
         past = self.cache(batch, seq + knobs.max_new_tokens) if self.shared else None
         for count in range(knobs.max_new_tokens):
-            logits, past = self.step(input_ids, mask, past, source)
+            logits, past = self.step(input_ids, mask, past, source, keep=1)
             logits = constrain(logits[:, -1], texts, knobs, ends, count)
             token = np.where(ended, pad, sample(logits, knobs, seed, count))
             yield token
@@ -752,8 +752,8 @@ def key_values(config, prefix: str, sides: dict, dtype: str = "float32") -> dict
             for layer in range(config.num_hidden_layers) for side, length in sides.items() for part in ("key", "value")}
 
 
-SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5, "total_sequence_length": 8,
-         "encoder_sequence_length": 7, "eos_tokens": 4}  # axes that vary, and an example: no two alike, and none 0 or 1
+SIZES = {"batch_size": 2, "sequence_length": 6, "past_sequence_length": 5, "total_sequence_length": 11,
+         "logits_length": 3, "encoder_sequence_length": 7, "eos_tokens": 4}  # axes that vary, and an example: no two alike, and none 0 or 1
 IDS = ("int64", "batch_size", "sequence_length")
 KNOBS = {"temperature": ("float32",), "top_k": ("int64",), "top_p": ("float32",), "seed": ("int64",),
          "eos_token_id": ("int64", "eos_tokens")}
@@ -768,31 +768,36 @@ def groups_queries(config, stored: Precision) -> bool:
 
 
 def decoder_graph(config, stored: Precision) -> list:
-    """With a cache: the mask spans past and new tokens."""
+    """With a cache: the mask spans past and new tokens, and positions follow from it. `position_ids`, which every loader
+    gives, says by its columns how many logits are asked for: those of the last ones."""
     past = key_values(config, "past_key_values", {"": "past_sequence_length"}, stored.cache or stored.dtype)
 
     def forward(lm, feed):
         return decoder_step(lm, feed, [feed[name] for name in past], stored)
 
-    inputs = {"input_ids": IDS, "attention_mask": ("int64", "batch_size", "total_sequence_length"), "position_ids": IDS}
+    inputs = {"input_ids": IDS, "attention_mask": ("int64", "batch_size", "total_sequence_length"),
+              "position_ids": ("int64", "batch_size", "logits_length")}
     return [Graph("model", forward, inputs | past, ["logits", *key_values(config, "present", {"": ""})],
                   groups_queries(config, stored))]
 
 
-def decoder_step(lm, feed: dict, past: list, stored: Precision, columns=None) -> list:
-    """Logits (batch, seq, vocab) in float32, or those of `columns`, and the cache after a call."""
+def decoder_step(lm, feed: dict, past: list, stored: Precision) -> list:
+    """Logits in float32, of as many last columns as position_ids has, and the cache after a call."""
     import torch
     import tinylm
     ids, mask, lengths, config = feed["input_ids"], feed["attention_mask"], (), lm.config
+    seq, kept = ids.shape[1], feed["position_ids"].shape[1]
+    positions, last = tinylm.count_positions(mask)[0][:, -seq:], torch.arange(seq - kept, seq)
+    columns = last[None].expand(ids.shape[0], kept)
     if groups_queries(config, stored):  # it takes rows that begin with their first token: padding goes behind
-        new = mask[:, -ids.shape[1]:]
-        columns = tinylm.count_positions(new)[0] if columns is None else columns
+        new = mask[:, -seq:]
+        columns = tinylm.count_positions(new)[0].index_select(1, last)
         ids = ids.gather(1, new.argsort(1, descending=True))
         total = operator("Gather", (operator("Shape", (mask,), mask, (2,)), torch.tensor(1)), mask, ())
         lengths = (mask.sum(1) - 1).int(), total.int()
     windows = tuple(kind == "sliding_attention" and config.sliding_window for kind in config.layer_types)
     scales = tuple((block.attention.k_scale, block.attention.v_scale) for block in lm.layers if stored.cache)
-    cache = Past(past, feed["position_ids"], lengths, windows, scales)
+    cache = Past(past, positions, lengths, windows, scales)
     return [lm(ids, mask, cache=cache, columns=columns).float(), *cache.present]
 
 
@@ -803,10 +808,8 @@ def generate_graph(config, stored: Precision) -> Graph:
 
     def forward(lm, feed):
         ids, text, ended, ends = (feed[name] for name in ("ids", "text", "ended", "eos_token_id"))
-        positions = torch.arange(text.shape[1])[None].expand_as(text)[:, -ids.shape[1]:]
-        step = dict(input_ids=ids, attention_mask=torch.ones_like(text), position_ids=positions)
-        last = torch.full_like(ids[:, :1], ids.shape[1] - 1)
-        logits, *present = decoder_step(lm, step, [feed[name] for name in past], stored, last)
+        step = dict(input_ids=ids, attention_mask=torch.ones_like(text), position_ids=ids[:, :1])
+        logits, *present = decoder_step(lm, step, [feed[name] for name in past], stored)
         knobs = [feed[name] for name in ("temperature", "top_k", "top_p", "seed", "step")]
         token = torch.cond(knobs[0] > 0, choose, lambda logits, *_: logits.argmax(-1), (logits[:, 0], *knobs))
         pad = lm.said("pad_token_id")

@@ -105,6 +105,17 @@ def test_matrices_are_stored_once_in_their_bits(precision, bits, exported):
     assert sum(node.op_type == "GroupQueryAttention" for node in graph.node) == lm.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_logits_of_the_last_columns_alone(precision, exported):
+    """A prompt is read without logits that nobody looks at, wherever its rows are padded."""
+    onnx_lm = OnnxLM(exported("qwen3")[1], precision, providers=CPU)
+    ids, mask = numpy(*ragged([torch.arange(n) for n in (9, 4, 7)], ["left", "left", "both"]))
+    every, _ = onnx_lm.step(ids, mask)
+    for keep in (1, 3):
+        last, _ = onnx_lm.step(ids, mask, keep=keep)
+        assert last.shape == (3, keep, 320) and np.abs(last - every[:, -keep:])[mask[:, -keep:] == 1].max() < 1e-4
+
+
 def test_the_cache_is_written_in_place(exported):
     """Past and present are one buffer, so that a step copies no more than its own keys and values."""
     onnx_lm = OnnxLM(exported("qwen3")[1], "int8", providers=CPU)

@@ -175,9 +175,9 @@ def main():
         parser.error(f"expected 1 to {LONGEST} tokens, and at least one round")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-    os.environ |= {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TINYLM_BENCH_PROMPT": str(options.prompt)}
-    if options.worker:
+    if options.worker:  # whose environment says the rest
         return work(*options.worker)
+    os.environ |= {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TINYLM_BENCH_PROMPT": str(options.prompt)}
 
     sys.path.insert(0, str(TESTS))
     import conftest

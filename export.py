@@ -932,6 +932,7 @@ def trace(lm, graph: Graph, blocks: dict = {}):
     import logging
     import warnings
     from unittest import mock
+    import onnx_ir as ir
     import torch
     import tinylm
     leaves = mock.patch.multiple(tinylm, rms_norm=onnx_rms_norm, rotate=onnx_rotate, attend=onnx_attend)
@@ -969,6 +970,8 @@ def trace(lm, graph: Graph, blocks: dict = {}):
             input_names=[*graph.inputs], output_names=graph.outputs)
     model = tidy(program.model)
     put_blocks(model.graph, blocks)
+    for value in (*model.graph.inputs, *model.graph.outputs):  # the axes of optimum, whose callers ask for all logits
+        value.shape = ir.Shape("sequence_length" if str(dim) == "logits_length" else dim for dim in value.shape)
     if graph.grouped:
         model.metadata_props["shared_cache"] = "1"  # present may be written in place, where past has the room
     if graph.grouped or lm.config.position in tinylm.LIMITED:

@@ -1,11 +1,11 @@
-"""How fast SmolLM2-135M decodes: batch 1, greedy, 2 threads, every contender in one run.
+"""How fast SmolLM2-135M decodes: greedy, 2 threads, every contender in one run.
 
-    python tests/bench/decode.py [--genai-python PYTHON] [--tokens 64] [--rounds 5] [--only NAME ...]
+    python tests/bench/decode.py [--genai-python PYTHON] [--tokens 64] [--rounds 5] [--batch 1] [--only NAME ...]
 
 Each contender lives in a process of its own, all on the same two cores. They take turns, round after round, and the
 median of the rounds counts, so that a busy or throttled machine slows all of them alike. A turn is one call: prompt and
 prefill included, text included where the contender makes text. In fp32 all must give the same tokens. `--prompt 512`
-reads a long prompt instead, and counts its tokens.
+reads a long prompt (best with `--tokens 8`), and counts its tokens.
 
 Bars: tinylm (the better of eager and compiled) at least 2.2 times transformers; OnnxLM at least 0.95 times
 onnxruntime-genai in fp32 and 1.5 times in 4 bits, whose models are built by its own builder; OnnxLM in 8 bits 2.4 times
@@ -27,6 +27,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
 PROMPT = [6403, 1980, 253, 655, 28, 281, 253, 6560, 411, 260, 3426, 28]  # "Once upon a time, in a village by the sea,"
+BATCH = int(os.environ.get("TINYLM_BENCH_BATCH", "1"))
 LONGEST = 130  # new tokens before which nobody comes to an end
 THREADS = 2
 
@@ -38,6 +39,7 @@ def transformers_eager(folder):
     from transformers import AutoModelForCausalLM
     torch.set_num_threads(THREADS)
     model, ids = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), torch.tensor([PROMPT])
+    ids = ids.repeat(BATCH, 1)
     options = dict(do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(ids))
     return lambda n: model.generate(ids, max_new_tokens=n, **options)[0, len(PROMPT):].tolist()
 
@@ -46,7 +48,7 @@ def tinylm_eager(folder, compiled=False):
     import torch
     from tinylm import TinyLM
     torch.set_num_threads(THREADS)
-    lm, ids = TinyLM.from_pretrained(folder, dtype=torch.float32), torch.tensor([PROMPT])
+    lm, ids = TinyLM.from_pretrained(folder, dtype=torch.float32), torch.tensor([PROMPT] * BATCH)
     return lambda n: lm.generate(ids, max_new_tokens=n, eos_token_id=(), compile=compiled)[0, len(PROMPT):].tolist()
 
 
@@ -58,7 +60,7 @@ def onnx(folder, precision="fp32"):
     import numpy
     from export import OnnxLM
     lm = OnnxLM(folder, precision=precision, providers=["CPUExecutionProvider"], threads=THREADS)
-    ids = numpy.array([PROMPT])
+    ids = numpy.array([PROMPT] * BATCH)
     return lambda n: lm.generate(ids, max_new_tokens=n, eos_token_id=())[0, len(PROMPT):].tolist()
 
 
@@ -68,7 +70,7 @@ def onnx_loop(folder):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
     session = onnxruntime.InferenceSession(f"{folder}/onnx/generate.onnx", options, ["CPUExecutionProvider"])
-    fixed = dict(input_ids=numpy.array([PROMPT]), temperature=numpy.array(0, "float32"), top_k=numpy.array(0),
+    fixed = dict(input_ids=numpy.array([PROMPT] * BATCH), temperature=numpy.array(0, "float32"), top_k=numpy.array(0),
                  top_p=numpy.array(1, "float32"), seed=numpy.array(0), eos_token_id=numpy.array([-1]))
     return lambda n: session.run(None, fixed | {"max_new_tokens": numpy.array(n)})[0][0, len(PROMPT):].tolist()
 
@@ -79,9 +81,9 @@ def genai(folder):
 
     def generate(n):
         options = onnxruntime_genai.GeneratorParams(model)
-        options.set_search_options(do_sample=False, max_length=len(PROMPT) + n)
+        options.set_search_options(do_sample=False, max_length=len(PROMPT) + n, batch_size=BATCH)
         generator = onnxruntime_genai.Generator(model, options)
-        generator.append_tokens([PROMPT])
+        generator.append_tokens([PROMPT] * BATCH)
         new = []
         while len(new) < n:
             generator.generate_next_token()
@@ -168,6 +170,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=12, help="tokens of the prompt")
+    parser.add_argument("--batch", type=int, default=1, help="rows, all alike")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="fewer contenders")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -177,7 +180,8 @@ def main():
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     if options.worker:  # whose environment says the rest
         return work(*options.worker)
-    os.environ |= {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TINYLM_BENCH_PROMPT": str(options.prompt)}
+    os.environ |= {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TINYLM_BENCH_PROMPT": str(options.prompt),
+                   "TINYLM_BENCH_BATCH": str(options.batch)}
 
     sys.path.insert(0, str(TESTS))
     import conftest
@@ -210,8 +214,8 @@ def main():
 
 
 def report(contenders, skipped, options):
-    counted = options.prompt + options.tokens if options.prompt > 12 else options.tokens
-    print(f"SmolLM2-135M, batch 1, greedy, {THREADS} threads, {options.tokens} tokens after {options.prompt}, "
+    counted = options.batch * (options.prompt * (options.prompt > 12) + options.tokens)
+    print(f"SmolLM2-135M, batch {options.batch}, greedy, {THREADS} threads, {options.tokens} tokens after {options.prompt}, "
           f"median of {options.rounds} rounds\n")
     scale = counted / options.tokens
     speed = {contender.name: statistics.median(contender.rates) * scale for contender in contenders}

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import itertools
 import json
 import math
 import os
@@ -36,6 +37,7 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped besid
 MARK = ".tinylm-export"                                # this file says: the next export may replace the folder
 OPSET = 23                                             # the first with Attention, RotaryEmbedding, RMSNormalization
 BLOCK = 32                                             # weights in a row that share a scale, where they are rounded
+SHARES = (1.1, 1.05, 1, 0.95, 0.9, 0.85, 0.8, 0.75)      # of a block's range, tried for the least error
 PARTS = ("blocks", "scales", "zero_points")            # tensors that a rounded matrix is stored in
 EXTERNAL_ABOVE = 2**31 - 2**26                         # bytes; a protobuf file ends at 2 GiB
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -58,10 +60,10 @@ class Precision:
 
 PRECISIONS = {
     "fp32": Precision("", 2e-4, exact=True, cuda=True),
-    "fp16": Precision("_fp16", 0.1, "float16", cuda=True),
+    "fp16": Precision("_fp16", 0.2, "float16", cuda=True),
     "int8": Precision("_quantized", 1e-3, bits=8),
     "int4": Precision("_q4", 1e-3, bits=4),
-    "q4f16": Precision("_q4f16", 0.1, "float16", bits=4, cuda=True),
+    "q4f16": Precision("_q4f16", 0.2, "float16", bits=4, cuda=True),
 }
 
 
@@ -190,7 +192,7 @@ class OnnxLM:
 
     def step(self, input_ids, mask, past=None, source=None, keep: int = 0):
         """One call of a graph with a cache: (logits, present). Ids (batch, seq), mask (batch, past + seq), past as
-        returned, or of the `cache`; behind an encoder its `source`; keep: logits of so many last columns (0: of all)."""
+        returned, or of the `cache`; behind an encoder its `source`; logits of all columns, or of the last `keep`."""
         first = past is None
         past = self.cache(len(input_ids)) if first else past
         shared = self.shared and past[0].shape()[2] >= mask.shape[1]
@@ -753,7 +755,7 @@ def key_values(config, prefix: str, sides: dict, dtype: str = "float32") -> dict
 
 
 SIZES = {"batch_size": 2, "sequence_length": 6, "past_sequence_length": 5, "total_sequence_length": 11,
-         "logits_length": 3, "encoder_sequence_length": 7, "eos_tokens": 4}  # axes that vary, and an example: no two alike, and none 0 or 1
+         "logits_length": 3, "encoder_sequence_length": 7, "eos_tokens": 4}  # axes that vary: no two alike, none 0 or 1
 IDS = ("int64", "batch_size", "sequence_length")
 KNOBS = {"temperature": ("float32",), "top_k": ("int64",), "top_p": ("float32",), "seed": ("int64",),
          "eos_token_id": ("int64", "eos_tokens")}
@@ -768,8 +770,8 @@ def groups_queries(config, stored: Precision) -> bool:
 
 
 def decoder_graph(config, stored: Precision) -> list:
-    """With a cache: the mask spans past and new tokens, and positions follow from it. `position_ids`, which every loader
-    gives, says by its columns how many logits are asked for: those of the last ones."""
+    """With a cache: the mask spans past and new tokens, and positions follow from it. `position_ids`, which all loaders
+    give, says by its columns how many logits are asked for: those of the last ones."""
     past = key_values(config, "past_key_values", {"": "past_sequence_length"}, stored.cache or stored.dtype)
 
     def forward(lm, feed):
@@ -1066,21 +1068,21 @@ class Blocks(NamedTuple):
 
 def nearest(weight, bits: int, moments=None) -> Blocks:
     """Blocks for a weight (rows, columns). With the second moments (columns, columns) of the inputs it meets, ranges
-    are those of least weighted error, and what rounding a column does to the outputs is made up for by the columns
-    after it, the weightiest first (GPTQ, Frantar et al. 2022)."""
+    and zeros are those of least weighted error, and what rounding a column does to the outputs is made up for by the
+    columns after it, the weightiest first (GPTQ, Frantar et al. 2022)."""
     import torch
     top, blocks = 2**bits - 1, weight.float().unflatten(1, (-1, BLOCK))
     low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=1e-6)
-    zeros = (-low / (high - low) * top).round()
+    middle, least = (-low / (high - low) * top).round(), None
     importance = 1 if moments is None else moments.diagonal().unflatten(0, (-1, BLOCK))
-    scales, least = None, None
-    for share in (1,) if moments is None else (1, 0.95, 0.9, 0.85):
+    for share, shift in ((1, 0),) if moments is None else itertools.product(SHARES, (0, -1, 1)):
         scale = ((high - low) * (share / top)).half().float().clamp(min=1e-7)
-        codes = (blocks / scale + zeros).round().clamp(0, top)
-        error = (((codes - zeros) * scale - blocks).square() * importance).sum(-1, keepdim=True)
-        better = torch.ones_like(error, dtype=torch.bool) if least is None else error < least
-        least, scales = (new if least is None else torch.where(better, new, old)
-                         for new, old in ((error, least), (scale, scales)))
+        zero = (middle + shift).clamp(0, top)
+        codes = (blocks / scale + zero).round().clamp(0, top)
+        error = (((codes - zero) * scale - blocks).square() * importance).sum(-1, keepdim=True)
+        found = error, scale, zero
+        least = found if least is None else [torch.where(error < least[0], *both) for both in zip(found, least)]
+    _, scales, zeros = least
     codes = (blocks / scales + zeros).round().clamp(0, top)
     if moments is not None:
         codes = compensated(weight, scales, zeros, moments, top)

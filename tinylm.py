@@ -2273,10 +2273,11 @@ def chunked_loss(model: TinyLM, inputs: tuple, columns: Tensor | None, labels: T
 
 
 def train_step(model: TinyLM, optimizer, batch, max_grad_norm: float = 1.0, accumulate: int = 1, bf16: bool = False,
-               class_weights: Tensor | None = None) -> Tensor:
+               class_weights: Tensor | None = None, ceiling: float = math.inf) -> Tensor:
     """One update on a batch of ids (batch, seq), or on a dict as `loss_sum` takes it, run in `accumulate` parts.
-    Returns the mean loss per label, a detached scalar. The optimizer is `MuonAdamW` or any of torch.optim. A model that
-    is `sharded` learns from the batches of all processes as from one."""
+    Returns the mean loss per label, a detached scalar; above the `ceiling` its gradient is left out. The optimizer is
+    `MuonAdamW` or any of torch.optim. A model that is `sharded` learns from the batches of all processes as from one.
+    """
     model.train()
     shards = world()[1] if hasattr(model, "set_requires_gradient_sync") else 1
     batch = batch if isinstance(batch, dict) else {"input_ids": batch}
@@ -2290,10 +2291,13 @@ def train_step(model: TinyLM, optimizer, batch, max_grad_norm: float = 1.0, accu
         loss = loss_sum(model, dict(zip(batch, rows)), class_weights, bf16) / weight
         (loss * shards).backward()  # of which the mean over processes is taken
         total += loss.detach()
-    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    total, gradients = summed(total, shards), [p.grad for p in model.parameters() if p.grad is not None]
+    norm = whole(nn.utils.get_total_norm(gradients))
+    scale = torch.where(total > ceiling, 0.0, (max_grad_norm / (norm + 1e-6)).clamp(max=1))
+    torch._foreach_mul_(gradients, scale)  # nothing waits for the device
     optimizer.step()
     optimizer.zero_grad()
-    return summed(total, shards)
+    return total
 
 
 def world() -> tuple[int, int]:
@@ -3348,7 +3352,8 @@ def train_steps(lm, optimizer, batches, held, weights, steps: int, notes: dict, 
             scale, batch = rate(notes["step"], steps, options), batches.draw(notes["step"])
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * scale
-            loss = train_step(lm, optimizer, batch, options.clip, options.accumulate, options.bf16, weights)
+            loss = train_step(lm, optimizer, batch, options.clip, options.accumulate, options.bf16, weights,
+                              jump(notes))
             notes["step"] += 1
             due = notes["step"] % every == 0 or notes["step"] == steps
             if due or notes["step"] % 16 == 0 or not loss.is_cuda:  # a look at a GPU waits for it
@@ -3366,13 +3371,18 @@ def train_steps(lm, optimizer, batches, held, weights, steps: int, notes: dict, 
 
 
 def watch(loss: float, notes: dict, progress: Progress):
-    """Stop at a loss that is no number, before anything is saved; say when one jumps."""
-    step, usual = notes["step"], notes.get("usual", loss)
+    """Stop at a loss that is no number, before anything is saved; say when one jumped, which changed nothing."""
+    step = notes["step"]
     require(math.isfinite(loss), f"step {step}: the loss is {loss}, and what was saved before is kept; expected a "
             "number (try a lower --lr and --adam-lr)")
-    if loss > 2 * usual + 1:
-        progress.note(f"step {step}: the loss jumped from about {usual:.3f} to {loss:.3f}")
-    notes["usual"] = 0.9 * usual + 0.1 * loss
+    if loss > jump(notes):
+        progress.note(f"step {step}: the loss jumped from about {notes['usual']:.3f} to {loss:.3f}; left out")
+    notes["usual"] = 0.9 * notes.get("usual", loss) + 0.1 * loss
+
+
+def jump(notes: dict) -> float:
+    """A loss above it is no usual one."""
+    return 2 * notes.get("usual", math.inf) + 1
 
 
 def validate(lm: TinyLM, held: list, notes: dict, options: TrainOptions, progress: Progress):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import urllib.parse
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 from conftest import CACHE, ROOT
 from export import PRECISIONS, WEIGHTS, OnnxLM, export_onnx
@@ -23,6 +25,7 @@ SCRIPTS = ROOT / "tests" / "interop"
 IDS, NEW = list(b"ROMEO:"), 20
 NPM = ["onnxruntime-node@1.30.0", "@huggingface/transformers@4.3.1"]
 PIP = {"genai": ["onnxruntime-genai==0.18.0"], "optimum": ["torch==2.13.0", "optimum-onnx==0.1.0", "onnxruntime"]}
+LLAMA = "llama-cpp-python==0.3.36"  # whose source package has llama.cpp and its scripts
 
 
 @pytest.fixture(scope="session")
@@ -35,21 +38,26 @@ def folder(tmp_path_factory):
 
 @functools.cache
 def environment(name):
-    """A folder with node_modules, or the Python of a virtual environment; skips with the reason where it cannot be."""
+    """A folder with node_modules, a virtual environment or llama.cpp's source; skips with the reason where it cannot
+    be had."""
     place = CACHE / f"interop-{name}"
     if name == "node":
         if not shutil.which("npm"):
             pytest.skip("npm is not installed")
-        made = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(place), *NPM]
+        made = [["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(place), *NPM]]
+    elif name == "llama":  # its script runs in this environment, which has torch, with one more package
+        pip = [sys.executable, "-m", "pip"]
+        made = [[*pip, "install", "--quiet", "--target", place, "sentencepiece==0.2.1"],
+                [*pip, "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", place, LLAMA]]
     else:
-        subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        made = [place / "bin" / "python", "-m", "pip", "install", "--quiet", *PIP[name]]
+        made = [[sys.executable, "-m", "venv", place],
+                [place / "bin" / "python", "-m", "pip", "install", "--quiet", *PIP[name]]]
     done = place / "done"
-    if not done.exists():
-        run = subprocess.run(made, capture_output=True, text=True)
+    for command in [] if done.exists() else made:
+        run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             pytest.skip(f"{name}: {(run.stderr.strip().splitlines() or ['failed'])[-1]}")
-        done.touch()
+    done.touch()
     return place
 
 
@@ -176,3 +184,19 @@ def test_optimum(precision, folder):
     python = environment("optimum") / "bin" / "python"
     assert said(python, SCRIPTS / "optimum.py", folder, f"model{PRECISIONS[precision].suffix}.onnx") == expected(
         folder, precision)
+
+
+def test_llama_cpp_converts_the_folder(smollm2, tmp_path):
+    """Its own script reads the folder, tokenizer and chat template included; transformers reads back what it wrote."""
+    from transformers import AutoModelForCausalLM
+    place, out, gguf = environment("llama"), tmp_path / "out", tmp_path / "model.gguf"
+    export_onnx(smollm2, out, onnx=False)
+    with tarfile.open(next(place.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    script = next(tmp_path.rglob("convert_hf_to_gguf.py"))
+    run = subprocess.run([sys.executable, script, out, "--outtype", "f32", "--outfile", gguf], capture_output=True,
+                         text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(place)})
+    assert run.returncode == 0, run.stderr[-2000:]
+    found, expected = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).state_dict()
+                       for folder, options in ((tmp_path, {"gguf_file": gguf.name}), (smollm2, {})))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)

@@ -1,6 +1,7 @@
 """How fast SmolLM2-135M decodes: greedy, 2 threads, every contender in one run.
 
-    python tests/bench/decode.py [--genai-python PYTHON] [--tokens 64] [--rounds 5] [--batch 1] [--only NAME ...]
+    python tests/bench/decode.py [--genai-python PYTHON] [--llama-python PYTHON] [--tokens 64] [--rounds 5] [--batch 1]
+                                 [--only NAME ...]
 
 Each contender lives in a process of its own, all on the same two cores. They take turns, round after round, and the
 median of the rounds counts, so that a busy or throttled machine slows all of them alike. A turn is one call: prompt and
@@ -8,14 +9,17 @@ prefill included, text included where the contender makes text. In fp32 all must
 reads a long prompt (best with `--tokens 8`), and counts its tokens.
 
 Bars: tinylm (the better of eager and compiled) at least 2.2 times transformers; OnnxLM at least 0.95 times
-onnxruntime-genai in fp32 and 1.5 times in 4 bits, whose models are built by its own builder; OnnxLM in 8 bits 2.4 times
-itself in fp32; the whole of generation in one graph 0.9 times OnnxLM. onnxruntime-genai is looked for in this Python,
-or in the one that --genai-python names (`pip install onnxruntime-genai onnx onnx-ir torch transformers` in an
-environment of its own).
+onnxruntime-genai in fp32 and 1.5 times in 4 bits, whose models are built by its own builder, and llama.cpp's Q4_0 once;
+OnnxLM in 8 bits 2.4 times itself in fp32; the whole of generation in one graph 0.9 times OnnxLM. onnxruntime-genai is
+looked for in this Python, or in the one that --genai-python names (`pip install onnxruntime-genai onnx onnx-ir torch
+transformers` in an environment of its own); llama.cpp in the one that --llama-python names (`pip install
+llama-cpp-python`, which compiles it; where its AMX kernels crash, with CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON
+-DGGML_AVX512_VNNI=ON ...", what the processor has but for those).
 """
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -92,11 +96,24 @@ def genai(folder):
     return generate
 
 
+def llama_cpp(file):
+    from llama_cpp import Llama
+    model = Llama(file, n_ctx=2048, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
+    if BATCH > 1:
+        raise SystemExit("its Python binding writes one text at a time")
+
+    def generate(n):
+        model.reset()  # else it would not read the prompt again
+        return list(itertools.islice(model.generate(PROMPT, top_k=1, temp=0.0, repeat_penalty=1.0), n))
+    return generate
+
+
 CONTENDERS = {"transformers": transformers_eager, "tinylm": tinylm_eager, "tinylm compiled": tinylm_compiled,
               "OnnxLM": onnx, "generate.onnx": onnx_loop, "onnxruntime-genai": genai,
-              "OnnxLM int8": functools.partial(onnx, precision="int8"),
-              "OnnxLM int4": functools.partial(onnx, precision="int4"), "onnxruntime-genai int4": genai}
-SAME = ("transformers", "tinylm", "tinylm compiled", "OnnxLM", "generate.onnx", "onnxruntime-genai")  # one arithmetic
+              "llama.cpp": llama_cpp, "OnnxLM int8": functools.partial(onnx, precision="int8"),
+              "llama.cpp Q8_0": llama_cpp, "OnnxLM int4": functools.partial(onnx, precision="int4"),
+              "onnxruntime-genai int4": genai, "llama.cpp Q4_0": llama_cpp}
+SAME = ("transformers", "tinylm", "tinylm compiled", "OnnxLM", "generate.onnx", "onnxruntime-genai", "llama.cpp")
 
 
 def work(name, folder):
@@ -164,9 +181,25 @@ def built_by_genai(smollm2, out, python, precision):
     return out
 
 
+def built_by_llama(out, python, kind):
+    """Of the 4-bit GGUF that all weights here come from: dequantised (ALL_F32), or rounded anew."""
+    code = ("import llama_cpp as l, sys; p = l.llama_model_quantize_default_params(); p.allow_requantize = True; "
+            f"p.ftype = l.LLAMA_FTYPE_{kind}; sys.exit(l.llama_model_quantize(*map(str.encode, sys.argv[1:]), p))")
+    if not out.exists():
+        import conftest
+        with conftest.wheel_contents(conftest.WHEEL) as work:
+            gguf, = work.rglob("*.gguf")
+            run = subprocess.run([python, "-c", code, gguf, work / out.name], capture_output=True, text=True)
+            if run.returncode:
+                raise Unavailable("not importable; name a Python that has it with --llama-python")
+            os.rename(work / out.name, out)
+    return out
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--genai-python", default=sys.executable, help="a Python that has onnxruntime-genai")
+    parser.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=12, help="tokens of the prompt")
@@ -199,6 +232,10 @@ def main():
                     python, precision = options.genai_python, "int4" if "int4" in name else "fp32"
                     made = conftest.CACHE / f"smollm2-135m-instruct-genai-{precision}"
                     folder = built_by_genai(smollm2, made, python, precision)
+                if "llama" in name:
+                    python, kind = options.llama_python, f"MOSTLY_{name[-4:]}" if name.endswith("_0") else "ALL_F32"
+                    made = conftest.CACHE / f"smollm2-135m-instruct-{kind}.gguf"
+                    folder = built_by_llama(made, python, kind)
                 contender = Contender(name, folder, python, f"{scratch}/{name}.log")
                 contender.turn(options.tokens)  # warms up, and compiles
                 contenders.append(contender)
@@ -230,7 +267,8 @@ def report(contenders, skipped, options):
     print()
     speed["tinylm, the better"] = max(speed.get("tinylm", 0), speed.get("tinylm compiled", 0))
     bars = [("tinylm, the better", "transformers", 2.2), ("OnnxLM", "onnxruntime-genai", 0.95),
-            ("OnnxLM int4", "onnxruntime-genai int4", 1.5), ("OnnxLM int8", "OnnxLM", 2.4),
+            ("OnnxLM int4", "onnxruntime-genai int4", 1.5), ("OnnxLM int4", "llama.cpp Q4_0", 1.0),
+            ("OnnxLM int8", "OnnxLM", 2.4),
             ("generate.onnx", "OnnxLM", 0.9)]
     missed = any(contender.ids != exact[0].ids for contender in exact)
     for ours, theirs, bar in bars:

@@ -804,8 +804,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
     """
     half, x = cos.shape[-1], rearrange(x, "b s (h d) -> b s h d", d=head_dim)
     cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
-    x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    return rearrange(torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1), "b s h d -> b s (h d)")
+    x1, x2, rest = x.split((half, half, head_dim - 2 * half), dim=-1)  # whose gradient is one concatenation
+    turned = torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin), rest
+    return rearrange(torch.cat(turned, dim=-1), "b s h d -> b s (h d)")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, head_dim: int, scale: float,
@@ -2156,7 +2157,7 @@ SIZES = {
     "large": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4),
 }
 NEW_HEADS = ("classify", "tokens", "qa")  # heads that fine-tuning begins at random
-LARGE = 2**26  # logits of a step above which they are made a chunk at a time
+LARGE = 2**22  # logits of a step above which they are made a chunk at a time
 
 
 def orthogonal(x: Tensor, steps: int = 5) -> Tensor:

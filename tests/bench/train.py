@@ -7,10 +7,11 @@ Whole processes are timed, from `python` to the saved checkpoint. tinylm runs be
 programs on the machine disturb both; seconds of the processor are printed beside those of the clock.
 """
 
+import json
 import math
-import os
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -129,49 +130,64 @@ def nanogpt(layers=4, heads=4, width=128, block=64, batch=12, steps=2000, warmup
     print(f"{total / (len(held) - 1) / math.log(2):.5f} bits/byte")
 
 
-def step():
-    for shape in (dict(width=128, batch=12, block=64, vocab=320), dict(width=256, batch=8, block=256, vocab=4096)):
-        print(shape)
-        compare_steps(**shape)
+SHAPES = [dict(width=128, batch=12, block=64, vocab=320), dict(width=256, batch=8, block=256, vocab=4096),
+          dict(width=512, batch=8, block=256, vocab=4096)]
+STEPPERS = ("transformers, AdamW", "tinylm, AdamW", "tinylm, Muon and AdamW")
 
 
-def compare_steps(width, batch, block, vocab, layers=4, heads=4, rounds=12):
-    """Forward, backward and update, in turns: a plain transformers Qwen3 with AdamW, and ours with the same and with
-    Muon; the median of the processor's milliseconds."""
+def step(rounds=10):
+    """Forward, backward and update: a plain transformers Qwen3 with AdamW, and ours with the same and with Muon, each in
+    a process of its own, in turns; the median of the milliseconds."""
+    for shape in SHAPES:
+        workers = {name: subprocess.Popen([sys.executable, __file__, "stepper", name, json.dumps(shape)], text=True,
+                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                   for name in STEPPERS}
+        times = {name: [] for name in workers}
+        for round in range(rounds + 2):
+            for name, worker in workers.items():
+                print(file=worker.stdin, flush=True)
+                times[name] += [float(worker.stdout.readline())] * (round > 1)
+        peaks = {name: int(worker.communicate()[0]) / 1024 for name, worker in workers.items()}
+        base = statistics.median(times[STEPPERS[0]])
+        print(*(f"{name} {value}" for name, value in shape.items()), sep=", ")
+        for name, found in times.items():
+            print(f"{name}: {statistics.median(found):.0f} ms, {statistics.median(found) / base:.2f} of transformers'; "
+                  f"resident at most {peaks[name]:.0f} MB", flush=True)
+
+
+def stepper(name, width, batch, block, vocab, layers=4, heads=4):
+    """A contender's process: a line comes in, five steps are taken, their mean time in milliseconds goes out; at the end
+    the kilobytes it had at most."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
-    from tinylm import MuonAdamW, TinyLM, train_step
-    theirs = Qwen3ForCausalLM(Qwen3Config(
+    import tinylm
+    torch.manual_seed(0)
+    model, ids = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, head_dim=width // heads, intermediate_size=3 * width, tie_word_embeddings=True))
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        models = [TinyLM.from_pretrained(folder) for _ in range(2)]
-    ids, muon = torch.randint(vocab, (batch, block + 1)), MuonAdamW(models[1], 1e-3, 1e-4)
-    optimizers = [torch.optim.AdamW(theirs.parameters(), lr=1e-4),
-                  torch.optim.AdamW(models[0].parameters(), lr=1e-4, fused=True)]
+        num_key_value_heads=heads, head_dim=width // heads, intermediate_size=3 * width, tie_word_embeddings=True
+    )).train(), torch.randint(vocab, (batch, block + 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    if "tinylm" in name:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model = tinylm.TinyLM.from_pretrained(folder)
+        optimizer = (tinylm.MuonAdamW(model, 1e-3, 1e-4) if "Muon" in name else
+                     torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
+        tinylm.keep_memory()  # as `tinylm.py train` does
 
     def transformers_step():
-        theirs.train()
-        logits = theirs(input_ids=ids[:, :-1], use_cache=False).logits
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizers[0].step()
-        optimizers[0].zero_grad()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
-    contenders = {"transformers, AdamW": transformers_step,
-                  "tinylm, AdamW": lambda: train_step(models[0], optimizers[1], ids),
-                  "tinylm, Muon and AdamW": lambda: train_step(models[1], muon, ids)}
-    times = {name: [] for name in contenders}
-    for round in range(rounds):
-        for name, run in contenders.items():
-            start = time.process_time()
-            run()
-            times[name] += [time.process_time() - start] * (round > 1)
-    base = sorted(times["transformers, AdamW"])[len(times["transformers, AdamW"]) // 2]
-    for name, seconds in times.items():
-        median = sorted(seconds)[len(seconds) // 2]
-        print(f"{name}: {median * 1000:.0f} ms of the processor, {median / base:.2f} of transformers'", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(5):
+            tinylm.train_step(model, optimizer, ids) if "tinylm" in name else transformers_step()
+        print((time.perf_counter() - start) * 200, flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 PEAKS = {  # what is measured -> (options, logits above which they are made in chunks)
@@ -208,7 +224,8 @@ def peak(name):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["peak"]:
-        peak(sys.argv[2])
-        sys.exit()
+        sys.exit(peak(sys.argv[2]))
+    if sys.argv[1:2] == ["stepper"]:
+        sys.exit(stepper(sys.argv[2], **json.loads(sys.argv[3])))
     for name in sys.argv[1:] or ("loss", "step", "memory"):
         dict(loss=loss, levers=levers, nanogpt=nanogpt, step=step, memory=memory)[name]()

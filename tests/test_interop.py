@@ -30,9 +30,9 @@ LLAMA = "llama-cpp-python==0.3.36"  # whose source package has llama.cpp and its
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """The shipped model in every precision."""
+    """The shipped model in every precision, 4 bits rounded for what it writes by itself: the same on every machine."""
     out = tmp_path_factory.mktemp("interop") / "out"
-    export_onnx(WEIGHTS, out, precisions=[*PRECISIONS], generate=True, text=(ROOT / "README.md").read_text()[:10240])
+    export_onnx(WEIGHTS, out, precisions=[*PRECISIONS], generate=True)
     return out
 
 

@@ -30,7 +30,7 @@ LLAMA = "llama-cpp-python==0.3.36"  # whose source package has llama.cpp and its
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """The shipped model in every precision, 4 bits rounded for what it writes by itself: the same on every machine."""
+    """The shipped model in every precision, 4 bits rounded for what it writes by itself."""
     out = tmp_path_factory.mktemp("interop") / "out"
     export_onnx(WEIGHTS, out, precisions=[*PRECISIONS], generate=True)
     return out

@@ -2296,8 +2296,8 @@ def train_step(model: TinyLM, optimizer, batch, max_grad_norm: float = 1.0, accu
         total += loss.detach()
     total, gradients = summed(total, shards), [p.grad for p in model.parameters() if p.grad is not None]
     norm = whole(nn.utils.get_total_norm(gradients))
-    scale = torch.where(total > ceiling, 0.0, (max_grad_norm / (norm + 1e-6)).clamp(max=1))
-    torch._foreach_mul_(gradients, scale)  # nothing waits for the device
+    norm = torch.where(total > ceiling, math.inf, norm)  # by which gradients become 0, and nothing waits for the device
+    nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad()
     return total

@@ -53,11 +53,12 @@ def environment(name):
         made = [[sys.executable, "-m", "venv", place],
                 [place / "bin" / "python", "-m", "pip", "install", "--quiet", *PIP[name]]]
     done = place / "done"
-    for command in [] if done.exists() else made:
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            pytest.skip(f"{name}: {(run.stderr.strip().splitlines() or ['failed'])[-1]}")
-    done.touch()
+    if not done.exists():
+        for command in made:
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode:
+                pytest.skip(f"{name}: {(run.stderr.strip().splitlines() or ['failed'])[-1]}")
+        done.touch()
     return place
 
 

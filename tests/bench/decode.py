@@ -98,9 +98,9 @@ def genai(folder):
 
 def llama_cpp(file):
     from llama_cpp import Llama
-    model = Llama(file, n_ctx=2048, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
     if BATCH > 1:
         raise SystemExit("its Python binding writes one text at a time")
+    model = Llama(file, n_ctx=2048, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
 
     def generate(n):
         model.reset()  # else it would not read the prompt again
@@ -191,7 +191,8 @@ def built_by_llama(out, python, kind):
             gguf, = work.rglob("*.gguf")
             run = subprocess.run([python, "-c", code, gguf, work / out.name], capture_output=True, text=True)
             if run.returncode:
-                raise Unavailable("not importable; name a Python that has it with --llama-python")
+                reason = (run.stderr.strip().splitlines() or ["failed"])[-1]
+                raise Unavailable(f"{reason}; name a Python that has llama-cpp-python with --llama-python")
             os.rename(work / out.name, out)
     return out
 

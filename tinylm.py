@@ -31,6 +31,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import string
 import sys
@@ -2340,7 +2341,8 @@ def sharded(lm: TinyLM, parallel: str = "fsdp"):
         for block in lm.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(lm, mesh=mesh, mp_policy=policy)
-    lm.register_state_dict_post_hook(lambda _, state, *__: state.update({name: whole(x) for name, x in state.items()}))
+    lm.register_state_dict_post_hook(lambda _, state, *__: state.update(
+        {name: whole(x).cpu() for name, x in state.items()}))  # one at a time: a device may not hold them all
 
 
 class LoRA(Linear):
@@ -2356,14 +2358,14 @@ class LoRA(Linear):
 
     def parts(self) -> list:
         """(A, B) of each part."""
-        return list(zip(self.a.chunk(len(self.sizes)), self.b.split(self.sizes)))
+        return list(zip(whole(self.a).chunk(len(self.sizes)), whole(self.b).split(self.sizes)))
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(x, self.a).chunk(len(self.sizes), dim=-1)
         return super().forward(x) + 2 * torch.cat([F.linear(part, b) for part, (_, b) in zip(low, self.parts())], -1)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix + "weight"] = (self.weight + 2 * torch.cat([b @ a for a, b in self.parts()])).detach()
+        destination[prefix + "weight"] = (whole(self.weight) + 2 * torch.cat([b @ a for a, b in self.parts()])).detach()
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias.detach()
 
@@ -2390,8 +2392,10 @@ def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
                 theirs = theirs.removesuffix(".weight")
                 targets.add(theirs.split(f".{next(part for part in theirs.split('.') if part.isdigit())}.", 1)[1])
                 tensors |= {f"{theirs}.lora_{side}.weight": tensor for side, tensor in zip("AB", pair)}
-    head = {f"head.{name}": p for name, p in lm.head.named_parameters() if p.requires_grad}
+    head = {f"head.{name}": whole(p) for name, p in lm.head.named_parameters() if p.requires_grad}
     head = to_checkpoint(head, config, config.model_type)
+    if world()[0] > 0:
+        return
     kinds = {"lm": "SEQ_2_SEQ_LM" if config.num_encoder_layers else "CAUSAL_LM", "classify": "SEQ_CLS",
              "tokens": "TOKEN_CLS", "qa": "QUESTION_ANS"}
     folder.mkdir(parents=True, exist_ok=True)
@@ -3206,7 +3210,6 @@ def prepared_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
     for block in (module for module in lm.modules() if options.checkpoint and isinstance(module, Block)):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if world()[1] > 1:
-        require(not options.lora, f"--lora {options.lora}: expected one process")
         sharded(lm, options.parallel)
     return lm
 
@@ -3251,23 +3254,46 @@ class Progress:
 
 def save(folder: Path, lm: TinyLM, options: TrainOptions, optimizer=None, notes: dict | None = None):
     """A checkpoint for everyone; with an optimizer, beside it all that `--resume` needs, in one file that is replaced
-    at once. Raises Error where it cannot be written; each file is then the whole former one."""
-    tensors = {f"model/{name}": whole(p) for name, p in lm.named_parameters() if optimizer and p.requires_grad}
+    at once; under torchrun that names the folder into which each process wrote its own part. Raises Error where it
+    cannot be written; each file is then the whole former one."""
+    tensors = {f"model/{name}": p for name, p in lm.named_parameters() if optimizer and p.requires_grad}
     for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
-        tensors |= {f"optimizer/{i}/{key}": whole(tensor) for key, tensor in state.items()}
-    if world()[0] > 0:
-        lm.state_dict()  # in which all processes take part
-        return
+        tensors |= {f"optimizer/{i}/{key}": tensor for key, tensor in state.items()}
+    before = {*folder.glob("training-*")}
     try:
-        lm.save_pretrained(folder)
+        if optimizer and world()[1] > 1:
+            tensors, notes = {}, notes | {"shards": save_shards(folder, tensors, lm.device)}
+        if world()[0] == 0:
+            lm.save_pretrained(folder)
+        else:
+            lm.state_dict()  # in which all processes take part
         if options.lora:
             save_adapter(folder / "adapter", lm, options)
-        if optimizer:
+        if optimizer and world()[0] == 0:
             write_tensors(folder / "training.safetensors", tensors, {"training": json.dumps(notes)})
+            for path in before:
+                shutil.rmtree(path, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        for rest in folder.rglob("*.tmp"):
-            rest.unlink()
+        for path in {*folder.rglob("*.tmp"), *folder.glob("training-*")} - before:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         raise Error(f"{folder}: not saved ({error}); what was saved there before is as it was") from None
+
+
+def save_shards(folder: Path, tensors: dict, device) -> str:
+    """A new folder of safetensors, each with what one process has of the tensors; its name."""
+    import torch.distributed.checkpoint as dcp
+    number = summed(torch.tensor(time.time_ns() * (world()[0] == 0), device=device), world()[1])
+    path = folder / f"training-{number}"
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(path), save_distributed=True))
+    except dcp.api.CheckpointException as error:
+        raise OSError(cause(error)) from None
+    return path.name
+
+
+def cause(error) -> str:
+    """What went wrong on the first process where something did, as torch.distributed.checkpoint says it."""
+    return str(next(iter(error.failures.values()))[0])
 
 
 @contextlib.contextmanager
@@ -3286,32 +3312,57 @@ def locked(folder: Path):
             os.close(handle)
 
 
-def saved(folder: Path) -> tuple[dict, dict]:
-    """What `save` has for `--resume`: tensors and notes."""
-    file = open_tensors(folder / "training.safetensors")
-    notes = json.loads((file.metadata() or {}).get("training", "null"))
-    require(notes, f"{folder / 'training.safetensors'}: not written by tinylm's training")
-    return {name: file.get_tensor(name) for name in file.keys()}, notes
+def saved(folder: Path) -> dict:
+    """The notes that `save` has for `--resume`."""
+    file = folder / "training.safetensors"
+    notes = json.loads((open_tensors(file).metadata() or {}).get("training", "null"))
+    require(notes, f"{file}: not written by tinylm's training")
+    return notes
 
 
 @torch.no_grad()
-def restore(lm: TinyLM, optimizer, tensors: dict):
+def restore(lm: TinyLM, optimizer, folder: Path, notes: dict):
+    """Parameters and the optimizer's state as they were saved, by however many processes."""
     params, state = [p for group in optimizer.param_groups for p in group["params"]], {}
+
+    def owner(name: str) -> Tensor:
+        kind, name, *_ = name.split("/")
+        return params[int(name)] if kind == "optimizer" else lm.get_parameter(name)
+
+    if "shards" in notes:
+        tensors = load_shards(folder / Path(notes["shards"]).name, owner)
+    else:
+        file = open_tensors(folder / "training.safetensors")
+        tensors = {name: like(owner(name), file.get_tensor(name)) for name in file.keys()}
     for name, tensor in tensors.items():
-        kind, name, *key = name.split("/")
+        kind, number, *key = name.split("/")
         if kind == "optimizer":
-            state.setdefault(int(name), {})[key[0]] = like(params[int(name)], tensor)
+            state.setdefault(int(number), {})[key[0]] = tensor
         else:
-            p = lm.get_parameter(name)
-            p.copy_(like(p, tensor))
+            owner(name).copy_(tensor)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def load_shards(path: Path, owner: Callable) -> dict:
+    """The tensors of `save_shards`, each shared out as its parameter, `owner(name)`, is now."""
+    import torch.distributed.checkpoint as dcp
+    try:
+        reader, tensors = dcp.HuggingFaceStorageReader(str(path)), {}
+        for name, said in reader.read_metadata().state_dict_metadata.items():
+            p, size = owner(name), tuple(said.size)
+            require(size in ((), p.shape), f"{path}: {name} has shape {size}, expected {tuple(p.shape)}")
+            tensors[name] = torch.empty_like(p) if size else torch.zeros(())
+        dcp.load(tensors, storage_reader=reader, no_dist=world()[1] == 1)
+    except (SafetensorError, dcp.api.CheckpointException) as error:
+        raise Error(f"{path}: not readable ({cause(error) if hasattr(error, 'failures') else error})") from None
+    return tensors
 
 
 def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     """Train on `data` (see `read_rows`) from scratch or from `options.init`; or go on where `options.out`/last stopped:
     bit for bit the run that was not interrupted, since data order and dropout depend on seed and step alone."""
     asked, options, out, task = asdict(options), options.filled(), Path(options.out), TASKS[options.task]
-    tensors, notes = saved(out / "last") if resume else ({}, None)
+    notes = saved(out / "last") if resume else None
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file, expected a folder")
     rows, held = read_rows(Path(data), options), read_rows(Path(options.val), options) if options.val else None
     hashed = hashlib.sha256(repr((rows, held)).encode("utf-8", errors="replace")).hexdigest()
@@ -3330,7 +3381,7 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     weights = class_weights(lm.config, batches.epoch(None)).to(lm.device) if options.class_weights else None
     steps = options.steps or math.ceil(options.epochs * batches.per_epoch)
     if resume:
-        restore(lm, optimizer, tensors)
+        restore(lm, optimizer, out / "last", notes)
     notes = notes or dict(options=asked, data=hashed, step=0, best=None, stale=0)
     if options.compile:
         lm.compile(fullgraph=True)
@@ -3524,7 +3575,7 @@ def run_train(options: dict):
     if restarts != "0":  # torchrun begins again after a fault
         resume |= (last / "training.safetensors").exists()
     if resume:  # what is not said again is as it was
-        options = saved(last)[1]["options"] | options
+        options = saved(last)["options"] | options
     options = TrainOptions(**options)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # under torchrun
         cuda = usable_device(options.device).type == "cuda"

@@ -34,10 +34,15 @@ def alone(text, tmp_path_factory):
     return finished(tinylm("train", text, "--out", out, *OPTIONS)).stderr, out
 
 
-def started(*arguments, restarts=0):
-    command = [*TORCHRUN, "--max-restarts", restarts, ROOT / "tinylm.py", *arguments]
-    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True,
+def started(*arguments, processes=2, restarts=0):
+    launch = [*TORCHRUN, "--max-restarts", restarts] if processes > 1 else [sys.executable]
+    return subprocess.Popen([*map(str, (*launch, ROOT / "tinylm.py", *arguments))], stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+def worker(run):
+    """A process that trains."""
+    return int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[-1])
 
 
 def curve(log):
@@ -71,8 +76,42 @@ def test_a_killed_process_is_started_again_and_goes_on(text, alone, tmp_path):
     """torchrun ends the other one and begins again: the run of one process that nothing disturbed."""
     run = started("train", text, "--out", tmp_path, *OPTIONS, restarts=1)
     next(line for line in run.stderr if "step 12  validation" in line)
-    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(worker(run), signal.SIGKILL)
     log = run.communicate(timeout=120)[1]
     assert run.returncode == 0 and 6 not in curve(log) and 24 in curve(log), log
     same_run(alone, log, tmp_path)
+
+
+@pytest.mark.parametrize("processes", [2, 1])
+def test_a_run_goes_on_with_another_number_of_processes(processes, text, alone, tmp_path):
+    """Each of two writes its own part of what `--resume` needs; one reads both parts, and two share what one wrote."""
+    run = started("train", text, "--out", tmp_path, *OPTIONS, processes=processes)
+    next(line for line in run.stderr if "step 12  validation" in line)
+    os.kill(worker(run) if processes > 1 else run.pid, signal.SIGINT)
+    assert "--resume goes on" in run.communicate(timeout=120)[1] and run.returncode == 0
+    sizes = [sum(tensor.numel() for tensor in load_file(file).values())
+             for file in (tmp_path / "last").glob("training-*/*.safetensors")]
+    assert len(sizes) == processes * (processes > 1) and 2 * max(sizes, default=0) < 1.1 * sum(sizes) + 1
+    run = started("train", text, "--out", tmp_path, "--resume", processes=3 - processes)
+    log = run.communicate(timeout=120)[1]
+    assert run.returncode == 0 and [*curve(log)] == [18, 24], log
+    same_run(alone, log, tmp_path)
+    assert len([*(tmp_path / "last").glob("training-*/")]) == 2 - processes
+
+
+def test_two_processes_train_the_adapters_of_one(text, alone, tmp_path):
+    """Merged in the checkpoint, and bare beside it."""
+    options = ["--init", alone[1] / "best", "--lora", "2", "--block", "32", "--batch", "8", "--epochs", "1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    finished(tinylm("train", text, "--out", one, *options))
+    run = started("train", text, "--out", two, *options)
+    log = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, log
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        ours, theirs = (load_file(folder / "last" / name) for folder in (two, one))
+        assert list(ours) == list(theirs)
+        for key in ours:
+            assert (ours[key] - theirs[key]).abs().max() < 1e-3 * theirs[key].abs().max().clamp(min=0.1), key
+    before = load_file(alone[1] / "best" / "model.safetensors")
+    assert not torch.equal(load_file(two / "last" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"],
+                           before["model.layers.0.mlp.down_proj.weight"])

@@ -1672,6 +1672,9 @@ class ByteTokenizer:
     def encode(self, text: str, pair: str | None = None, special: bool = True) -> list[int]:
         return list(text.encode("utf-8", errors="replace")) if pair is None else self.encoding(text, pair).ids
 
+    def batch(self, texts: list):
+        return map(self.encode, texts)
+
     def encoding(self, text: str, pair: str | None = None):
         """What `Tokenizer.encoding` gives; a second text stands behind the end-of-text token."""
         first, second = ([(byte, part, (i, i + 1)) for i, char in enumerate(one or "") for byte in self.encode(char)]
@@ -1720,6 +1723,11 @@ class Tokenizer:
 
     def encode(self, text: str, pair: str | None = None, special: bool = True) -> list[int]:
         return self.encoding(text, pair, special).ids
+
+    def batch(self, texts: list):
+        """Ids of texts without specials, on all processors."""
+        texts = [text.encode("utf-8", errors="replace").decode("utf-8") for text in texts]
+        return (encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False))
 
     def encoding(self, text: str, pair: str | None = None, special: bool = True):
         """Ids of a text or of two, with `type_ids`, `sequence_ids` (which text; None: special) and `offsets` in it."""
@@ -2474,6 +2482,7 @@ OPTIONAL = ("messages", "pair")
 READ_ALOUD = ("text", "pair", "words", "source", "target", "question", "context")  # what a tokenizer is trained on
 HELD_BACK = 0.1  # the share of the data that is validated on; of texts at most BIG / 64 characters
 BIG = 2**26      # bytes of a text file above which it is not read into memory
+PIECE = 2**17    # characters, or bytes, of a text that are tokenised at once
 
 
 class MappedText:
@@ -2516,20 +2525,37 @@ class MappedText:
             dist.barrier()
         return stored()
 
-    def tokenise(self, tokenizer, path: Path, size: int = 2**17):
-        """Sixteen pieces of the text at a time, which the library shares out over all processors."""
+    def tokenise(self, tokenizer, path: Path):
         decoder, left, count = codecs.getincrementaldecoder("utf-8")("replace"), len(self), 0
-        with open(self.path, "rb") as text, open(path, "wb") as file:
-            text.seek(self.first)
-            while left:
-                pieces = [text.read(min(size, max(left - i * size, 0))) for i in range(16)]
-                left -= sum(map(len, pieces))
-                pieces = [decoder.decode(piece) for piece in pieces]
-                for encoding in tokenizer.backend.encode_batch_fast(pieces, add_special_tokens=False):
-                    count += len(encoding.ids)
-                    file.write(array.array("i", encoding.ids).tobytes())
-                print(f"{self.path}: {1 - left / len(self):.0%} tokenised", file=sys.stderr)
+
+        def pieces():
+            nonlocal left
+            with open(self.path, "rb") as text:
+                text.seek(self.first)
+                while left:
+                    piece = text.read(min(PIECE, left))
+                    left -= len(piece)
+                    yield decoder.decode(piece)
+
+        with open(path, "wb") as file:
+            for i, ids in enumerate(piecewise(tokenizer, pieces())):
+                count += len(ids)
+                file.write(ids.tobytes())
+                if i % 16 == 0 or not left:
+                    print(f"{self.path}: {1 - left / len(self):.0%} tokenised", file=sys.stderr)
             file.write(array.array("i", [count]).tobytes())
+
+
+def piecewise(tokenizer, pieces):
+    """Ids of a long text, an array for each of its pieces: of a whole one at once the library takes 200 bytes for each
+    of the text's."""
+    pieces = iter(pieces)
+    while some := list(itertools.islice(pieces, 16)):
+        yield from (array.array("i", ids) for ids in tokenizer.batch(some))
+
+
+def sliced(text: str):
+    return (text[i:i + PIECE] for i in range(0, len(text), PIECE))
 
 
 class Blocks:
@@ -2807,7 +2833,8 @@ class LanguageModelling(Task):
         for text in texts:
             parts += [torch.tensor([*lm.ends()][:1], dtype=torch.int32)] * (causal and bool(parts)) + [
                 text.tokens(lm.tokenizer) if isinstance(text, MappedText) else
-                torch.tensor(lm.tokenizer.encode(text, special=causal), dtype=torch.int32)]
+                torch.tensor(lm.tokenizer.encode(text, special=causal), dtype=torch.int32) if len(text) <= PIECE else
+                torch.cat([torch.tensor(ids, dtype=torch.int32) for ids in piecewise(lm.tokenizer, sliced(text))])]
         ids = parts[0] if len(parts) == 1 else torch.cat([torch.zeros(0, dtype=torch.int32), *parts])
         size = sum(len(text.encode("utf-8", errors="replace") if isinstance(text, str) else text) for text in texts)
         special = torch.tensor([] if causal else lm.tokenizer.encode(""), dtype=torch.long)
@@ -3136,7 +3163,8 @@ def train_bpe(texts: list, vocab: int, encoder: bool = False) -> Tokenizer:
         raise Error("--vocab needs `pip install tokenizers`; without it, tokens of decoders are bytes") from None
     special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"] if encoder else list(ByteTokenizer.specials)
     backend = ByteLevelBPETokenizer(add_prefix_space=encoder)
-    texts = (re.sub(r"\S{1000}", r"\g<0> ", text) for text in texts)  # a word that never ends would take for ever
+    texts = (re.sub(r"\S{1000}", r"\g<0> ", piece)  # a word that never ends would take for ever
+             for text in texts for piece in sliced(text))
     backend.train_from_iterator(texts, max(vocab, 256 + len(special)), show_progress=False, special_tokens=special)
     named = tokenizer_config(*special[:2])
     if encoder:

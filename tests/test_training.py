@@ -1,10 +1,15 @@
 """What training costs: memory that is saved without a change, one graph for the compiler, kernels that are taken."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import tinylm
+from conftest import ROOT
 from families import FAMILIES, SEQ2SEQ, prompts
 from test_train import TEXT, same_files
 from tinylm import Config, MuonAdamW, TinyLM, TrainOptions, loss_sum, main, train_step
@@ -141,6 +146,22 @@ def test_bytes_on_the_disk_train_as_those_in_memory(tmp_path, monkeypatch):
     assert train(path, tmp_path / "disk") == 0
     for which in ("best", "last"):
         assert same_files(*(tmp_path / out / which / "model.safetensors" for out in ("memory", "disk")))
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="a process's memory is told by wait4")
+def test_a_text_is_tokenised_in_little_memory(tmp_path):
+    """Fifty bytes for each of the text's, at most; all at once it would be 200."""
+    def peak(size):
+        path = tmp_path / f"{size}.txt"
+        path.write_text(TEXT * (size // len(TEXT)), encoding="utf-8")
+        command = [sys.executable, ROOT / "tinylm.py", "train", path, "--out", tmp_path / str(size), "--size", "pico",
+                   "--batch", "4", "--block", "32", "--vocab", "300", "--steps", "1"]
+        run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(run.pid, 0)
+        assert status == 0
+        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    assert peak(8_000_000) - peak(100_000) < 50 * 8_000_000
 
 
 def at(rows, split, monkeypatch):

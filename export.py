@@ -36,7 +36,7 @@ import numpy as np
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped beside this file
 MARK = ".tinylm-export"                                # this file says: the next export may replace the folder
 OPSET = 23                                             # the first with Attention, RotaryEmbedding, RMSNormalization
-BLOCK = 32                                             # weights in a row that share a scale, where they are rounded
+BLOCK = {4: 32, 8: 64}                                 # bits -> weights in a row that share a scale, at most
 SHARES = (1.1, 1.05, 1, 0.95, 0.9, 0.85, 0.8, 0.75)    # of a block's range, tried for the least error
 PARTS = ("blocks", "scales", "zero_points")            # tensors that a rounded matrix is stored in
 EXTERNAL_ABOVE = 2**31 - 2**26                         # bytes; a protobuf file ends at 2 GiB
@@ -697,7 +697,7 @@ def onnx_linear(x, weight, bias, blocks: Blocks | None):
         return torch.nn.functional.linear(x, weight, bias)
     rows, columns = weight.shape
     y = operator("com.microsoft::MatMulNBits", (x, weight, weight, weight), x, (*x.shape[:-1], rows), N=rows, K=columns,
-                 bits=blocks.bits, block_size=BLOCK)
+                 bits=blocks.bits, block_size=blocks.codes.shape[-1])
     return y if bias is None else y + bias
 
 
@@ -1048,8 +1048,8 @@ def rename(graph, value, name: str):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Blocks(NamedTuple):
-    """A matrix of whole numbers 0 to 2^bits - 1, a scale and a zero point for BLOCK of them in a row."""
-    codes: object   # (rows, blocks, BLOCK)
+    """A matrix of whole numbers 0 to 2^bits - 1, a scale and a zero point for each block of them in a row."""
+    codes: object   # (rows, blocks, block)
     scales: object  # (rows, blocks, 1)
     zeros: object
     bits: int
@@ -1071,10 +1071,10 @@ def nearest(weight, bits: int, moments=None) -> Blocks:
     and zeros are those of least weighted error, and what rounding a column does to the outputs is made up for by the
     columns after it, the weightiest first (GPTQ, Frantar et al. 2022)."""
     import torch
-    top, blocks = 2**bits - 1, weight.float().unflatten(1, (-1, BLOCK))
+    top, blocks = 2**bits - 1, weight.float().unflatten(1, (-1, math.gcd(weight.shape[1], BLOCK[bits])))
     low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=1e-6)
     middle, least = (-low / (high - low) * top).round(), None
-    importance = 1 if moments is None else moments.diagonal().unflatten(0, (-1, BLOCK))
+    importance = 1 if moments is None else moments.diagonal().view(blocks.shape[1:])
     for share, shift in ((1, 0),) if moments is None else itertools.product(SHARES, (0, -1, 1)):
         scale = ((high - low) * (share / top)).half().float().clamp(min=1e-7)
         zero = (middle + shift).clamp(0, top)
@@ -1092,22 +1092,23 @@ def nearest(weight, bits: int, moments=None) -> Blocks:
 def compensated(weight, scales, zeros, moments, top: int):
     """The codes of `nearest`, column by column."""
     import torch
-    columns = weight.shape[1]
+    (_, groups, _), columns = scales.shape, weight.shape[1]
+    block = columns // groups
     order = moments.diagonal().argsort(descending=True)
     moments = moments + 0.01 * moments.diagonal().mean() * torch.eye(columns)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True)
     w, scales, zeros = (x.flatten(1).t()[order].contiguous() for x in (  # a column is a row here: memory in one piece
-        weight.float(), scales.expand(-1, -1, BLOCK), zeros.expand(-1, -1, BLOCK)))
-    codes, errors = torch.empty_like(w), torch.empty(BLOCK, len(weight))
-    for start in range(0, columns, BLOCK):
-        stop = start + BLOCK
+        weight.float(), scales.expand(-1, -1, block), zeros.expand(-1, -1, block)))
+    codes, errors = torch.empty_like(w), torch.empty(block, len(weight))
+    for start in range(0, columns, block):
+        stop = start + block
         for i in range(start, stop):
             codes[i] = (w[i] / scales[i] + zeros[i]).round().clamp(0, top)
             error = errors[i - start] = (w[i] - (codes[i] - zeros[i]) * scales[i]) / upper[i, i]
             w[i:stop].addr_(upper[i, i:stop], error, alpha=-1)
         w[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
-    return codes[order.argsort()].t().unflatten(1, (-1, BLOCK))
+    return codes[order.argsort()].t().unflatten(1, (groups, block))
 
 
 def round_weights(lm, bits: int, ids) -> dict:
@@ -1120,7 +1121,7 @@ def round_weights(lm, bits: int, ids) -> dict:
     linear, blocks = tinylm.linear, {}
     modules = {"embed": lm.embed} | {name: m for name, m in lm.named_modules() if isinstance(m, tinylm.Linear)}
     names = {id(module.weight): name + ".weight" for name, module in modules.items()
-             if module.weight is not None and module.weight.shape[1] % BLOCK == 0 and not name.endswith(".kv")}
+             if module.weight is not None and module.weight.shape[1] % 32 == 0 and not name.endswith(".kv")}
 
     def put(weight, inputs=None):
         name = names.get(id(weight))

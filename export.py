@@ -1084,7 +1084,11 @@ def nearest(weight, bits: int, moments=None) -> Blocks:
         least = found if least is None else [torch.where(error < least[0], *both) for both in zip(found, least)]
     _, scales, zeros = least
     codes = (blocks / scales + zeros).round().clamp(0, top)
-    if moments is not None:
+    if moments is not None:  # codes for these scales, the scales that suit those best, and codes for these
+        steps = compensated(weight, scales, zeros, moments, top) - zeros
+        better = ((steps * blocks * importance).sum(-1, keepdim=True)
+                  / (steps.square() * importance).sum(-1, keepdim=True).clamp(min=1e-12)).half().float()
+        scales = torch.where(better > 1e-7, better, scales)
         codes = compensated(weight, scales, zeros, moments, top)
     return Blocks(codes, scales, zeros, bits)
 
@@ -1095,7 +1099,7 @@ def compensated(weight, scales, zeros, moments, top: int):
     (_, groups, _), columns = scales.shape, weight.shape[1]
     block = columns // groups
     order = moments.diagonal().argsort(descending=True)
-    moments = moments + 0.01 * moments.diagonal().mean() * torch.eye(columns)
+    moments = moments + 0.03 * moments.diagonal().mean() * torch.eye(columns)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True)
     w, scales, zeros = (x.flatten(1).t()[order].contiguous() for x in (  # a column is a row here: memory in one piece

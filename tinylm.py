@@ -3357,8 +3357,8 @@ def restore(lm: TinyLM, optimizer, folder: Path, notes: dict):
         kind, name, *_ = name.split("/")
         return params[int(name)] if kind == "optimizer" else lm.get_parameter(name)
 
-    if "shards" in notes:
-        tensors = load_shards(folder / Path(notes["shards"]).name, owner)
+    if shards := notes.pop("shards", None):
+        tensors = load_shards(folder / Path(shards).name, owner)
     else:
         file = open_tensors(folder / "training.safetensors")
         tensors = {name: like(owner(name), file.get_tensor(name)) for name in file.keys()}

@@ -97,6 +97,7 @@ def test_a_run_goes_on_with_another_number_of_processes(processes, text, alone, 
     assert run.returncode == 0 and [*curve(log)] == [18, 24], log
     same_run(alone, log, tmp_path)
     assert len([*(tmp_path / "last").glob("training-*/")]) == 2 - processes
+    finished(tinylm("train", text, "--out", tmp_path, "--resume"))  # nothing is left to do, but all is read
 
 
 def test_two_processes_train_the_adapters_of_one(text, alone, tmp_path):

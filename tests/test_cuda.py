@@ -11,9 +11,17 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-
-from export import PRECISIONS, generate_graph, graphs_of, in_a_loop, round_weights, scale_cache, trace
 from families import CASES, CLASSIFIERS, ENCODERS, SEQ2SEQ
+
+from export import (
+    PRECISIONS,
+    generate_graph,
+    graphs_of,
+    in_a_loop,
+    quantize_weights,
+    scale_cache,
+    trace,
+)
 from tinylm import Config, TinyLM
 
 ANY = "bfloat16 bool float16 float32 int32 int64 uint8"
@@ -23,42 +31,98 @@ FLOATS, NUMBERS = "bfloat16 float16 float32", "bfloat16 float16 float32 int32 in
 KERNELS = {
     "": {
         **dict.fromkeys("Add Div Mul Sub Max Min Neg Abs Pow".split(), NUMBERS),
-        **dict.fromkeys("Attention RMSNormalization RotaryEmbedding Gelu LayerNormalization MatMul Relu Sigmoid Softmax "
-                        "Tanh".split(), FLOATS),
+        **dict.fromkeys(
+            "Attention RMSNormalization RotaryEmbedding Gelu LayerNormalization MatMul Relu Sigmoid Softmax "
+            "Tanh".split(),
+            FLOATS,
+        ),
         **dict.fromkeys("Cos Sin Log Reciprocal".split(), "float16 float32"),
-        **dict.fromkeys("Cast Concat Expand Gather GatherElements Identity If Reshape Slice Split Squeeze Transpose "
-                        "Unsqueeze".split(), ANY),
-        **dict.fromkeys("Equal Greater GreaterOrEqual Less LessOrEqual".split(), "float16 float32 int32 int64"),
+        **dict.fromkeys(
+            "Cast Concat Expand Gather GatherElements Identity If Reshape Slice Split Squeeze Transpose "
+            "Unsqueeze".split(),
+            ANY,
+        ),
+        **dict.fromkeys(
+            "Equal Greater GreaterOrEqual Less LessOrEqual".split(), "float16 float32 int32 int64"
+        ),
         **dict.fromkeys("And Not Or Where".split(), "bool"),
-        "Shape": ANY + " int8", "ArgMax": "float16 float32", "Clip": "float16 float32 int64",
+        "Shape": ANY + " int8",
+        "ArgMax": "float16 float32",
+        "Clip": "float16 float32 int64",
         "CumSum": "float16 float32 int32 int64",
-        "GatherND": "bfloat16 bool float16 float32 int64", "Range": "float32 int32 int64",
-        **dict.fromkeys("ReduceMax ReduceMin ReduceSum TopK".split(), "float16 float32 int32 int64"),
+        "GatherND": "bfloat16 bool float16 float32 int64",
+        "Range": "float32 int32 int64",
+        **dict.fromkeys(
+            "ReduceMax ReduceMin ReduceSum TopK".split(), "float16 float32 int32 int64"
+        ),
     },
     "com.microsoft": {
         **dict.fromkeys(("SkipSimplifiedLayerNormalization", "SkipLayerNormalization"), FLOATS),
-        "GroupQueryAttention": "bfloat16 float16", "MatMulNBits": FLOATS,
-        **dict.fromkeys(("FastGelu", "FusedMatMul"), FLOATS),  # these and the next are ONNX Runtime's own fusions
+        "GroupQueryAttention": "bfloat16 float16",
+        "MatMulNBits": FLOATS,
+        **dict.fromkeys(
+            ("FastGelu", "FusedMatMul"), FLOATS
+        ),  # these and the next are ONNX Runtime's own fusions
         **dict.fromkeys(("BiasGelu", "QuickGelu"), "float16 float32"),
     },
 }
 CACHES = {"int8"}  # of keys and values, beside the type of the queries
-ON_CPU = {"BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor"}  # the hash that draws: only where text is sampled
+ON_CPU = {
+    "BitShift",
+    "BitwiseAnd",
+    "BitwiseOr",
+    "BitwiseXor",
+}  # the hash that draws: only where text is sampled
 CONTROL = {"Loop", "If"}  # they run beside the device, what is in them on it
-NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
-         ir.DataType.UINT64: "uint64", ir.DataType.BOOL: "bool", ir.DataType.INT32: "int32", ir.DataType.INT64: "int64",
-         ir.DataType.UINT8: "uint8", ir.DataType.INT8: "int8"}
+NAMES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.UINT64: "uint64",
+    ir.DataType.BOOL: "bool",
+    ir.DataType.INT32: "int32",
+    ir.DataType.INT64: "int64",
+    ir.DataType.UINT8: "uint8",
+    ir.DataType.INT8: "int8",
+}
 # The C++ classes of the provider's kernels, where they are not called as the operator, or (None) have no name to find.
-CLASSES = {"RMSNormalization": "RMSNorm", "LayerNormalization": "LayerNorm", "Identity": "IdentityOp",
-           "SkipSimplifiedLayerNormalization": "SkipLayerNorm", "SkipLayerNormalization": "SkipLayerNorm",
-           "Split": "Split_18", "Max": None, "Min": None, "Shape": None, "FusedMatMul": None}
-MANGLED = {"float32": "f", "float16": "NS_9MLFloat16E", "bfloat16": "NS_8BFloat16E", "int32": "i", "int64": "l",
-           "bool": "b", "uint8": "h"}
-CHOSEN = {"llama-dynamic", "gemma2", "gemma3_text", "bert-classify", "roberta-mlm", "electra-bare", "gpt2-classify",
-          "t5", "marian"}
+CLASSES = {
+    "RMSNormalization": "RMSNorm",
+    "LayerNormalization": "LayerNorm",
+    "Identity": "IdentityOp",
+    "SkipSimplifiedLayerNormalization": "SkipLayerNorm",
+    "SkipLayerNormalization": "SkipLayerNorm",
+    "Split": "Split_18",
+    "Max": None,
+    "Min": None,
+    "Shape": None,
+    "FusedMatMul": None,
+}
+MANGLED = {
+    "float32": "f",
+    "float16": "NS_9MLFloat16E",
+    "bfloat16": "NS_8BFloat16E",
+    "int32": "i",
+    "int64": "l",
+    "bool": "b",
+    "uint8": "h",
+}
+CHOSEN = {
+    "llama-dynamic",
+    "gemma2",
+    "gemma3_text",
+    "bert-classify",
+    "roberta-mlm",
+    "electra-bare",
+    "gpt2-classify",
+    "t5",
+    "marian",
+}
 
 
-@pytest.mark.parametrize("case", [c for c in (*CASES, *ENCODERS, *CLASSIFIERS, *SEQ2SEQ) if c.name in CHOSEN], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in (*CASES, *ENCODERS, *CLASSIFIERS, *SEQ2SEQ) if c.name in CHOSEN], ids=str
+)
 def test_every_node_has_a_cuda_kernel(case, folder):
     lm = TinyLM.from_pretrained(folder(case)).float()
     for graph in graphs_of(lm.config, PRECISIONS["fp32"]):
@@ -71,11 +135,19 @@ def test_precisions_for_cuda_run_there(precision, cache):
     stored = replace(PRECISIONS[precision], cache=cache)
     if stored.exact and cache:
         pytest.skip("its attention has no cache in 8 bits")
-    lm = TinyLM(Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16))
-    blocks = round_weights(lm, stored.bits, None) if stored.bits else {}
+    lm = TinyLM(
+        Config(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+        )
+    )
+    blocks = quantize_weights(lm, stored.bits, None) if stored.bits else {}
     scale_cache(lm.eval(), torch.arange(8)[None])
     lm = lm.to(getattr(torch, stored.dtype))
-    step, = graphs_of(lm.config, stored)
+    (step,) = graphs_of(lm.config, stored)
     assert not without_kernel(trace(lm, step, blocks))
     loop = in_a_loop(trace(lm, generate_graph(lm.config, stored), blocks), lm.config, stored)
     assert {name for name, types in without_kernel(loop) if types != {"uint64"}} <= ON_CPU
@@ -90,15 +162,19 @@ def kernel_classes() -> set:
     return set(re.findall(rb"N11onnxruntime(?:7contrib)?4cuda\d+\w+", file.read_bytes()))
 
 
-@pytest.mark.parametrize("domain, operator", [(domain, name) for domain in KERNELS for name in KERNELS[domain]
-                                              if CLASSES.get(name, name)])
+@pytest.mark.parametrize(
+    "domain, operator",
+    [(domain, name) for domain in KERNELS for name in KERNELS[domain] if CLASSES.get(name, name)],
+)
 def test_the_table_agrees_with_the_installed_library(domain, operator):
     """A kernel is a class, a template of the type of its data or none."""
     name = CLASSES.get(operator, operator)
     prefix = f"N11onnxruntime{'7contrib' * bool(domain)}4cuda{len(name)}{name}"
     has = lambda kind: any(found.startswith((prefix + kind).encode()) for found in kernel_classes())  # noqa: E731
     assert has("I") or has("E")
-    if (has("If") or has("I" + MANGLED["float16"])) and operator != "Where":  # whose first input is a condition
+    if (
+        has("If") or has("I" + MANGLED["float16"])
+    ) and operator != "Where":  # whose first input is a condition
         assert all(has("I" + MANGLED[kind]) for kind in KERNELS[domain][operator].split())
     if operator == "GroupQueryAttention":  # which is why fp32 does without it
         assert not has("If") and all(has(f"INS_9MLFloat16E{cache}E") for cache in ("S3_", "a"))
@@ -107,7 +183,9 @@ def test_the_table_agrees_with_the_installed_library(domain, operator):
 def optimised(model):
     """The graph as ONNX Runtime changes it before it runs."""
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # beyond: for CPUs alone
+    options.graph_optimization_level = (
+        onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    )  # beyond: for CPUs alone
     options.log_severity_level = 3  # it warns that the file is for this machine
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = f"{folder}/after.onnx"
@@ -120,11 +198,21 @@ def without_kernel(model):
     """Nodes without a CUDA kernel, before and after ONNX Runtime's own changes: (operator, types of its first
     input)."""
     found = []
-    both = (ir.traversal.RecursiveGraphIterator(graph) for graph in (model.graph, optimised(model).graph))
+    both = (
+        ir.traversal.RecursiveGraphIterator(graph)
+        for graph in (model.graph, optimised(model).graph)
+    )
     for node in itertools.chain(*both):
         kernels = KERNELS[node.domain]
-        types = {NAMES[value.dtype] for value in node.inputs[:1] if value is not None and value.dtype is not None}
-        if node.op_type == "GroupQueryAttention" and NAMES[node.inputs[3].dtype] not in types | CACHES:
+        types = {
+            NAMES[value.dtype]
+            for value in node.inputs[:1]
+            if value is not None and value.dtype is not None
+        }
+        if (
+            node.op_type == "GroupQueryAttention"
+            and NAMES[node.inputs[3].dtype] not in types | CACHES
+        ):
             found.append((node.op_type, NAMES[node.inputs[3].dtype]))
         if node.op_type not in CONTROL and not types <= set(kernels.get(node.op_type, "").split()):
             found.append((node.op_type, types))

@@ -4,20 +4,54 @@ import json
 
 import pytest
 import torch
+from families import (
+    CLASSIFIERS,
+    ENCODERS,
+    LENGTH,
+    Case,
+    common,
+    difference,
+    load_oracle,
+    prompts,
+    ragged,
+    rewrite_config,
+    rewrite_tensors,
+    save,
+)
 from safetensors.torch import load_file
 
-from families import (CLASSIFIERS, ENCODERS, LENGTH, NAMES, SENTIMENTS, TOPICS, Case, bert, common, difference, electra,
-                      load_oracle, prompts, ragged, rewrite_config, rewrite_tensors, roberta, save)
 from tinylm import TinyLM
 
 EVERY = ENCODERS + CLASSIFIERS
 BY_NAME = {case.name: case for case in EVERY}
 BARE, MLM, CLASSIFY = (BY_NAME[f"bert-{head}"] for head in ("bare", "mlm", "classify"))
 LAYOUTS = {"left": ["left"] * 3, "right": ["right"] * 3, "mixed": ["right", "left", "both"]}
-KEPT = ("architectures", "id2label", "label2id", "problem_type", "classifier_dropout", "seq_classif_dropout",
-        "qa_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout",
-        "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_act", "activation", "pad_token_id", "bos_token_id",
-        "eos_token_id", "embedding_size", "type_vocab_size", "layer_norm_eps", "max_position_embeddings", "vocab_size")
+KEPT = (
+    "architectures",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "classifier_dropout",
+    "seq_classif_dropout",
+    "qa_dropout",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout",
+    "attention_dropout",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+    "hidden_act",
+    "activation",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "embedding_size",
+    "type_vocab_size",
+    "layer_norm_eps",
+    "max_position_embeddings",
+    "vocab_size",
+)
 
 
 def every(cases):
@@ -27,12 +61,20 @@ def every(cases):
 def types(case, *shape, seed=2):
     """Random token types, or None where the family has none, or a single one."""
     count = case.fields.get("type_vocab_size", 0)
-    return torch.randint(count, shape, generator=torch.Generator().manual_seed(seed)) if count > 1 else None
+    return (
+        torch.randint(count, shape, generator=torch.Generator().manual_seed(seed))
+        if count > 1
+        else None
+    )
 
 
 def output(oracle, ids, mask=None, token_type_ids=None):
     """The one tensor that tinylm gives, of what transformers gives."""
-    out = oracle(ids, attention_mask=mask, **{} if token_type_ids is None else dict(token_type_ids=token_type_ids))
+    out = oracle(
+        ids,
+        attention_mask=mask,
+        **{} if token_type_ids is None else dict(token_type_ids=token_type_ids),
+    )
     if "start_logits" in out:
         return torch.stack((out.start_logits, out.end_logits), dim=-1)
     return out.logits if "logits" in out else out.last_hidden_state
@@ -53,6 +95,7 @@ def refuses(call, *words):
 
 
 # ---- what a model computes ------------------------------------------------------------------------------------------
+
 
 @every(EVERY)
 @torch.no_grad()
@@ -76,10 +119,16 @@ def test_token_types_are_zero_unless_given(case, folder, oracle):
 @torch.no_grad()
 def test_right_padded_batch_is_that_of_transformers(case, folder, oracle):
     """The padding is the pad token, as a tokenizer leaves it; what a padded place gets is of no account."""
-    rows, pad = [prompts(case, n, seed=n) for n in (5, LENGTH, 11)], oracle(case).config.pad_token_id
+    rows, pad = (
+        [prompts(case, n, seed=n) for n in (5, LENGTH, 11)],
+        oracle(case).config.pad_token_id,
+    )
     batch, mask = ragged(rows, LAYOUTS["right"])
     batch, kinds = batch.masked_fill(mask == 0, pad), types(case, *batch.shape)
-    ours, theirs = TinyLM.from_pretrained(folder(case))(batch, mask, kinds), output(oracle(case), batch, mask, kinds)
+    ours, theirs = (
+        TinyLM.from_pretrained(folder(case))(batch, mask, kinds),
+        output(oracle(case), batch, mask, kinds),
+    )
     if case.head != "classify":
         ours, theirs = ours[mask.bool()], theirs[mask.bool()]
     assert difference(ours, theirs) < 1e-5
@@ -90,13 +139,20 @@ def test_right_padded_batch_is_that_of_transformers(case, folder, oracle):
 @torch.no_grad()
 def test_padded_rows_get_what_they_get_alone(case, layout, folder):
     """Positions are per row: the first real token has position 0, and is the one that classifies, wherever it stands."""
-    ours, rows = TinyLM.from_pretrained(folder(case)), [prompts(case, n, seed=n) for n in (5, LENGTH, 11)]
+    ours, rows = (
+        TinyLM.from_pretrained(folder(case)),
+        [prompts(case, n, seed=n) for n in (5, LENGTH, 11)],
+    )
     batch, mask = ragged(rows, LAYOUTS[layout])
     kinds = types(case, *batch.shape)
     out = ours(batch, mask, kinds)
-    alone = [ours(row[None], token_type_ids=None if kinds is None else kinds[i][keep][None])[0]
-             for i, (row, keep) in enumerate(zip(rows, mask.bool(), strict=True))]
-    if case.head == "classify":  # a single score may be so near to zero that it is compared with those of the other rows
+    alone = [
+        ours(row[None], token_type_ids=None if kinds is None else kinds[i][keep][None])[0]
+        for i, (row, keep) in enumerate(zip(rows, mask.bool(), strict=True))
+    ]
+    if (
+        case.head == "classify"
+    ):  # a single score may be so near to zero that it is compared with those of the other rows
         assert difference(out, torch.stack(alone)) < 1e-5
     else:
         assert all(difference(out[i][keep], alone[i]) < 1e-5 for i, keep in enumerate(mask.bool()))
@@ -143,7 +199,9 @@ def test_a_row_of_pads_alone_is_classified_as_transformers_does(case, folder, or
 def test_half_precision_is_close(folder, oracle):
     ids, case = prompts(CLASSIFY, 2, LENGTH), CLASSIFY
     ours = TinyLM.from_pretrained(folder(case), dtype=torch.bfloat16)
-    assert {weight.dtype for weight in ours.parameters()} == {torch.bfloat16} and ours(ids).dtype == torch.bfloat16
+    assert {weight.dtype for weight in ours.parameters()} == {torch.bfloat16} and ours(
+        ids
+    ).dtype == torch.bfloat16
     assert difference(ours(ids).float(), output(oracle(case), ids)) < 0.1
 
 
@@ -153,11 +211,16 @@ def test_every_weight_of_the_head_and_below_learns(case, folder):
     ours = TinyLM.from_pretrained(folder(case))
     kinds = types(case, 2, LENGTH)
     ours(prompts(case, 2, LENGTH), token_type_ids=kinds).square().sum().backward()
-    unused = [name for name, weight in ours.named_parameters() if weight.grad is None or not weight.grad.any()]
+    unused = [
+        name
+        for name, weight in ours.named_parameters()
+        if weight.grad is None or not weight.grad.any()
+    ]
     assert not unused
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
+
 
 @every(EVERY)
 @torch.no_grad()
@@ -172,8 +235,12 @@ def test_saved_folder_is_the_same_model_here_and_in_transformers(case, folder, o
     assert type(after) is type(before)
     assert_same_weights(after, before)
     ids = prompts(case, 2, LENGTH)
-    assert difference(output(after, ids), output(before, ids)) < 1e-6  # one sum may run in another order
-    assert set(load_file(tmp_path / "model.safetensors")) == set(load_file(folder(case) / "model.safetensors"))
+    assert (
+        difference(output(after, ids), output(before, ids)) < 1e-6
+    )  # one sum may run in another order
+    assert set(load_file(tmp_path / "model.safetensors")) == set(
+        load_file(folder(case) / "model.safetensors")
+    )
     for name in KEPT:
         assert getattr(after.config, name, None) == getattr(before.config, name, None), name
 
@@ -181,15 +248,22 @@ def test_saved_folder_is_the_same_model_here_and_in_transformers(case, folder, o
 @every([case for case in EVERY if case.head in ("classify", "tokens")])
 def test_labels_are_in_the_config(case, folder):
     config = TinyLM.from_pretrained(folder(case)).config
-    assert config.id2label == case.fields["id2label"] and config.num_labels == len(case.fields["id2label"])
+    assert config.id2label == case.fields["id2label"] and config.num_labels == len(
+        case.fields["id2label"]
+    )
     assert config.problem_type == case.fields.get("problem_type")
 
 
 def test_labels_without_names(copy, oracle):
     """`num_labels` alone is no field of the files that are written today, but of older ones."""
     path = copy(CLASSIFY)
-    rewrite_config(path, lambda config: {name: value for name, value in config.items() if "label" not in name} |
-                   {"num_labels": 3})
+    rewrite_config(
+        path,
+        lambda config: (
+            {name: value for name, value in config.items() if "label" not in name}
+            | {"num_labels": 3}
+        ),
+    )
     config = TinyLM.from_pretrained(path).config
     assert config.num_labels == 3
     two = BY_NAME["bert-qa"]
@@ -198,9 +272,16 @@ def test_labels_without_names(copy, oracle):
     assert TinyLM.from_pretrained(path)(ids).shape == (1, 4, 2)
 
 
-@pytest.mark.parametrize("field, value", [("classifier_dropout", 0.3), ("classifier_dropout", None),
-                                          ("hidden_dropout_prob", 0.25), ("problem_type", "regression"),
-                                          ("problem_type", "multi_label_classification")])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("classifier_dropout", 0.3),
+        ("classifier_dropout", None),
+        ("hidden_dropout_prob", 0.25),
+        ("problem_type", "regression"),
+        ("problem_type", "multi_label_classification"),
+    ],
+)
 def test_what_training_depends_on_is_kept(field, value, copy, tmp_path):
     path = copy(CLASSIFY)
     rewrite_config(path, lambda config: config | {field: value})
@@ -210,23 +291,70 @@ def test_what_training_depends_on_is_kept(field, value, copy, tmp_path):
 
 # ---- published files ------------------------------------------------------------------------------------------------
 
-OLD = dict(gradient_checkpointing=False, position_embedding_type="absolute", use_cache=True,
-           transformers_version="4.6.0.dev0", initializer_range=0.02, model_type=None)
+OLD = dict(
+    gradient_checkpointing=False,
+    position_embedding_type="absolute",
+    use_cache=True,
+    transformers_version="4.6.0.dev0",
+    initializer_range=0.02,
+    model_type=None,
+)
 PUBLISHED = {  # what config.json of the published checkpoints holds beside the sizes; none of it changes the output
-    "google-bert/bert-base-uncased": (BY_NAME["bert-mlm"], dict(
-        hidden_act="gelu", layer_norm_eps=1e-12, pad_token_id=0, attention_probs_dropout_prob=0.1,
-        hidden_dropout_prob=0.1)),
-    "dslim/bert-base-NER": (BY_NAME["bert-tokens"], dict(
-        _num_labels=9, directionality="bidi", max_length=512, output_past=True, pooler_fc_size=768,
-        pooler_num_attention_heads=12, pooler_num_fc_layers=3, pooler_size_per_head=128,
-        pooler_type="first_token_transform", pad_token_id=0)),
-    "FacebookAI/roberta-base": (BY_NAME["roberta-mlm"], dict(eos_token_id=2, bos_token_id=0, pad_token_id=1)),
-    "FacebookAI/xlm-roberta-base": (BY_NAME["xlm-roberta-mlm"], dict(output_past=True, pad_token_id=1)),
-    "distilbert/distilbert-base-uncased-finetuned-sst-2-english": (BY_NAME["distilbert_relu-classify"], dict(
-        finetuning_task="sst-2", output_past=True, qa_dropout=0.1, seq_classif_dropout=0.2, tie_weights_=True,
-        sinusoidal_pos_embds=False, dropout=0.1, attention_dropout=0.1)),
-    "google/electra-small-discriminator": (BY_NAME["electra-bare"], dict(
-        summary_activation="gelu", summary_last_dropout=0.1, summary_type="first", summary_use_proj=True)),
+    "google-bert/bert-base-uncased": (
+        BY_NAME["bert-mlm"],
+        dict(
+            hidden_act="gelu",
+            layer_norm_eps=1e-12,
+            pad_token_id=0,
+            attention_probs_dropout_prob=0.1,
+            hidden_dropout_prob=0.1,
+        ),
+    ),
+    "dslim/bert-base-NER": (
+        BY_NAME["bert-tokens"],
+        dict(
+            _num_labels=9,
+            directionality="bidi",
+            max_length=512,
+            output_past=True,
+            pooler_fc_size=768,
+            pooler_num_attention_heads=12,
+            pooler_num_fc_layers=3,
+            pooler_size_per_head=128,
+            pooler_type="first_token_transform",
+            pad_token_id=0,
+        ),
+    ),
+    "FacebookAI/roberta-base": (
+        BY_NAME["roberta-mlm"],
+        dict(eos_token_id=2, bos_token_id=0, pad_token_id=1),
+    ),
+    "FacebookAI/xlm-roberta-base": (
+        BY_NAME["xlm-roberta-mlm"],
+        dict(output_past=True, pad_token_id=1),
+    ),
+    "distilbert/distilbert-base-uncased-finetuned-sst-2-english": (
+        BY_NAME["distilbert_relu-classify"],
+        dict(
+            finetuning_task="sst-2",
+            output_past=True,
+            qa_dropout=0.1,
+            seq_classif_dropout=0.2,
+            tie_weights_=True,
+            sinusoidal_pos_embds=False,
+            dropout=0.1,
+            attention_dropout=0.1,
+        ),
+    ),
+    "google/electra-small-discriminator": (
+        BY_NAME["electra-bare"],
+        dict(
+            summary_activation="gelu",
+            summary_last_dropout=0.1,
+            summary_type="first",
+            summary_use_proj=True,
+        ),
+    ),
 }
 
 
@@ -240,21 +368,35 @@ def test_config_json_as_published(name, copy, oracle):
     plain = OLD | case.fields | more | {"model_type": case.family, "architectures": kind}
     rewrite_config(path, lambda _: json.loads(json.dumps(plain)))
     ids = prompts(case, 2, LENGTH)
-    assert difference(TinyLM.from_pretrained(path)(ids), output(load_oracle(path, case.head), ids)) < 1e-5
+    assert (
+        difference(TinyLM.from_pretrained(path)(ids), output(load_oracle(path, case.head), ids))
+        < 1e-5
+    )
     assert difference(TinyLM.from_pretrained(path)(ids), output(oracle(case), ids)) < 1e-5
 
 
 def test_published_bert_tensors(copy, folder):
     """The first BERT calls a norm's weights gamma and beta, and brings a pooler and a head that no one asks for."""
+
     def publish(tensors):
-        tensors = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
-                   for name, value in tensors.items()}
+        tensors = {
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            ): value
+            for name, value in tensors.items()
+        }
         return tensors | {
-            "bert.pooler.dense.weight": torch.rand(60, 60), "bert.pooler.dense.bias": torch.rand(60),
-            "cls.seq_relationship.weight": torch.rand(2, 60), "cls.seq_relationship.bias": torch.rand(2),
-            "cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"].clone(),
+            "bert.pooler.dense.weight": torch.rand(60, 60),
+            "bert.pooler.dense.bias": torch.rand(60),
+            "cls.seq_relationship.weight": torch.rand(2, 60),
+            "cls.seq_relationship.bias": torch.rand(2),
+            "cls.predictions.decoder.weight": tensors[
+                "bert.embeddings.word_embeddings.weight"
+            ].clone(),
             "cls.predictions.decoder.bias": tensors["cls.predictions.bias"].clone(),
-            "bert.embeddings.position_ids": torch.arange(37)[None]}
+            "bert.embeddings.position_ids": torch.arange(37)[None],
+        }
+
     path = copy(MLM)
     rewrite_tensors(path, publish)
     assert_same_weights(TinyLM.from_pretrained(path), TinyLM.from_pretrained(folder(MLM)))
@@ -263,11 +405,21 @@ def test_published_bert_tensors(copy, folder):
 def test_published_roberta_tensors(copy, folder):
     case = BY_NAME["roberta-mlm"]
     path = copy(case)
-    rewrite_tensors(path, lambda tensors: tensors | {
-        "roberta.pooler.dense.weight": torch.rand(60, 60), "roberta.pooler.dense.bias": torch.rand(60),
-        "lm_head.decoder.weight": tensors["roberta.embeddings.word_embeddings.weight"].clone(),
-        "lm_head.decoder.bias": tensors["lm_head.bias"].clone(),
-        "roberta.embeddings.position_ids": torch.arange(37)[None]})
+    rewrite_tensors(
+        path,
+        lambda tensors: (
+            tensors
+            | {
+                "roberta.pooler.dense.weight": torch.rand(60, 60),
+                "roberta.pooler.dense.bias": torch.rand(60),
+                "lm_head.decoder.weight": tensors[
+                    "roberta.embeddings.word_embeddings.weight"
+                ].clone(),
+                "lm_head.decoder.bias": tensors["lm_head.bias"].clone(),
+                "roberta.embeddings.position_ids": torch.arange(37)[None],
+            }
+        ),
+    )
     assert_same_weights(TinyLM.from_pretrained(path), TinyLM.from_pretrained(folder(case)))
 
 
@@ -283,11 +435,27 @@ FRUIT = {0: "apple", 1: "pear", 2: "plum", 3: "fig"}
 
 
 def body(lm):
-    return {name: value for name, value in lm.state_dict().items() if not name.startswith(("head.", "pooler."))}
+    return {
+        name: value
+        for name, value in lm.state_dict().items()
+        if not name.startswith(("head.", "pooler."))
+    }
 
 
-@pytest.mark.parametrize("name", ["bert-bare", "bert-mlm", "bert-qa", "roberta-bare", "roberta-mlm", "xlm-roberta-mlm",
-                                  "distilbert-mlm", "electra-bare", "electra_relu-mlm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert-bare",
+        "bert-mlm",
+        "bert-qa",
+        "roberta-bare",
+        "roberta-mlm",
+        "xlm-roberta-mlm",
+        "distilbert-mlm",
+        "electra-bare",
+        "electra_relu-mlm",
+    ],
+)
 @pytest.mark.parametrize("head", ["classify", "tokens", "qa"])
 @torch.no_grad()
 def test_another_head_on_the_same_encoder(name, head, folder, tmp_path):
@@ -319,7 +487,11 @@ def test_a_fresh_head_is_random_and_what_is_there_is_loaded(folder):
             lm = TinyLM.from_pretrained(folder(case), head="classify", **dict(id2label=FRUIT))
             fresh[case, seed] = lm.state_dict()
         last = fresh[case, 1]["head.out.weight"]
-        assert last.shape == (4, 60) and 0 < last.std() < 0.1 and not fresh[case, 1]["head.out.bias"].any()
+        assert (
+            last.shape == (4, 60)
+            and 0 < last.std() < 0.1
+            and not fresh[case, 1]["head.out.bias"].any()
+        )
         assert not torch.equal(last, fresh[case, 2]["head.out.weight"]), "the seed decides"
     pooler = load_file(folder(BARE) / "model.safetensors")["pooler.dense.weight"]
     assert torch.equal(fresh[BARE, 1]["head.dense.weight"], pooler)
@@ -327,8 +499,10 @@ def test_a_fresh_head_is_random_and_what_is_there_is_loaded(folder):
 
 
 def test_the_same_head_is_loaded(folder):
-    assert_same_weights(TinyLM.from_pretrained(folder(CLASSIFY), head="classify"),
-                        TinyLM.from_pretrained(folder(CLASSIFY)))
+    assert_same_weights(
+        TinyLM.from_pretrained(folder(CLASSIFY), head="classify"),
+        TinyLM.from_pretrained(folder(CLASSIFY)),
+    )
 
 
 @every([MLM, CLASSIFY, BY_NAME["distilbert-tokens"]])
@@ -353,54 +527,92 @@ def test_a_classifier_made_of_a_decoder(family, folder, tmp_path):
 
 def test_unknown_head(folder):
     refuses(lambda: TinyLM.from_pretrained(folder(BARE), head="poet"), "head", "poet")
-    refuses(lambda: TinyLM.from_pretrained(folder(BY_NAME["llama-classify"]), head="mlm"), "head", "mlm")
+    refuses(
+        lambda: TinyLM.from_pretrained(folder(BY_NAME["llama-classify"]), head="mlm"), "head", "mlm"
+    )
 
 
 # ---- what must be refused -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, tensor", [
-    ("bert-mlm", "cls.predictions.transform.dense.bias"), ("bert-classify", "bert.pooler.dense.weight"),
-    ("bert-classify", "classifier.bias"), ("roberta-classify", "classifier.out_proj.weight"),
-    ("distilbert-classify", "pre_classifier.weight"), ("electra-bare", "embeddings_project.bias"),
-    ("electra-mlm", "generator_lm_head.bias"), ("bert-tokens", "bert.embeddings.token_type_embeddings.weight"),
-    ("xlm-roberta-qa", "qa_outputs.bias"), ("llama-classify", "score.weight"),
-    ("bert-bare", "encoder.layer.1.attention.self.key.bias")])
+
+@pytest.mark.parametrize(
+    "name, tensor",
+    [
+        ("bert-mlm", "cls.predictions.transform.dense.bias"),
+        ("bert-classify", "bert.pooler.dense.weight"),
+        ("bert-classify", "classifier.bias"),
+        ("roberta-classify", "classifier.out_proj.weight"),
+        ("distilbert-classify", "pre_classifier.weight"),
+        ("electra-bare", "embeddings_project.bias"),
+        ("electra-mlm", "generator_lm_head.bias"),
+        ("bert-tokens", "bert.embeddings.token_type_embeddings.weight"),
+        ("xlm-roberta-qa", "qa_outputs.bias"),
+        ("llama-classify", "score.weight"),
+        ("bert-bare", "encoder.layer.1.attention.self.key.bias"),
+    ],
+)
 def test_missing_tensor(name, tensor, copy):
     path = copy(BY_NAME[name])
-    rewrite_tensors(path, lambda tensors: {key: value for key, value in tensors.items() if key != tensor})
+    rewrite_tensors(
+        path, lambda tensors: {key: value for key, value in tensors.items() if key != tensor}
+    )
     refuses(lambda: TinyLM.from_pretrained(path), "model.safetensors", tensor)
 
 
-@pytest.mark.parametrize("name, tensor, shape", [
-    ("bert-classify", "classifier.out_proj.weight", (3, 60)), ("electra_relu-bare", "embeddings_project.weight", (60, 60)),
-    ("distilbert-bare", "embeddings.token_type_embeddings.weight", (2, 60)),
-    ("roberta-tokens", "roberta.encoder.layer.3.output.dense.bias", (60,)), ("llama-classify", "score.bias", (4,)),
-    ("bert-bare", "encoder.layer.0.crossattention.self.key.weight", (60, 60))])
+@pytest.mark.parametrize(
+    "name, tensor, shape",
+    [
+        ("bert-classify", "classifier.out_proj.weight", (3, 60)),
+        ("electra_relu-bare", "embeddings_project.weight", (60, 60)),
+        ("distilbert-bare", "embeddings.token_type_embeddings.weight", (2, 60)),
+        ("roberta-tokens", "roberta.encoder.layer.3.output.dense.bias", (60,)),
+        ("llama-classify", "score.bias", (4,)),
+        ("bert-bare", "encoder.layer.0.crossattention.self.key.weight", (60, 60)),
+    ],
+)
 def test_unexpected_tensor(name, tensor, shape, copy):
     path = copy(BY_NAME[name])
     rewrite_tensors(path, lambda tensors: tensors | {tensor: torch.zeros(shape)})
     refuses(lambda: TinyLM.from_pretrained(path), "model.safetensors", tensor)
 
 
-@pytest.mark.parametrize("name, tensor, shape", [
-    ("bert-classify", "classifier.weight", (2, 60)), ("bert-classify", "bert.pooler.dense.weight", (60, 1)),
-    ("roberta-bare", "embeddings.position_embeddings.weight", (38, 60)),
-    ("electra-mlm", "electra.embeddings_project.weight", (26, 60)), ("llama-classify", "score.weight", (60, 4))])
+@pytest.mark.parametrize(
+    "name, tensor, shape",
+    [
+        ("bert-classify", "classifier.weight", (2, 60)),
+        ("bert-classify", "bert.pooler.dense.weight", (60, 1)),
+        ("roberta-bare", "embeddings.position_embeddings.weight", (38, 60)),
+        ("electra-mlm", "electra.embeddings_project.weight", (26, 60)),
+        ("llama-classify", "score.weight", (60, 4)),
+    ],
+)
 def test_misshaped_tensor(name, tensor, shape, copy):
     path = copy(BY_NAME[name])
     rewrite_tensors(path, lambda tensors: tensors | {tensor: torch.zeros(shape)})
     refuses(lambda: TinyLM.from_pretrained(path), "model.safetensors", tensor, shape[0])
 
 
-@pytest.mark.parametrize("name, field, value", [
-    ("bert-mlm", "position_embedding_type", "relative_key"), ("roberta-bare", "position_embedding_type", "relative_key"),
-    ("electra-qa", "position_embedding_type", "relative_key_query"), ("bert-mlm", "is_decoder", True),
-    ("roberta-classify", "is_decoder", True), ("bert-bare", "add_cross_attention", True),
-    ("bert-tokens", "hidden_act", "foo"), ("distilbert-tokens", "activation", "foo"),
-    ("bert-classify", "a_field_of_tomorrow", "truthy"), ("bert-classify", "problem_type", "poetry"),
-    ("bert-classify", "num_attention_heads", 7), ("bert-classify", "type_vocab_size", "3"),
-    ("bert-classify", "architectures", ["BertForMultipleChoice"]), ("bert-classify", "id2label", {"x": "y"}),
-    ("electra-bare", "embedding_size", 0), ("bert-bare", "layer_norm_eps", "1e-12")])
+@pytest.mark.parametrize(
+    "name, field, value",
+    [
+        ("bert-mlm", "position_embedding_type", "relative_key"),
+        ("roberta-bare", "position_embedding_type", "relative_key"),
+        ("electra-qa", "position_embedding_type", "relative_key_query"),
+        ("bert-mlm", "is_decoder", True),
+        ("roberta-classify", "is_decoder", True),
+        ("bert-bare", "add_cross_attention", True),
+        ("bert-tokens", "hidden_act", "foo"),
+        ("distilbert-tokens", "activation", "foo"),
+        ("bert-classify", "a_field_of_tomorrow", "truthy"),
+        ("bert-classify", "problem_type", "poetry"),
+        ("bert-classify", "num_attention_heads", 7),
+        ("bert-classify", "type_vocab_size", "3"),
+        ("bert-classify", "architectures", ["BertForMultipleChoice"]),
+        ("bert-classify", "id2label", {"x": "y"}),
+        ("electra-bare", "embedding_size", 0),
+        ("bert-bare", "layer_norm_eps", "1e-12"),
+    ],
+)
 def test_config_field_that_is_not_supported(name, field, value, copy):
     """The message names the file, the field and the value."""
     path = copy(BY_NAME[name])
@@ -410,15 +622,28 @@ def test_config_field_that_is_not_supported(name, field, value, copy):
 
 
 VARIANTS = [  # (case, what differs from it): fields that change the output in transformers
-    ("bert-mlm", dict(tie_word_embeddings=False)), ("distilbert-mlm", dict(tie_word_embeddings=False)),
-    ("electra-mlm", dict(tie_word_embeddings=False)), ("bert-mlm", dict(hidden_act="gelu_new")),
-    ("roberta-mlm", dict(hidden_act="gelu_pytorch_tanh")), ("distilbert-bare", dict(sinusoidal_pos_embds=True)),
-    ("bert-bare", dict(type_vocab_size=1)), ("roberta-bare", dict(pad_token_id=5)),
-    ("llama-classify", dict(rope_parameters=None, attention_bias=True)), ("electra-classify", dict(hidden_act="silu"))]
+    ("bert-mlm", dict(tie_word_embeddings=False)),
+    ("distilbert-mlm", dict(tie_word_embeddings=False)),
+    ("electra-mlm", dict(tie_word_embeddings=False)),
+    ("bert-mlm", dict(hidden_act="gelu_new")),
+    ("roberta-mlm", dict(hidden_act="gelu_pytorch_tanh")),
+    ("distilbert-bare", dict(sinusoidal_pos_embds=True)),
+    ("bert-bare", dict(type_vocab_size=1)),
+    ("roberta-bare", dict(pad_token_id=5)),
+    ("llama-classify", dict(rope_parameters=None, attention_bias=True)),
+    ("electra-classify", dict(hidden_act="silu")),
+]
 
 
-@pytest.mark.parametrize("name, fields", VARIANTS, ids=lambda value: value if isinstance(value, str) else
-                         "+".join(f"{key}={entry}" for key, entry in value.items()))
+@pytest.mark.parametrize(
+    "name, fields",
+    VARIANTS,
+    ids=lambda value: (
+        value
+        if isinstance(value, str)
+        else "+".join(f"{key}={entry}" for key, entry in value.items())
+    ),
+)
 @torch.no_grad()
 def test_right_or_refused_but_never_wrong(name, fields, tmp_path):
     """A field that matters is either computed as transformers computes it or named in an error."""
@@ -430,7 +655,11 @@ def test_right_or_refused_but_never_wrong(name, fields, tmp_path):
     try:
         ours = TinyLM.from_pretrained(tmp_path)
     except ValueError as error:
-        assert "config.json" in str(error) and "\n" not in str(error) and any(field in str(error) for field in fields)
+        assert (
+            "config.json" in str(error)
+            and "\n" not in str(error)
+            and any(field in str(error) for field in fields)
+        )
         return
     theirs = output(load_oracle(tmp_path, case.head), ids)
     assert difference(ours(ids), theirs) < 1e-5
@@ -441,20 +670,34 @@ def test_right_or_refused_but_never_wrong(name, fields, tmp_path):
 IDS = torch.full((2, 4), 7)
 
 
-@pytest.mark.parametrize("name, options, words", [
-    ("bert-bare", dict(token_type_ids=torch.zeros(2, 3, dtype=torch.long)), ["token_type_ids"]),
-    ("bert-bare", dict(token_type_ids=torch.zeros(4, dtype=torch.long)), ["token_type_ids"]),
-    ("bert-bare", dict(token_type_ids=torch.full((2, 4), 3)), ["token_type_ids", 3]),
-    ("bert-bare", dict(token_type_ids=torch.full((2, 4), -1)), ["token_type_ids", -1]),
-    ("bert-bare", dict(token_type_ids=torch.zeros(2, 4)), ["token_type_ids"]),
-    ("distilbert-bare", dict(token_type_ids=torch.ones(2, 4, dtype=torch.long)), ["token_type_ids"]),
-    ("llama-classify", dict(token_type_ids=torch.ones(2, 4, dtype=torch.long)), ["token_type_ids"]),
-    ("bert-bare", dict(attention_mask=torch.ones(2, 5, dtype=torch.long)), ["attention_mask"]),
-    ("bert-bare", dict(decoder_input_ids=IDS), ["decoder_input_ids"]),
-    ("bert-bare", dict(input_ids=torch.full((1, 38), 7)), [38, 37]),
-    ("distilbert-qa", dict(input_ids=torch.full((1, 38), 7)), [38, 37]),
-    ("bert-bare", dict(input_ids=torch.full((1, 3), 211)), [211])],
-    ids=lambda value: value if isinstance(value, str) else "-".join(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("bert-bare", dict(token_type_ids=torch.zeros(2, 3, dtype=torch.long)), ["token_type_ids"]),
+        ("bert-bare", dict(token_type_ids=torch.zeros(4, dtype=torch.long)), ["token_type_ids"]),
+        ("bert-bare", dict(token_type_ids=torch.full((2, 4), 3)), ["token_type_ids", 3]),
+        ("bert-bare", dict(token_type_ids=torch.full((2, 4), -1)), ["token_type_ids", -1]),
+        ("bert-bare", dict(token_type_ids=torch.zeros(2, 4)), ["token_type_ids"]),
+        (
+            "distilbert-bare",
+            dict(token_type_ids=torch.ones(2, 4, dtype=torch.long)),
+            ["token_type_ids"],
+        ),
+        (
+            "llama-classify",
+            dict(token_type_ids=torch.ones(2, 4, dtype=torch.long)),
+            ["token_type_ids"],
+        ),
+        ("bert-bare", dict(attention_mask=torch.ones(2, 5, dtype=torch.long)), ["attention_mask"]),
+        ("bert-bare", dict(decoder_input_ids=IDS), ["decoder_input_ids"]),
+        ("bert-bare", dict(input_ids=torch.full((1, 38), 7)), [38, 37]),
+        ("distilbert-qa", dict(input_ids=torch.full((1, 38), 7)), [38, 37]),
+        ("bert-bare", dict(input_ids=torch.full((1, 3), 211)), [211]),
+    ],
+    ids=lambda value: (
+        value if isinstance(value, str) else "-".join(value) if isinstance(value, dict) else ""
+    ),
+)
 def test_bad_input(name, options, words, folder):
     lm = TinyLM.from_pretrained(folder(BY_NAME[name]))
     refuses(lambda: lm(**dict(input_ids=IDS) | options), *words)

@@ -12,26 +12,33 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import ROOT
+from families import CASES, FAMILIES, difference, load_oracle, prompts, ragged
 
 import export
+import onnxlm
 import tinylm
-from conftest import ROOT
 from export import OnnxLM, export_onnx
-from families import CASES, FAMILIES, difference, load_oracle, prompts, ragged
 from tinylm import Config, TinyLM
 
-SPECIAL = [case for case in CASES if case.name in ("llama-yarn-tuned", "llama-dynamic", "gpt2-inner", "phi3-window")]
+SPECIAL = [
+    case
+    for case in CASES
+    if case.name in ("llama-yarn-tuned", "llama-dynamic", "gpt2-inner", "phi3-window")
+]
 CPU = ["CPUExecutionProvider"]
 
 
 @pytest.fixture(scope="session")
 def exported(folder, tmp_path_factory):
     """exported(case) -> the folder that export.py wrote from the oracle."""
+
     @functools.cache
     def write(case):
         out = tmp_path_factory.mktemp("onnx") / str(case)
         export_onnx(folder(case), out)
         return out
+
     return write
 
 
@@ -41,10 +48,15 @@ def numpy(*tensors):
 
 # ---- the graph, family by family ------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("case", FAMILIES + SPECIAL, ids=str)
 def test_logits_and_tokens_are_those_of_transformers(case, folder, exported):
     """From a checkpoint that transformers wrote, through the export, under ONNX Runtime; rows padded on either side."""
-    oracle, lm, onnx_lm = load_oracle(folder(case)), TinyLM.from_pretrained(folder(case)), OnnxLM(exported(case), providers=CPU)
+    oracle, lm, onnx_lm = (
+        load_oracle(folder(case)),
+        TinyLM.from_pretrained(folder(case)),
+        OnnxLM(exported(case), providers=CPU),
+    )
     ids = prompts(case, 2, 15)
     with torch.no_grad():
         assert difference(torch.from_numpy(onnx_lm(*numpy(ids))), oracle(ids).logits) < 1e-4
@@ -54,9 +66,15 @@ def test_logits_and_tokens_are_those_of_transformers(case, folder, exported):
     tokens = onnx_lm.generate(*numpy(batch, mask), **options)
     assert tokens.tolist() == lm.generate(batch, mask, **options).tolist()
     for row, prompt in zip(tokens, rows, strict=True):
-        theirs = oracle.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=9, do_sample=False,
-                                 eos_token_id=None, pad_token_id=0)
-        assert row[batch.shape[1]:].tolist() == theirs[0, len(prompt):].tolist()
+        theirs = oracle.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt[None]),
+            max_new_tokens=9,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert row[batch.shape[1] :].tolist() == theirs[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("case", FAMILIES, ids=str)
@@ -66,29 +84,50 @@ def test_graph_has_single_operators_and_each_weight_once(case, folder, exported)
     graph = onnx.load(path).graph
     onnx.checker.check_model(path, full_check=True)
     found, layers = Counter(node.op_type for node in graph.node), lm.config.num_hidden_layers
-    skip = found["SkipSimplifiedLayerNormalization"]  # a sum of the residual stream and the norm after it
-    assert {node.op_type for node in graph.node if node.domain} <= {"SkipSimplifiedLayerNormalization"}
+    skip = found[
+        "SkipSimplifiedLayerNormalization"
+    ]  # a sum of the residual stream and the norm after it
+    assert {node.op_type for node in graph.node if node.domain} <= {
+        "SkipSimplifiedLayerNormalization"
+    }
     assert lm.config.norm == "layer" or lm.config.norm_position == "output" or skip == 2 * layers
     assert found["Attention"] == layers and not found["Softmax"]
     assert found["RotaryEmbedding"] == (2 * layers if lm.config.position == "rope" else 0)
     norms = sum(name.endswith("norm.weight") for name in lm.state_dict())
-    assert skip + found["RMSNormalization" if lm.config.norm == "rms" else "LayerNormalization"] == norms
-    stored = sum(np.prod(tensor.dims) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
+    assert (
+        skip + found["RMSNormalization" if lm.config.norm == "rms" else "LayerNormalization"]
+        == norms
+    )
+    stored = sum(
+        np.prod(tensor.dims)
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    )
     assert stored == pytest.approx(sum(p.numel() for p in lm.parameters()), rel=0.01)
 
 
 def test_names_and_axes_are_those_of_optimum(exported):
     case = FAMILIES[1]
     graph = onnx.load(exported(case) / "onnx" / "model.onnx").graph
-    shape = {value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
-             for value in (*graph.input, *graph.output)}
-    kv, width = case.fields["num_key_value_heads"], case.fields["hidden_size"] // case.fields["num_attention_heads"]
+    shape = {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    kv, width = (
+        case.fields["num_key_value_heads"],
+        case.fields["hidden_size"] // case.fields["num_attention_heads"],
+    )
     assert shape["input_ids"] == shape["position_ids"] == ["batch_size", "sequence_length"]
     assert shape["attention_mask"] == ["batch_size", "total_sequence_length"]
     assert shape["logits"] == ["batch_size", "sequence_length", case.fields["vocab_size"]]
     for i in range(case.fields["num_hidden_layers"]):
         for part in ("key", "value"):
-            assert shape[f"past_key_values.{i}.{part}"] == ["batch_size", kv, "past_sequence_length", width]
+            assert shape[f"past_key_values.{i}.{part}"] == [
+                "batch_size",
+                kv,
+                "past_sequence_length",
+                width,
+            ]
             assert shape[f"present.{i}.{part}"][0::3] == ["batch_size", width]
     assert len(shape) == 4 + 4 * case.fields["num_hidden_layers"]
 
@@ -96,7 +135,13 @@ def test_names_and_axes_are_those_of_optimum(exported):
 def test_file_names_no_machine(exported):
     """Guards the stack traces that the exporter leaves in a file's metadata."""
     content = (exported(FAMILIES[1]) / "onnx" / "model.onnx").read_bytes()
-    for trace in (b"site-packages", b"stack_trace", b"pkg.torch", str(ROOT).encode(), sys.prefix.encode()):
+    for trace in (
+        b"site-packages",
+        b"stack_trace",
+        b"pkg.torch",
+        str(ROOT).encode(),
+        sys.prefix.encode(),
+    ):
         assert trace not in content, trace
 
 
@@ -109,21 +154,42 @@ def test_loading_prints_nothing(exported):
 
 # ---- OnnxLM ---------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A random model of bytes, in torch and exported."""
     torch.manual_seed(3)
-    lm = TinyLM(Config(hidden_size=48, num_attention_heads=3, num_hidden_layers=2, initializer_range=0.3,
-                       eos_token_id=256, pad_token_id=257)).eval()
+    lm = TinyLM(
+        Config(
+            hidden_size=48,
+            num_attention_heads=3,
+            num_hidden_layers=2,
+            initializer_range=0.3,
+            eos_token_id=256,
+            pad_token_id=257,
+        )
+    ).eval()
     out = tmp_path_factory.mktemp("small") / "out"
     found = export_onnx(lm, out)["fp32"]
-    assert found["greedy tokens"] == 32 and all(value < 2e-4 for name, value in found.items() if name != "greedy tokens")
+    assert found["greedy tokens"] == 32 and all(
+        value < 2e-4 for name, value in found.items() if name != "greedy tokens"
+    )
     return lm, OnnxLM(out, providers=CPU), out
 
 
-@pytest.mark.parametrize("options", [
-    {}, dict(temperature=1.0), dict(temperature=0.7, top_k=9), dict(temperature=1.2, top_p=0.8), dict(repetition_penalty=1.7),
-    dict(temperature=1.0, min_p=0.05), dict(temperature=0.9, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(temperature=1.0),
+        dict(temperature=0.7, top_k=9),
+        dict(temperature=1.2, top_p=0.8),
+        dict(repetition_penalty=1.7),
+        dict(temperature=1.0, min_p=0.05),
+        dict(temperature=0.9, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2),
+    ],
+    ids=str,
+)
 def test_same_seed_same_tokens_as_torch(options, small):
     """The noise is a function of seed, row, step and token: sampling agrees between torch and numpy, row by row."""
     lm, onnx_lm, _ = small
@@ -131,13 +197,18 @@ def test_same_seed_same_tokens_as_torch(options, small):
     ours = onnx_lm.generate(*numpy(ids), max_new_tokens=24, seed=5, **options)
     assert ours.tolist() == lm.generate(ids, max_new_tokens=24, seed=5, **options).tolist()
     if options.get("temperature"):
-        assert onnx_lm.generate(*numpy(ids), max_new_tokens=24, seed=6, **options).tolist() != ours.tolist()
+        assert (
+            onnx_lm.generate(*numpy(ids), max_new_tokens=24, seed=6, **options).tolist()
+            != ours.tolist()
+        )
 
 
 def test_stream_is_that_of_torch(small):
     lm, onnx_lm, _ = small
     for options in (dict(seed=1, temperature=1.0), dict(seed=2, temperature=1.0, stop=["e", "tz"])):
-        assert "".join(onnx_lm.stream("größer", 60, **options)) == "".join(lm.stream("größer", max_new_tokens=60, **options))
+        assert "".join(onnx_lm.stream("größer", 60, **options)) == "".join(
+            lm.stream("größer", max_new_tokens=60, **options)
+        )
 
 
 def test_eos_ends_a_row_and_pads_it(small):
@@ -157,7 +228,7 @@ import sys
 for name in ("torch", "tinylm", "onnx", "transformers", "safetensors", "einops"):
     sys.modules[name] = None
 import numpy
-from export import OnnxLM
+from onnxlm import OnnxLM
 lm = OnnxLM({str(small[2])!r}, providers={CPU})
 assert lm(numpy.array([[1, 2, 3]])).shape == (1, 3, 320)
 assert lm.generate(numpy.array([[1, 2, 3]]), max_new_tokens=4).shape[0] == 1
@@ -167,21 +238,43 @@ print("".join(lm.stream("hi", max_new_tokens=4, temperature=1.0, seed=1)).encode
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (dict(precision="int3"), "precision = 'int3'"), (dict(providers=["FooExecutionProvider"]), "FooExecutionProvider")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(precision="int3"), "precision = 'int3'"),
+        (dict(providers=["FooExecutionProvider"]), "FooExecutionProvider"),
+    ],
+)
 def test_bad_arguments_are_named(arguments, words, small):
     with pytest.raises(ValueError, match=words):
         OnnxLM(small[2], **arguments)
 
 
-@pytest.mark.parametrize("options", [
-    dict(temperature=-1), dict(temperature=True), dict(temperature="hot"), dict(top_k=-1), dict(top_k=2.5), dict(top_p=1.5),
-    dict(min_p=-0.1), dict(repetition_penalty=0), dict(seed=1.5), dict(stop=""), dict(stop=[3]), dict(max_new_tokens=0),
-    dict(max_new_tokens=1.5), dict(eos_token_id="end"), dict(eos_token_id=[0.5])], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(temperature=-1),
+        dict(temperature=True),
+        dict(temperature="hot"),
+        dict(top_k=-1),
+        dict(top_k=2.5),
+        dict(top_p=1.5),
+        dict(min_p=-0.1),
+        dict(repetition_penalty=0),
+        dict(seed=1.5),
+        dict(stop=""),
+        dict(stop=[3]),
+        dict(max_new_tokens=0),
+        dict(max_new_tokens=1.5),
+        dict(eos_token_id="end"),
+        dict(eos_token_id=[0.5]),
+    ],
+    ids=str,
+)
 def test_bad_options_are_named_as_torch_names_them(options, small):
     """Guards options that numpy takes silently, or fails over somewhere inside."""
     lm, onnx_lm, _ = small
-    (name, _), = options.items()
+    ((name, _),) = options.items()
     with pytest.raises(ValueError, match=f"^{name} = .*expected ") as ours:
         onnx_lm.generate(np.array([[1, 2]]), **options)
     with pytest.raises(ValueError) as theirs:
@@ -193,7 +286,9 @@ def test_too_many_tokens_for_learned_positions_is_one_line(exported):
     """Guards an exception of onnxruntime's own from the middle of a generation."""
     case = next(case for case in FAMILIES if case.family == "gpt2")
     lm = OnnxLM(exported(case), providers=CPU)
-    with pytest.raises(ValueError, match=r"^max_new_tokens = 5000 after 3 tokens, expected at most \d+ in all$"):
+    with pytest.raises(
+        ValueError, match=r"^max_new_tokens = 5000 after 3 tokens, expected at most \d+ in all$"
+    ):
         lm.generate(np.ones((1, 3), np.int64), max_new_tokens=5000, eos_token_id=())
 
 
@@ -201,6 +296,7 @@ def metaspace(folder, vocab):
     """A tokenizer as SentencePiece's: a space is part of the word after it, and the first one of a text is stripped. It
     has the settings of somebody's training, too."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     words = {"<unk>": 0} | {f"\u2581w{i}" if i % 2 else f"x{i}": i for i in range(1, vocab)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -226,9 +322,16 @@ def test_stream_keeps_the_first_space_and_the_whole_prompt(small, tmp_path):
     assert spaces  # of what was to be lost
 
 
-@pytest.mark.parametrize("ids, words", [
-    (np.zeros((1, 0), np.int64), "input_ids"), (np.zeros(3, np.int64), "input_ids"), (np.array([[320]]), "vocab_size"),
-    (np.array([[0.5]]), "input_ids")], ids=str)
+@pytest.mark.parametrize(
+    "ids, words",
+    [
+        (np.zeros((1, 0), np.int64), "input_ids"),
+        (np.zeros(3, np.int64), "input_ids"),
+        (np.array([[320]]), "vocab_size"),
+        (np.array([[0.5]]), "input_ids"),
+    ],
+    ids=str,
+)
 def test_bad_ids_are_named(ids, words, small):
     with pytest.raises(ValueError, match=words):
         small[1].generate(ids)
@@ -237,7 +340,8 @@ def test_bad_ids_are_named(ids, words, small):
 def test_a_provider_that_does_not_load_is_an_error(small):
     """Guards a silent fall back to the CPU where CUDA was asked for."""
     import onnxruntime
-    if export.CUDA not in onnxruntime.get_available_providers() or export.has_cuda(onnxruntime):
+
+    if onnxlm.CUDA not in onnxruntime.get_available_providers() or onnxlm.has_cuda(onnxruntime):
         pytest.skip("needs the CUDA build of onnxruntime and a machine without a GPU")
     with pytest.raises(ValueError, match="CUDAExecutionProvider did not load"):
         OnnxLM(small[2], providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
@@ -255,9 +359,15 @@ def test_rows_end_with_an_id_that_there_is(pad, tmp_path):
     free = lm.generate(ids, max_new_tokens=8, eos_token_id=())
     lm.config = tinylm.replace(lm.config, eos_token_id=int(free[0, 3]))
     export_onnx(lm, tmp_path / "out", generate=True)
-    assert OnnxLM(tmp_path / "out", providers=CPU).generate(ids.numpy(), max_new_tokens=8).tolist() == lm.generate(
-        ids, max_new_tokens=8).tolist()
-    assert 0 <= json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["pad_token_id"] < 320
+    assert (
+        OnnxLM(tmp_path / "out", providers=CPU).generate(ids.numpy(), max_new_tokens=8).tolist()
+        == lm.generate(ids, max_new_tokens=8).tolist()
+    )
+    assert (
+        0
+        <= json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["pad_token_id"]
+        < 320
+    )
 
 
 def test_positions_end_where_the_graph_says(tmp_path):
@@ -265,14 +375,22 @@ def test_positions_end_where_the_graph_says(tmp_path):
     lm = TinyLM(Config(**TINY | dict(hidden_size=64), max_position_embeddings=48)).eval()
     export_onnx(lm, tmp_path / "out", precisions=["fp16"])
     onnx_lm = OnnxLM(tmp_path / "out", "fp16", providers=CPU)
-    assert onnx_lm.generate(np.ones((1, 40), np.int64), max_new_tokens=8, eos_token_id=()).shape == (1, 48)
-    with pytest.raises(ValueError, match="^max_new_tokens = 9 after 40 tokens, expected at most 48 in all$"):
+    assert onnx_lm.generate(
+        np.ones((1, 40), np.int64), max_new_tokens=8, eos_token_id=()
+    ).shape == (1, 48)
+    with pytest.raises(
+        ValueError, match="^max_new_tokens = 9 after 40 tokens, expected at most 48 in all$"
+    ):
         onnx_lm.generate(np.ones((1, 40), np.int64), max_new_tokens=9)
-    with pytest.raises(ValueError, match="^input_ids: 49 tokens, but the model has only 48 positions$"):
+    with pytest.raises(
+        ValueError, match="^input_ids: 49 tokens, but the model has only 48 positions$"
+    ):
         onnx_lm(np.ones((1, 49), np.int64))
 
 
-@pytest.mark.parametrize("name, value", [("no_repeat_ngram_size", 2), ("repetition_penalty", 1.3), ("min_length", 3)])
+@pytest.mark.parametrize(
+    "name, value", [("no_repeat_ngram_size", 2), ("repetition_penalty", 1.3), ("min_length", 3)]
+)
 def test_one_graph_has_no_constraints(name, value, tmp_path):
     """Guards a generate.onnx that says other than the folder's generation_config.json."""
     lm = TinyLM(Config(**TINY))
@@ -285,15 +403,22 @@ def test_a_stream_has_no_beams(small, tmp_path):
     """As in tinylm: the number of beams in a folder's file is not for it."""
     out = shutil.copytree(small[2], tmp_path / "out")
     file = out / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": 4, "decoder_start_token_id": None}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"num_beams": 4, "decoder_start_token_id": None})
+    )
     options = dict(max_new_tokens=4)
-    assert [*OnnxLM(out, providers=CPU).stream([1, 2], **options)] == [*OnnxLM(small[2], providers=CPU).stream(
-        [1, 2], **options)]
+    assert [*OnnxLM(out, providers=CPU).stream([1, 2], **options)] == [
+        *OnnxLM(small[2], providers=CPU).stream([1, 2], **options)
+    ]
 
 
 def test_rounding_begins_with_an_id_that_there_is(tmp_path):
     """Guards a GPT-2 of 320 ids whose config keeps 50256, and heads too narrow for grouped queries."""
-    lm = TinyLM(Config(**TINY, bos_token_id=50256, head_dim=24, partial_rotary_factor=0.7, model_type="tinylm"))
+    lm = TinyLM(
+        Config(
+            **TINY, bos_token_id=50256, head_dim=24, partial_rotary_factor=0.7, model_type="tinylm"
+        )
+    )
     export_onnx(lm, tmp_path / "out", precisions=["fp16"])
 
 
@@ -307,9 +432,15 @@ def test_a_checkpoint_inside_the_folder_to_write_stays(tmp_path):
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
+
 def run(*arguments, cwd):
-    return subprocess.run([sys.executable, ROOT / "export.py", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          timeout=300)
+    return subprocess.run(
+        [sys.executable, ROOT / "export.py", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_shipped_model_is_exported_verified_and_writes(tmp_path):
@@ -319,10 +450,23 @@ def test_shipped_model_is_exported_verified_and_writes(tmp_path):
     done = run("--onnx", "--prompt", "ROMEO:", "--max-new-tokens", 40, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "verified against torch" in done.stdout and "32 greedy tokens equal" in done.stdout
-    assert "ROMEO:" in done.stdout and "tokens/s" in done.stdout and "ExecutionProvider" in done.stdout
-    files = {str(path.relative_to(tmp_path / "exported")) for path in (tmp_path / "exported").rglob("*") if path.is_file()}
-    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
-            "genai_config.json", "onnx/model.onnx"} <= files
+    assert (
+        "ROMEO:" in done.stdout and "tokens/s" in done.stdout and "ExecutionProvider" in done.stdout
+    )
+    files = {
+        str(path.relative_to(tmp_path / "exported"))
+        for path in (tmp_path / "exported").rglob("*")
+        if path.is_file()
+    }
+    assert {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+        "genai_config.json",
+        "onnx/model.onnx",
+    } <= files
     assert load_oracle(tmp_path / "exported").config.model_type == "qwen3"
 
 
@@ -340,26 +484,36 @@ def test_a_failed_check_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
 
 def test_a_failed_trace_is_one_line(folder, tmp_path, monkeypatch, capsys):
     """Guards a traceback out of the exporter: whatever it raises is named in one line."""
+
     def broken(*_):
         raise RuntimeError("no kernel for this\nand a long story")
+
     monkeypatch.setattr(export, "onnx_attend", broken)
     source, _ = folder(FAMILIES[1]), capsys.readouterr()
     assert export.main([str(source), "--onnx", "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert "the trace of fp32 failed" in error and error.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    assert (
+        "the trace of fp32 failed" in error
+        and error.count("\n") == 1
+        and list(tmp_path.iterdir()) == []
+    )
 
 
 def test_bad_arguments_end_in_one_line(folder, tmp_path, capsys):
     source, _ = folder(FAMILIES[1]), capsys.readouterr()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    for arguments, words in [((tmp_path / "none", "--onnx", "--out", tmp_path / "out"), "config.json: no such file"),
-                             ((source, "--onnx", "--out", tmp_path / "mine"), "is no ONNX export"),
-                             ((source, "--onnx", "--out", source), "is no ONNX export")]:
+    for arguments, words in [
+        ((tmp_path / "none", "--onnx", "--out", tmp_path / "out"), "config.json: no such file"),
+        ((source, "--onnx", "--out", tmp_path / "mine"), "is no ONNX export"),
+        ((source, "--onnx", "--out", source), "is no ONNX export"),
+    ]:
         assert export.main([*map(str, arguments)]) == 1
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1 and "Traceback" not in error
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious" and not (tmp_path / "out").exists()
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious" and not (
+        tmp_path / "out"
+    ).exists()
     with pytest.raises(SystemExit):
         export.main([str(source)])
     assert "--onnx" in capsys.readouterr().err
@@ -392,15 +546,24 @@ def test_safetensors_twice_replaces_the_first(folder, tmp_path):
 def test_half_precision_is_stored_as_it_is_and_traced_in_fp32(dtype, small, tmp_path):
     """Guards a trace in half precision, which failed, and a model.safetensors twice as large as the checkpoint's."""
     import copy
+
     lm = copy.deepcopy(small[0]).to(dtype).train()
     export_onnx(lm, tmp_path / "one")
     assert lm.dtype == dtype and lm.training
     export_onnx(tmp_path / "one", tmp_path / "two")
     for out in (tmp_path / "one", tmp_path / "two"):
         back = TinyLM.from_pretrained(out)
-        assert back.dtype == dtype and all(torch.equal(a, b) for a, b in zip(back.parameters(), lm.parameters(), strict=True))
+        assert back.dtype == dtype and all(
+            torch.equal(a, b) for a, b in zip(back.parameters(), lm.parameters(), strict=True)
+        )
         ids = torch.tensor([[1, 2, 3]])
-        assert difference(torch.from_numpy(OnnxLM(out, providers=CPU)(ids.numpy())), back.float()(ids).detach()) < 1e-4
+        assert (
+            difference(
+                torch.from_numpy(OnnxLM(out, providers=CPU)(ids.numpy())),
+                back.float()(ids).detach(),
+            )
+            < 1e-4
+        )
 
 
 def test_a_checkpoint_without_tokenizer_is_exported(folder, tmp_path, capsys):
@@ -408,18 +571,28 @@ def test_a_checkpoint_without_tokenizer_is_exported(folder, tmp_path, capsys):
     source, _ = folder(FAMILIES[1]), capsys.readouterr()
     assert not (source / "tokenizer.json").exists()
     assert export.main([str(source), "--onnx", "--out", str(tmp_path / "out")]) == 0
-    assert "no tokenizer.json" in capsys.readouterr().out and (tmp_path / "out" / "onnx" / "model.onnx").exists()
+    assert (
+        "no tokenizer.json" in capsys.readouterr().out
+        and (tmp_path / "out" / "onnx" / "model.onnx").exists()
+    )
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no room\nfor it"), KeyError("x")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("no room\nfor it"), KeyError("x")], ids=repr
+)
 def test_any_error_is_one_line(error, folder, tmp_path, monkeypatch, capsys):
     def broken(*_):
         raise error
+
     monkeypatch.setattr(export, "verify", broken)
     source, _ = folder(FAMILIES[1]), capsys.readouterr()
     assert export.main([str(source), "--onnx", "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr().err
-    assert type(error).__name__ in printed and printed.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    assert (
+        type(error).__name__ in printed
+        and printed.count("\n") == 1
+        and list(tmp_path.iterdir()) == []
+    )
 
 
 def test_a_failed_rename_keeps_the_earlier_export(folder, tmp_path, monkeypatch):
@@ -432,26 +605,42 @@ def test_a_failed_rename_keeps_the_earlier_export(folder, tmp_path, monkeypatch)
         if str(a).endswith(".new"):
             raise OSError("no such luck")
         replace(a, b)
+
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="no such luck"):
         export_onnx(source, out, onnx=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "note").read_text() == "the first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (
+        out / "note"
+    ).read_text() == "the first"
 
 
 def test_the_speed_counts_tokens(small, tmp_path, monkeypatch, capsys):
     """Guards pieces of text taken for tokens: a character of four bytes is one piece."""
     lm = OnnxLM(small[2], providers=CPU)
     clock = iter(range(10**6))
-    monkeypatch.setattr(export.time, "monotonic", lambda: next(clock))  # one second from token to token
+    monkeypatch.setattr(
+        export.time, "monotonic", lambda: next(clock)
+    )  # one second from token to token
     monkeypatch.setattr(lm, "tokens", lambda *_, **__: iter("\U0001f600".encode() * 9))
     export.show(lm, "hi", 36)
     assert "\U0001f600" in (text := capsys.readouterr().out) and text.endswith(", 1 tokens/s\n")
 
 
 def test_smollm2_is_exported_verified_and_knows_paris(smollm2, tmp_path):
-    done = run(smollm2, "--onnx", "--out", tmp_path / "out", "--prompt", "The capital of France is", "--max-new-tokens", 8,
-               cwd=tmp_path)
+    done = run(
+        smollm2,
+        "--onnx",
+        "--out",
+        tmp_path / "out",
+        "--prompt",
+        "The capital of France is",
+        "--max-new-tokens",
+        8,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
     size = sum(path.stat().st_size for path in (tmp_path / "out" / "onnx").iterdir())
-    assert size < 1.01 * (tmp_path / "out" / "model.safetensors").stat().st_size  # the tied head is stored once
+    assert (
+        size < 1.01 * (tmp_path / "out" / "model.safetensors").stat().st_size
+    )  # the tied head is stored once

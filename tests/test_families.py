@@ -5,10 +5,24 @@ import shutil
 
 import pytest
 import torch
+from families import (
+    CASES,
+    FAMILIES,
+    LENGTH,
+    Case,
+    common,
+    difference,
+    gpt2,
+    load_oracle,
+    prompts,
+    ragged,
+    rewrite_config,
+    rewrite_tensors,
+    rope,
+    save,
+)
 from safetensors.torch import load_file, save_file
 
-from families import (CASES, FAMILIES, LENGTH, Case, common, difference, gpt2, load_oracle, prompts, ragged,
-                      rewrite_config, rewrite_tensors, rope, save)
 from tinylm import TinyLM
 
 BY_NAME = {case.name: case for case in CASES}
@@ -31,6 +45,7 @@ def refuses(folder, *words):
 
 
 # ---- what a model computes ------------------------------------------------------------------------------------------
+
 
 @every(CASES)
 @pytest.mark.parametrize("dialect", ["v5", "legacy"])
@@ -63,19 +78,29 @@ def test_greedy_tokens_are_those_of_transformers(case, folder):
     """Alone and in padded batches. The dynamic rope starts inside of max_position_embeddings and leaves it."""
     ours, oracle = TinyLM.from_pretrained(folder(case)), load_oracle(folder(case))
     rows = [prompts(case, n, seed=n) for n in (6, LENGTH, 14)]
-    theirs = [oracle.generate(row[None], attention_mask=torch.ones_like(row[None]), do_sample=False, max_new_tokens=12,
-                              eos_token_id=None, pad_token_id=0)[0, len(row):] for row in rows]
+    theirs = [
+        oracle.generate(
+            row[None],
+            attention_mask=torch.ones_like(row[None]),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(row) :]
+        for row in rows
+    ]
     for row, new in zip(rows, theirs, strict=True):
         out = ours.generate(row[None], max_new_tokens=12, eos_token_id=())
         assert out[0].tolist() == row.tolist() + new.tolist()
     for padding in PADDINGS.values():
         batch, mask = ragged(rows, padding)
         out = ours.generate(batch, mask, max_new_tokens=12, eos_token_id=())
-        assert torch.equal(out[:, :batch.shape[1]], batch)
-        assert out[:, batch.shape[1]:].tolist() == [new.tolist() for new in theirs]
+        assert torch.equal(out[:, : batch.shape[1]], batch)
+        assert out[:, batch.shape[1] :].tolist() == [new.tolist() for new in theirs]
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
+
 
 @every(CASES)
 @pytest.mark.parametrize("dialect", ["v5", "legacy"])
@@ -92,7 +117,9 @@ def test_saved_folder_is_the_same_model_here_and_in_transformers(case, dialect, 
     with torch.no_grad():
         assert torch.equal(after(ids).logits, before(ids).logits)
     # What is tied is stored once, and nothing is stored that transformers would not store.
-    assert set(load_file(tmp_path / "model.safetensors")) == set(load_file(folder(case) / "model.safetensors"))
+    assert set(load_file(tmp_path / "model.safetensors")) == set(
+        load_file(folder(case) / "model.safetensors")
+    )
 
 
 def assert_same_weights(one, other):
@@ -113,7 +140,9 @@ def test_dtype_is_the_checkpoints_unless_given(case, copy):
     path = copy(case)
     rewrite_tensors(path, lambda tensors: {name: t.bfloat16() for name, t in tensors.items()})
     rewrite_config(path, lambda config: config | {"dtype": "bfloat16"})
-    assert {weight.dtype for weight in TinyLM.from_pretrained(path).parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in TinyLM.from_pretrained(path).parameters()} == {
+        torch.bfloat16
+    }
     ours, ids = TinyLM.from_pretrained(path, dtype=torch.float32), prompts(case, 2, LENGTH)
     with torch.no_grad():
         assert difference(ours(ids), load_oracle(path)(ids).logits) < 1e-4
@@ -131,42 +160,161 @@ def test_saving_over_a_checkpoint_replaces_it(copy):
 # ---- published files ------------------------------------------------------------------------------------------------
 
 PUBLISHED = {  # what config.json of the published checkpoints holds beside the sizes; none of it changes the logits
-    "openai-community/gpt2": Case("gpt2-published", "gpt2", gpt2(
-        n_ctx=64, attn_pdrop=0.1, summary_activation=None, summary_first_dropout=0.1, summary_type="cls_index",
-        summary_proj_to_labels=True, summary_use_proj=True,
-        task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}})),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": Case("smollm2-published", "llama", common(
-        is_llama_config=True, rope_interleaved=False, rope_scaling=None, rope_theta=100000, pretraining_tp=1,
-        use_cache=True, tie_word_embeddings=True,
-        **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}})),
-    "meta-llama/Llama-3.2-1B-Instruct": Case("llama3-published", "llama", common(
-        attention_bias=False, eos_token_id=[2, 3, 4], head_dim=10, mlp_bias=False, rope_theta=500000.0,
-        rope_scaling=dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, rope_type="llama3",
-                          original_max_position_embeddings=16), tie_word_embeddings=True)),
-    "Qwen/Qwen2.5-0.5B": Case("qwen2-published", "qwen2", common(
-        max_window_layers=2, rope_theta=1000000.0, sliding_window=8, use_mrope=False, use_sliding_window=False)),
-    "google/gemma-2b": Case("gemma-published", "gemma", common(
-        hidden_act="gelu", hidden_activation=None, head_dim=14, rope_scaling=None, rope_theta=10000.0)),
-    "google/gemma-2-2b": Case("gemma2-published", "gemma2", common(
-        attn_logit_softcapping=50.0, cache_implementation="hybrid", final_logit_softcapping=30.0, head_dim=14,
-        hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=19,
-        rope_theta=10000.0, sliding_window=8)),
-    "google/gemma-3-1b-it": Case("gemma3-published", "gemma3_text", common(
-        attn_logit_softcapping=None, cache_implementation="hybrid", eos_token_id=[1, 106], final_logit_softcapping=None,
-        head_dim=14, query_pre_attn_scalar=19, rope_local_base_freq=10000, rope_scaling=None, rope_theta=1000000,
-        sliding_window=8, sliding_window_pattern=6, num_hidden_layers=7)),
-    "google/gemma-3-270m": Case("gemma3-270m-published", "gemma3_text", common(
-        _sliding_window_pattern=6, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        use_bidirectional_attention=False, rope_local_base_freq=10000.0, rope_scaling=None, rope_theta=1000000.0,
-        head_dim=14, query_pre_attn_scalar=19, sliding_window=8)),
-    "microsoft/Phi-3-mini-4k-instruct": Case("phi3-published", "phi3", common(
-        attention_bias=False, embd_pdrop=0.0, original_max_position_embeddings=64, resid_pdrop=0.0, rope_scaling=None,
-        rope_theta=10000.0, sliding_window=8, auto_map={"AutoConfig": "configuration_phi3.Phi3Config"})),
-    "bigcode/starcoder2-3b": Case("starcoder2-published", "starcoder2", common(
-        activation_function="gelu", attention_dropout=0.1, attention_softmax_in_fp32=True, embedding_dropout=0.1,
-        layer_norm_epsilon=1e-5, mlp_type="default", norm_epsilon=1e-5, norm_type="layer_norm", residual_dropout=0.1,
-        rope_theta=999999.4420358813, scale_attention_softmax_in_fp32=True, scale_attn_weights=True, sliding_window=8,
-        use_bias=True)),
+    "openai-community/gpt2": Case(
+        "gpt2-published",
+        "gpt2",
+        gpt2(
+            n_ctx=64,
+            attn_pdrop=0.1,
+            summary_activation=None,
+            summary_first_dropout=0.1,
+            summary_type="cls_index",
+            summary_proj_to_labels=True,
+            summary_use_proj=True,
+            task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}},
+        ),
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Case(
+        "smollm2-published",
+        "llama",
+        common(
+            is_llama_config=True,
+            rope_interleaved=False,
+            rope_scaling=None,
+            rope_theta=100000,
+            pretraining_tp=1,
+            use_cache=True,
+            tie_word_embeddings=True,
+            **{
+                "transformers.js_config": {
+                    "kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}
+                }
+            },
+        ),
+    ),
+    "meta-llama/Llama-3.2-1B-Instruct": Case(
+        "llama3-published",
+        "llama",
+        common(
+            attention_bias=False,
+            eos_token_id=[2, 3, 4],
+            head_dim=10,
+            mlp_bias=False,
+            rope_theta=500000.0,
+            rope_scaling=dict(
+                factor=32.0,
+                high_freq_factor=4.0,
+                low_freq_factor=1.0,
+                rope_type="llama3",
+                original_max_position_embeddings=16,
+            ),
+            tie_word_embeddings=True,
+        ),
+    ),
+    "Qwen/Qwen2.5-0.5B": Case(
+        "qwen2-published",
+        "qwen2",
+        common(
+            max_window_layers=2,
+            rope_theta=1000000.0,
+            sliding_window=8,
+            use_mrope=False,
+            use_sliding_window=False,
+        ),
+    ),
+    "google/gemma-2b": Case(
+        "gemma-published",
+        "gemma",
+        common(
+            hidden_act="gelu",
+            hidden_activation=None,
+            head_dim=14,
+            rope_scaling=None,
+            rope_theta=10000.0,
+        ),
+    ),
+    "google/gemma-2-2b": Case(
+        "gemma2-published",
+        "gemma2",
+        common(
+            attn_logit_softcapping=50.0,
+            cache_implementation="hybrid",
+            final_logit_softcapping=30.0,
+            head_dim=14,
+            hidden_act="gelu_pytorch_tanh",
+            hidden_activation="gelu_pytorch_tanh",
+            query_pre_attn_scalar=19,
+            rope_theta=10000.0,
+            sliding_window=8,
+        ),
+    ),
+    "google/gemma-3-1b-it": Case(
+        "gemma3-published",
+        "gemma3_text",
+        common(
+            attn_logit_softcapping=None,
+            cache_implementation="hybrid",
+            eos_token_id=[1, 106],
+            final_logit_softcapping=None,
+            head_dim=14,
+            query_pre_attn_scalar=19,
+            rope_local_base_freq=10000,
+            rope_scaling=None,
+            rope_theta=1000000,
+            sliding_window=8,
+            sliding_window_pattern=6,
+            num_hidden_layers=7,
+        ),
+    ),
+    "google/gemma-3-270m": Case(
+        "gemma3-270m-published",
+        "gemma3_text",
+        common(
+            _sliding_window_pattern=6,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            use_bidirectional_attention=False,
+            rope_local_base_freq=10000.0,
+            rope_scaling=None,
+            rope_theta=1000000.0,
+            head_dim=14,
+            query_pre_attn_scalar=19,
+            sliding_window=8,
+        ),
+    ),
+    "microsoft/Phi-3-mini-4k-instruct": Case(
+        "phi3-published",
+        "phi3",
+        common(
+            attention_bias=False,
+            embd_pdrop=0.0,
+            original_max_position_embeddings=64,
+            resid_pdrop=0.0,
+            rope_scaling=None,
+            rope_theta=10000.0,
+            sliding_window=8,
+            auto_map={"AutoConfig": "configuration_phi3.Phi3Config"},
+        ),
+    ),
+    "bigcode/starcoder2-3b": Case(
+        "starcoder2-published",
+        "starcoder2",
+        common(
+            activation_function="gelu",
+            attention_dropout=0.1,
+            attention_softmax_in_fp32=True,
+            embedding_dropout=0.1,
+            layer_norm_epsilon=1e-5,
+            mlp_type="default",
+            norm_epsilon=1e-5,
+            norm_type="layer_norm",
+            residual_dropout=0.1,
+            rope_theta=999999.4420358813,
+            scale_attention_softmax_in_fp32=True,
+            scale_attn_weights=True,
+            sliding_window=8,
+            use_bias=True,
+        ),
+    ),
 }
 
 
@@ -175,19 +323,31 @@ def test_config_json_as_published(name, tmp_path):
     """Strictness must not refuse the very checkpoints that a family is for."""
     case = PUBLISHED[name]
     save(case, tmp_path)
-    plain = {"model_type": case.family, "architectures": ["X"], "torch_dtype": "bfloat16", **case.fields}
+    plain = {
+        "model_type": case.family,
+        "architectures": ["X"],
+        "torch_dtype": "bfloat16",
+        **case.fields,
+    }
     rewrite_config(tmp_path, lambda config: plain | {"transformers_version": "4.45.0"})
     ids = prompts(case, 2, LENGTH)
     with torch.no_grad():
-        assert difference(TinyLM.from_pretrained(tmp_path, dtype=torch.float32)(ids),
-                          load_oracle(tmp_path)(ids).logits) < 1e-4
+        assert (
+            difference(
+                TinyLM.from_pretrained(tmp_path, dtype=torch.float32)(ids),
+                load_oracle(tmp_path)(ids).logits,
+            )
+            < 1e-4
+        )
 
 
 def test_published_gpt2_tensors(copy, folder):
     """The published file names no "transformer." and holds the causal masks as tensors."""
+
     def publish(tensors):
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
         return tensors | {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(3)}
+
     path = copy(GPT2)
     rewrite_tensors(path, publish)
     assert_same_weights(TinyLM.from_pretrained(path), TinyLM.from_pretrained(folder(GPT2)))
@@ -204,9 +364,14 @@ def test_tied_head_that_is_stored_all_the_same(copy, folder):
     """Older tools wrote a tied head twice. A second copy that differs is no tied head, as transformers has it."""
     case = BY_NAME["llama-tied"]
     path = copy(case)
-    rewrite_tensors(path, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    rewrite_tensors(
+        path,
+        lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+    )
     assert_same_weights(TinyLM.from_pretrained(path), TinyLM.from_pretrained(folder(case)))
-    rewrite_tensors(path, lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1})
+    rewrite_tensors(
+        path, lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}
+    )
     ids, lm = prompts(case, 2, LENGTH), TinyLM.from_pretrained(path)
     with torch.no_grad():
         assert difference(lm(ids), load_oracle(path)(ids).logits) < 1e-4
@@ -214,9 +379,12 @@ def test_tied_head_that_is_stored_all_the_same(copy, folder):
 
 # ---- what must be refused -------------------------------------------------------------------------------------------
 
+
 def test_missing_tensor(copy):
     path, name = copy(LLAMA), "model.layers.1.self_attn.k_proj.weight"
-    rewrite_tensors(path, lambda tensors: {key: value for key, value in tensors.items() if key != name})
+    rewrite_tensors(
+        path, lambda tensors: {key: value for key, value in tensors.items() if key != name}
+    )
     refuses(path, "model.safetensors", name)
 
 
@@ -232,10 +400,17 @@ def test_tensor_of_a_layer_too_many(copy):
     refuses(path, "model.safetensors", "model.layers.2.")
 
 
-@pytest.mark.parametrize("name, shape", [
-    ("model.layers.1.self_attn.k_proj.weight", (20, 61)), ("model.layers.1.self_attn.k_proj.weight", (40, 60)),
-    ("model.layers.0.mlp.down_proj.weight", (82, 60)), ("model.norm.weight", (1,)),
-    ("model.embed_tokens.weight", (212, 60)), ("lm_head.weight", (1, 60))])
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("model.layers.1.self_attn.k_proj.weight", (20, 61)),
+        ("model.layers.1.self_attn.k_proj.weight", (40, 60)),
+        ("model.layers.0.mlp.down_proj.weight", (82, 60)),
+        ("model.norm.weight", (1,)),
+        ("model.embed_tokens.weight", (212, 60)),
+        ("lm_head.weight", (1, 60)),
+    ],
+)
 def test_misshaped_tensor(name, shape, copy):
     """Shapes that broadcast, or that fit after a transposition, are wrong shapes too."""
     path = copy(LLAMA)
@@ -245,10 +420,12 @@ def test_misshaped_tensor(name, shape, copy):
 
 def test_fused_tensors_whose_sizes_only_add_up(copy):
     """Guards the fused projection: swapped sizes of q and k have the right sum and are wrong all the same."""
+
     def swap(tensors):
         prefix = "model.layers.0.self_attn."
         q, k = tensors[prefix + "q_proj.weight"], tensors[prefix + "k_proj.weight"]
         return tensors | {prefix + "q_proj.weight": k.clone(), prefix + "k_proj.weight": q.clone()}
+
     path = copy(LLAMA)
     rewrite_tensors(path, swap)
     refuses(path, "model.safetensors", "model.layers.0.self_attn.")
@@ -266,7 +443,9 @@ def test_shard_without_a_tensor_that_the_index_promises(tmp_path):
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     tensors = load_file(shard)
     lost = sorted(tensors)[0]
-    save_file({name: t for name, t in tensors.items() if name != lost}, shard, metadata={"format": "pt"})
+    save_file(
+        {name: t for name, t in tensors.items() if name != lost}, shard, metadata={"format": "pt"}
+    )
     refuses(tmp_path, lost)
 
 
@@ -311,33 +490,68 @@ def test_unknown_model_type(copy):
     refuses(path, "config.json", "model_type", "mamba", *(case.family for case in FAMILIES))
 
 
-@pytest.mark.parametrize("family, field, value", [
-    ("llama", "hidden_act", "foo"), ("gpt2", "activation_function", "foo"), ("gemma2", "hidden_activation", "foo"),
-    ("llama", "quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
-    ("llama", "a_field_of_tomorrow", "truthy"), ("gpt2", "scale_attn_by_inverse_layer_idx", True),
-    ("gpt2", "scale_attn_weights", False), ("gpt2", "add_cross_attention", True), ("llama", "qk_norm", True),
-    ("llama", "num_experts", 8), ("qwen3", "layer_types", ["full_attention"] * 2 + ["linear_attention"]),
-    ("gemma3_text", "use_bidirectional_attention", True), ("mistral", "num_key_value_heads", 4),
-    ("llama", "hidden_size", "60"), ("llama", "num_hidden_layers", 0), ("llama", "num_hidden_layers", None),
-    ("llama", "rms_norm_eps", "1e-6"), ("llama", "head_dim", 15), ("llama", "tie_word_embeddings", "no"),
-    ("llama", "attention_bias", "yes")])
+@pytest.mark.parametrize(
+    "family, field, value",
+    [
+        ("llama", "hidden_act", "foo"),
+        ("gpt2", "activation_function", "foo"),
+        ("gemma2", "hidden_activation", "foo"),
+        ("llama", "quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ("llama", "a_field_of_tomorrow", "truthy"),
+        ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+        ("gpt2", "scale_attn_weights", False),
+        ("gpt2", "add_cross_attention", True),
+        ("llama", "qk_norm", True),
+        ("llama", "num_experts", 8),
+        ("qwen3", "layer_types", ["full_attention"] * 2 + ["linear_attention"]),
+        ("gemma3_text", "use_bidirectional_attention", True),
+        ("mistral", "num_key_value_heads", 4),
+        ("llama", "hidden_size", "60"),
+        ("llama", "num_hidden_layers", 0),
+        ("llama", "num_hidden_layers", None),
+        ("llama", "rms_norm_eps", "1e-6"),
+        ("llama", "head_dim", 15),
+        ("llama", "tie_word_embeddings", "no"),
+        ("llama", "attention_bias", "yes"),
+    ],
+)
 def test_config_field_that_is_not_supported(family, field, value, copy):
     """The message names the file, the field and the value. An attention bias that is "yes" is no bias to guess at."""
     path = copy(BY_NAME[family])
     rewrite_config(path, lambda config: config | {field: value})
-    shown = value if isinstance(value, (str, int)) else "linear_attention" if field == "layer_types" else ""
+    shown = (
+        value
+        if isinstance(value, (str, int))
+        else "linear_attention"
+        if field == "layer_types"
+        else ""
+    )
     refuses(path, "config.json", field, shown)
 
 
-@pytest.mark.parametrize("parameters, words", [
-    (rope("longrope", short_factor=[1.0] * 5, long_factor=[2.0] * 5, original_max_position_embeddings=32),
-     ["longrope"]),
-    (rope("foo", factor=2.0), ["foo"]),
-    (rope("linear"), ["factor"]),
-    (rope("linear", factor="2"), ["factor", "2"]),
-    (rope("llama3", factor=2.0, low_freq_factor=1.0, original_max_position_embeddings=32), ["high_freq_factor"]),
-    (rope("linear", factor=2.0, a_field_of_tomorrow=3), ["a_field_of_tomorrow", 3]),
-    (dict(rope_type="default", rope_theta=-1.0), ["rope_theta", -1.0])])
+@pytest.mark.parametrize(
+    "parameters, words",
+    [
+        (
+            rope(
+                "longrope",
+                short_factor=[1.0] * 5,
+                long_factor=[2.0] * 5,
+                original_max_position_embeddings=32,
+            ),
+            ["longrope"],
+        ),
+        (rope("foo", factor=2.0), ["foo"]),
+        (rope("linear"), ["factor"]),
+        (rope("linear", factor="2"), ["factor", "2"]),
+        (
+            rope("llama3", factor=2.0, low_freq_factor=1.0, original_max_position_embeddings=32),
+            ["high_freq_factor"],
+        ),
+        (rope("linear", factor=2.0, a_field_of_tomorrow=3), ["a_field_of_tomorrow", 3]),
+        (dict(rope_type="default", rope_theta=-1.0), ["rope_theta", -1.0]),
+    ],
+)
 @pytest.mark.parametrize("dialect", ["v5", "legacy"])
 def test_rope_that_is_not_supported(dialect, parameters, words, copy):
     def change(config):
@@ -345,49 +559,117 @@ def test_rope_that_is_not_supported(dialect, parameters, words, copy):
             return config | {"rope_parameters": parameters}
         scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
         return config | {"rope_theta": parameters["rope_theta"], "rope_scaling": scaling}
+
     path = copy(LLAMA, dialect)
     rewrite_config(path, change)
     refuses(path, "config.json", *words)
 
 
 VARIANTS = [  # (family, what differs from its first case): fields that change the logits in transformers
-    ("gpt2", dict(tie_word_embeddings=False)), ("gpt2", dict(reorder_and_upcast_attn=True)),
-    ("gpt2", dict(activation_function="silu")), ("gpt2", dict(activation_function="gelu_fast")),
-    ("llama", dict(hidden_act="gelu_new")), ("llama", dict(hidden_act="quick_gelu")),
+    ("gpt2", dict(tie_word_embeddings=False)),
+    ("gpt2", dict(reorder_and_upcast_attn=True)),
+    ("gpt2", dict(activation_function="silu")),
+    ("gpt2", dict(activation_function="gelu_fast")),
+    ("llama", dict(hidden_act="gelu_new")),
+    ("llama", dict(hidden_act="quick_gelu")),
     ("llama", dict(hidden_act="relu2")),
     ("llama", dict(rope_parameters=rope(partial_rotary_factor=0.5), head_dim=16)),
-    ("llama", dict(rope_parameters=rope("yarn", 100.0, factor=4.0, original_max_position_embeddings=16,
-                                        truncate=False), head_dim=20)),
-    ("llama", dict(rope_parameters=rope("yarn", 100.0, factor=4.0, original_max_position_embeddings=16, mscale=0.7,
-                                        mscale_all_dim=1.3), head_dim=20)),
-    ("llama", dict(rope_parameters=rope("yarn", 100.0, factor=4.0), head_dim=20, max_position_embeddings=20)),
-    ("llama", dict(rope_parameters=rope("dynamic", factor=2.0, original_max_position_embeddings=8),
-                   max_position_embeddings=16)),
+    (
+        "llama",
+        dict(
+            rope_parameters=rope(
+                "yarn", 100.0, factor=4.0, original_max_position_embeddings=16, truncate=False
+            ),
+            head_dim=20,
+        ),
+    ),
+    (
+        "llama",
+        dict(
+            rope_parameters=rope(
+                "yarn",
+                100.0,
+                factor=4.0,
+                original_max_position_embeddings=16,
+                mscale=0.7,
+                mscale_all_dim=1.3,
+            ),
+            head_dim=20,
+        ),
+    ),
+    (
+        "llama",
+        dict(
+            rope_parameters=rope("yarn", 100.0, factor=4.0), head_dim=20, max_position_embeddings=20
+        ),
+    ),
+    (
+        "llama",
+        dict(
+            rope_parameters=rope("dynamic", factor=2.0, original_max_position_embeddings=8),
+            max_position_embeddings=16,
+        ),
+    ),
     ("qwen2", dict(hidden_act="relu")),
     ("qwen2", dict(use_sliding_window=False, sliding_window=5, max_window_layers=1)),
-    ("qwen2", dict(use_sliding_window=True, sliding_window=5,
-                   layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+    (
+        "qwen2",
+        dict(
+            use_sliding_window=True,
+            sliding_window=5,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
     ("qwen2", dict(layer_types=["full_attention"] * 3, use_sliding_window=True, sliding_window=5)),
-    ("qwen3", dict(layer_types=["full_attention"] * 3, max_window_layers=0, use_sliding_window=True, sliding_window=5)),
-    ("gemma", dict(attention_bias=True)), ("gemma", dict(tie_word_embeddings=False)),
-    ("gemma", dict(hidden_act="gelu")), ("gemma", dict(hidden_act="relu")),
-    ("gemma2", dict(attention_bias=True)), ("gemma2", dict(tie_word_embeddings=False)),
-    ("gemma2", dict(hidden_activation="silu")), ("gemma2", dict(layer_types=["full_attention"] * 4)),
+    (
+        "qwen3",
+        dict(
+            layer_types=["full_attention"] * 3,
+            max_window_layers=0,
+            use_sliding_window=True,
+            sliding_window=5,
+        ),
+    ),
+    ("gemma", dict(attention_bias=True)),
+    ("gemma", dict(tie_word_embeddings=False)),
+    ("gemma", dict(hidden_act="gelu")),
+    ("gemma", dict(hidden_act="relu")),
+    ("gemma2", dict(attention_bias=True)),
+    ("gemma2", dict(tie_word_embeddings=False)),
+    ("gemma2", dict(hidden_activation="silu")),
+    ("gemma2", dict(layer_types=["full_attention"] * 4)),
     ("gemma2", dict(rope_parameters=rope("linear", factor=2.0))),
     ("gemma3_text", dict(attn_logit_softcapping=3.0)),  # which transformers ignores here
-    ("gemma3_text", dict(attention_bias=True)), ("gemma3_text", dict(hidden_activation="relu")),
-    ("gemma3_text", dict(rope_parameters=dict(full_attention=rope("yarn", 100.0, factor=4.0,
-                                                                  original_max_position_embeddings=16),
-                                              sliding_attention=rope("linear", 100.0, factor=2.0)))),
+    ("gemma3_text", dict(attention_bias=True)),
+    ("gemma3_text", dict(hidden_activation="relu")),
+    (
+        "gemma3_text",
+        dict(
+            rope_parameters=dict(
+                full_attention=rope("yarn", 100.0, factor=4.0, original_max_position_embeddings=16),
+                sliding_attention=rope("linear", 100.0, factor=2.0),
+            )
+        ),
+    ),
     ("gemma3_text", dict(layer_types=["full_attention"] * 4)),
-    ("phi3", dict(rope_parameters=rope(partial_rotary_factor=0.4))), ("phi3", dict(hidden_act="gelu")),
-    ("olmo2", dict(tie_word_embeddings=True)), ("olmo2", dict(hidden_act="relu")),
-    ("starcoder2", dict(hidden_act="gelu")), ("starcoder2", dict(rope_parameters=rope("linear", factor=2.0))),
+    ("phi3", dict(rope_parameters=rope(partial_rotary_factor=0.4))),
+    ("phi3", dict(hidden_act="gelu")),
+    ("olmo2", dict(tie_word_embeddings=True)),
+    ("olmo2", dict(hidden_act="relu")),
+    ("starcoder2", dict(hidden_act="gelu")),
+    ("starcoder2", dict(rope_parameters=rope("linear", factor=2.0))),
 ]
 
 
-@pytest.mark.parametrize("family, fields", VARIANTS, ids=lambda value: value if isinstance(value, str) else
-                         "+".join(f"{key}={json.dumps(entry)}" for key, entry in value.items())[:60])
+@pytest.mark.parametrize(
+    "family, fields",
+    VARIANTS,
+    ids=lambda value: (
+        value
+        if isinstance(value, str)
+        else "+".join(f"{key}={json.dumps(entry)}" for key, entry in value.items())[:60]
+    ),
+)
 def test_right_or_refused_but_never_wrong(family, fields, tmp_path):
     """A field that matters is either computed as transformers computes it or named in an error."""
     case = Case("variant", family, BY_NAME[family].fields | fields)

@@ -12,14 +12,29 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors import safe_open
+from test_train import same_files, text  # noqa: F401
 
 import tinylm
-from conftest import ROOT
-from test_train import same_files, text  # noqa: F401: a fixture
-from tinylm import TinyLM, main
+import train
+from tinylm import TinyLM
+from train import main
 
-OPTIONS = ["--size", "pico", "--batch", "4", "--block", "16", "--steps", "40", "--eval-every", "2", "--dropout", "0.1"]
+OPTIONS = [
+    "--size",
+    "pico",
+    "--batch",
+    "4",
+    "--block",
+    "16",
+    "--steps",
+    "40",
+    "--eval-every",
+    "2",
+    "--dropout",
+    "0.1",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,8 +59,10 @@ def step_of(folder):
         return json.loads(file.metadata()["training"])["step"]
 
 
-def train(text, out, *more):
-    return main(["train", str(text), "--out", str(out), *(OPTIONS if "--resume" not in more else ()), *more])
+def run_train(text, out, *more):
+    return main(
+        ["train", str(text), "--out", str(out), *(OPTIONS if "--resume" not in more else ()), *more]
+    )
 
 
 class Killed(BaseException):
@@ -71,7 +88,7 @@ def test_killed_at_any_write_it_goes_on_to_the_same_curve(text, whole, tmp_path,
         monkeypatch.setattr(tinylm, "write_file", write_file)
         going_on = (out / "last" / "training.safetensors").exists()
         try:
-            assert train(text, out, *["--resume"] * going_on) == 0
+            assert run_train(text, out, *["--resume"] * going_on) == 0
             break
         except Killed:
             kills += 1
@@ -85,11 +102,22 @@ def test_killed_at_any_write_it_goes_on_to_the_same_curve(text, whole, tmp_path,
 
 def test_killed_by_the_system_it_goes_on_to_the_same_curve(text, whole, tmp_path):
     """kill -9 of the process itself, at two random moments."""
-    out, draw, environment = tmp_path / "out", random.Random(1), os.environ | {"OMP_NUM_THREADS": "1"}
+    out, draw, environment = (
+        tmp_path / "out",
+        random.Random(1),
+        os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     for _ in range(2):
         going_on = (out / "last" / "training.safetensors").exists()
-        command = [sys.executable, ROOT / "tinylm.py", "train", text, "--out", out,
-                   *(["--resume"] if going_on else OPTIONS)]
+        command = [
+            sys.executable,
+            ROOT / "train.py",
+            "train",
+            text,
+            "--out",
+            out,
+            *(["--resume"] if going_on else OPTIONS),
+        ]
         run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         next(line for line in run.stderr if re.search("validation", line))
         time.sleep(2 * draw.random())
@@ -97,7 +125,9 @@ def test_killed_by_the_system_it_goes_on_to_the_same_curve(text, whole, tmp_path
         run.communicate()
         if (out / "last" / "training.safetensors").exists():
             TinyLM.from_pretrained(out / "last")
-    assert train(text, out, *["--resume"] * (out / "last" / "training.safetensors").exists()) == 0
+    assert (
+        run_train(text, out, *["--resume"] * (out / "last" / "training.safetensors").exists()) == 0
+    )
     for file in whole.rglob("*.safetensors"):
         assert same_files(file, out / file.relative_to(whole)), file
 
@@ -105,13 +135,16 @@ def test_killed_by_the_system_it_goes_on_to_the_same_curve(text, whole, tmp_path
 def test_a_full_disk_keeps_what_was_saved(text, tmp_path, capsys):
     """A limit on the size of files, above the model's and below the optimizer's."""
     out = tmp_path / "out"
-    assert train(text, out, "--steps", "2") == 0
+    assert run_train(text, out, "--steps", "2") == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    sizes = [(out / "last" / name).stat().st_size for name in ("model.safetensors", "training.safetensors")]
+    sizes = [
+        (out / "last" / name).stat().st_size
+        for name in ("model.safetensors", "training.safetensors")
+    ]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[0] // 2, limits[1]))
     try:
-        assert train(text, out) == 1
+        assert run_train(text, out) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err.splitlines()[-1]
@@ -125,26 +158,26 @@ def test_a_folder_that_cannot_be_written_is_one_line(text, tmp_path, capsys, mon
         raise PermissionError(13, "Permission denied", "model.safetensors.tmp")
 
     out = tmp_path / "out"
-    assert train(text, out, "--steps", "2") == 0
+    assert run_train(text, out, "--steps", "2") == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        assert train(text, out) == 1
+        assert run_train(text, out) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert str(out / "best") in error and "Permission denied" in error
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     if os.geteuid():  # root may write anywhere
         out.chmod(0o500)
-        assert train(text, out / "new") == 1
+        assert run_train(text, out / "new") == 1
         assert "Permission denied" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_two_runs_on_one_folder_are_refused(text, tmp_path, capsys):
-    with tinylm.locked(tmp_path / "out"):
-        assert train(text, tmp_path / "out") == 1
+    with train.locked(tmp_path / "out"):
+        assert run_train(text, tmp_path / "out") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "--out" in error and "another run" in error and not [*(tmp_path / "out").iterdir()]
-    assert train(text, tmp_path / "out", "--steps", "2") == 0
+    assert run_train(text, tmp_path / "out", "--steps", "2") == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -161,11 +194,11 @@ def test_a_loss_that_is_no_number_stops_the_run(value, text, whole, tmp_path, ca
         return loss
 
     with monkeypatch.context() as patch:
-        patch.setattr(tinylm, "train_step", spoilt)
-        assert train(text, tmp_path / "out") == 1
+        patch.setattr(train, "train_step", spoilt)
+        assert run_train(text, tmp_path / "out") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"step 8: the loss is {value}" in error and step_of(tmp_path / "out" / "last") == 6
-    assert train(text, tmp_path / "out", "--resume") == 0
+    assert run_train(text, tmp_path / "out", "--resume") == 0
     for file in whole.rglob("*.safetensors"):
         assert same_files(file, tmp_path / "out" / file.relative_to(whole)), file
 
@@ -173,7 +206,10 @@ def test_a_loss_that_is_no_number_stops_the_run(value, text, whole, tmp_path, ca
 @pytest.mark.parametrize("ceiling, learns", [(100.0, True), (0.1, False)])
 def test_a_batch_whose_loss_jumps_teaches_nothing(ceiling, learns):
     lm = tinylm.TinyLM(tinylm.Config(hidden_size=32, num_hidden_layers=1))
-    before, ids = {name: x.clone() for name, x in lm.state_dict().items()}, torch.arange(40).view(2, 20)
+    before, ids = (
+        {name: x.clone() for name, x in lm.state_dict().items()},
+        torch.arange(40).view(2, 20),
+    )
     loss = tinylm.train_step(lm, torch.optim.SGD(lm.parameters(), lr=0.1), ids, ceiling=ceiling)
     changed = [name for name, x in lm.state_dict().items() if not torch.equal(x, before[name])]
     assert (loss > ceiling) != learns and bool(changed) == learns
@@ -186,7 +222,9 @@ def test_a_loss_that_jumps_is_reported(text, tmp_path, capsys, monkeypatch):
         calls.append(arguments[-1])
         return step(*arguments) * (1 if len(calls) != 5 else 9)
 
-    monkeypatch.setattr(tinylm, "train_step", jumping)
-    assert train(text, tmp_path / "out") == 0
-    usual, = re.findall(r"step 5: the loss jumped from about ([\d.]+) to [\d.]+; left out", capsys.readouterr().err)
+    monkeypatch.setattr(train, "train_step", jumping)
+    assert run_train(text, tmp_path / "out") == 0
+    (usual,) = re.findall(
+        r"step 5: the loss jumped from about ([\d.]+) to [\d.]+; left out", capsys.readouterr().err
+    )
     assert calls[0] == float("inf") and calls[4] == pytest.approx(2 * float(usual) + 1, abs=2e-3)

@@ -5,22 +5,41 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
-from transformers.generation import (MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper,
-                                     TopKLogitsWarper, TopPLogitsWarper)
-
 from families import CASES, load_oracle, prompts, ragged
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+)
+from transformers.generation import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
 from tinylm import Config, TinyLM
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 DRAWS = 8192
-KNOBS = [dict(temperature=1.0), dict(temperature=0.5), dict(temperature=1.7), dict(temperature=1.0, top_k=7),
-         dict(temperature=1.0, top_p=0.8), dict(temperature=1.0, min_p=0.2),
-         dict(temperature=1.0, repetition_penalty=1.8),
-         dict(temperature=0.7, top_k=30, top_p=0.9, min_p=0.02, repetition_penalty=1.3),
-         dict(temperature=1.3, top_p=0.6, min_p=0.3), dict(temperature=1.0, top_k=500, top_p=1.0, min_p=0.0),
-         dict(temperature=1.0, top_p=0.0), dict(temperature=1.0, top_k=1), dict(temperature=1.0, min_p=1.0)]
+KNOBS = [
+    dict(temperature=1.0),
+    dict(temperature=0.5),
+    dict(temperature=1.7),
+    dict(temperature=1.0, top_k=7),
+    dict(temperature=1.0, top_p=0.8),
+    dict(temperature=1.0, min_p=0.2),
+    dict(temperature=1.0, repetition_penalty=1.8),
+    dict(temperature=0.7, top_k=30, top_p=0.9, min_p=0.02, repetition_penalty=1.3),
+    dict(temperature=1.3, top_p=0.6, min_p=0.3),
+    dict(temperature=1.0, top_k=500, top_p=1.0, min_p=0.0),
+    dict(temperature=1.0, top_p=0.0),
+    dict(temperature=1.0, top_k=1),
+    dict(temperature=1.0, min_p=1.0),
+]
 
 
 @pytest.fixture
@@ -28,11 +47,13 @@ def lm(folder):
     return TinyLM.from_pretrained(folder(LLAMA))
 
 
-def name(knobs):
-    return "-".join(f"{key}={value}" for key, value in knobs.items())
+def name(generation_config):
+    return "-".join(f"{key}={value}" for key, value in generation_config.items())
 
 
-def probabilities(logits, ids, temperature, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
+def probabilities(
+    logits, ids, temperature, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0
+):
     """What transformers would draw the next token from."""
     steps = LogitsProcessorList()
     if repetition_penalty != 1:
@@ -60,12 +81,15 @@ def surprise(counts, p):
 
 # ---- which tokens, and how often ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("knobs", KNOBS, ids=name)
+
+@pytest.mark.parametrize("generation_config", KNOBS, ids=name)
 @torch.no_grad()
-def test_samples_follow_the_distribution_of_transformers(knobs, lm, folder):
+def test_samples_follow_the_distribution_of_transformers(generation_config, lm, folder):
     ids = torch.tensor([[5, 9, 5, 77, 140]])
-    p = probabilities(load_oracle(folder(LLAMA))(ids).logits[:, -1], ids, **knobs)[0]
-    new = lm.generate(ids.expand(DRAWS, -1), max_new_tokens=1, eos_token_id=(), seed=7, **knobs)[:, -1]
+    p = probabilities(load_oracle(folder(LLAMA))(ids).logits[:, -1], ids, **generation_config)[0]
+    new = lm.generate(
+        ids.expand(DRAWS, -1), max_new_tokens=1, eos_token_id=(), seed=7, **generation_config
+    )[:, -1]
     counts = torch.bincount(new, minlength=len(p))
     assert counts[p == 0].sum() == 0, "drawn, though filtered out"
     assert surprise(counts, p) < 5
@@ -74,19 +98,33 @@ def test_samples_follow_the_distribution_of_transformers(knobs, lm, folder):
 def test_greedy_repetition_penalty_is_that_of_transformers(lm, folder):
     """Guards padding that counts as seen: here it holds the very tokens that come next."""
     oracle, rows = load_oracle(folder(LLAMA)), [prompts(LLAMA, n, seed=n) for n in (4, 9)]
-    options = dict(max_new_tokens=12, do_sample=False, repetition_penalty=1.5, eos_token_id=None, pad_token_id=0)
-    theirs = [oracle.generate(row[None], attention_mask=torch.ones_like(row[None]), **options)[0, len(row):]
-              for row in rows]
+    options = dict(
+        max_new_tokens=12,
+        do_sample=False,
+        repetition_penalty=1.5,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    theirs = [
+        oracle.generate(row[None], attention_mask=torch.ones_like(row[None]), **options)[
+            0, len(row) :
+        ]
+        for row in rows
+    ]
     batch, mask = ragged(rows, ["left", "right"])
     for row, keep, new in zip(batch, mask.bool(), theirs, strict=True):
-        row[~keep] = new[:(~keep).sum()]
-    ours = lm.generate(batch, mask, max_new_tokens=12, eos_token_id=(), repetition_penalty=1.5)[:, batch.shape[1]:]
+        row[~keep] = new[: (~keep).sum()]
+    ours = lm.generate(batch, mask, max_new_tokens=12, eos_token_id=(), repetition_penalty=1.5)[
+        :, batch.shape[1] :
+    ]
     assert ours.tolist() == [new.tolist() for new in theirs]
 
 
 def uniform_lm():
     """Every token is as likely as every other, at every step."""
-    lm = TinyLM(Config(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).eval()
+    lm = TinyLM(
+        Config(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    ).eval()
     for weight in lm.parameters():
         weight.data.zero_()
     return lm
@@ -95,11 +133,18 @@ def uniform_lm():
 def test_rows_steps_and_seeds_are_independent():
     """Guards counter-based noise: pairs of draws next to each other in any direction show no pattern."""
     lm, ids = uniform_lm(), torch.zeros(4096, 1, dtype=torch.long)
-    draws = [lm.generate(ids, max_new_tokens=3, eos_token_id=(), temperature=1.0, seed=seed)[:, 1:] for seed in (3, 4)]
-    pairs = {"steps": (draws[0][:, 0], draws[0][:, 1]), "steps apart": (draws[0][:, 0], draws[0][:, 2]),
-             "rows": (draws[0][:-1, 0], draws[0][1:, 0]), "seeds": (draws[0][:, 0], draws[1][:, 0]),
-             "a seed and the next row": (draws[0][1:, 0], draws[1][:-1, 0]),
-             "a row and the next step": (draws[0][1:, 0], draws[0][:-1, 1])}
+    draws = [
+        lm.generate(ids, max_new_tokens=3, eos_token_id=(), temperature=1.0, seed=seed)[:, 1:]
+        for seed in (3, 4)
+    ]
+    pairs = {
+        "steps": (draws[0][:, 0], draws[0][:, 1]),
+        "steps apart": (draws[0][:, 0], draws[0][:, 2]),
+        "rows": (draws[0][:-1, 0], draws[0][1:, 0]),
+        "seeds": (draws[0][:, 0], draws[1][:, 0]),
+        "a seed and the next row": (draws[0][1:, 0], draws[1][:-1, 0]),
+        "a row and the next step": (draws[0][1:, 0], draws[0][:-1, 1]),
+    }
     for what, (one, other) in pairs.items():
         counts = torch.bincount(one * 16 + other, minlength=256)
         assert surprise(counts, torch.full((256,), 1 / 256)) < 5, what
@@ -117,7 +162,9 @@ def test_same_seed_same_tokens(lm):
     assert torch.equal(lm.generate(ids, **SAMPLED, seed=1), first)
     assert not torch.equal(lm.generate(ids, **SAMPLED, seed=2), first)
     assert torch.equal(lm.generate(ids, **SAMPLED, seed=0), lm.generate(ids, **SAMPLED, seed=0))
-    assert not torch.equal(lm.generate(ids, **SAMPLED), lm.generate(ids, **SAMPLED)), "without a seed, draws differ"
+    assert not torch.equal(lm.generate(ids, **SAMPLED), lm.generate(ids, **SAMPLED)), (
+        "without a seed, draws differ"
+    )
 
 
 def test_generating_leaves_the_global_generator_alone(lm):
@@ -135,7 +182,7 @@ def test_a_row_draws_what_it_draws_alone(lm):
     rows = [prompts(LLAMA, n, seed=n) for n in (9, 4, 6)]
     batch, mask = ragged(rows, ["right", "left", "left"])
     alone = lm.generate(rows[0][None], **SAMPLED, seed=5)[0, 9:]
-    assert torch.equal(lm.generate(batch, mask, **SAMPLED, seed=5)[0, batch.shape[1]:], alone)
+    assert torch.equal(lm.generate(batch, mask, **SAMPLED, seed=5)[0, batch.shape[1] :], alone)
 
 
 def test_numbers_of_new_tokens(lm):
@@ -147,27 +194,34 @@ def test_numbers_of_new_tokens(lm):
 
 # ---- ends -----------------------------------------------------------------------------------------------------------
 
+
 def new_until(tokens, ends):
     """Up to the first end, which is kept."""
     for i, token in enumerate(tokens):
         if token in ends:
-            return tokens[:i + 1]
+            return tokens[: i + 1]
     return tokens
 
 
-@pytest.mark.parametrize("knobs", [dict(), dict(temperature=1.0, seed=3)], ids=["greedy", "sampled"])
-def test_rows_end_at_eos_and_are_padded_after_it(knobs, lm):
+@pytest.mark.parametrize(
+    "generation_config", [dict(), dict(temperature=1.0, seed=3)], ids=["greedy", "sampled"]
+)
+def test_rows_end_at_eos_and_are_padded_after_it(generation_config, lm):
     rows = [prompts(LLAMA, n, seed=n) for n in (9, 4, 6)]
     batch, mask = ragged(rows, ["right", "left", "left"])
-    free = lm.generate(batch, mask, max_new_tokens=16, eos_token_id=(), **knobs)[:, batch.shape[1]:].tolist()
+    free = lm.generate(batch, mask, max_new_tokens=16, eos_token_id=(), **generation_config)[
+        :, batch.shape[1] :
+    ].tolist()
     ends = [free[0][3], free[1][8]]  # a list of ids, each of them an end in every row
-    out = lm.generate(batch, mask, max_new_tokens=16, eos_token_id=ends, **knobs)
-    new, texts = out[:, batch.shape[1]:].tolist(), [new_until(row, ends) for row in free]
-    assert len({len(text) for text in texts}) > 1 and torch.equal(out[:, :batch.shape[1]], batch)
+    out = lm.generate(batch, mask, max_new_tokens=16, eos_token_id=ends, **generation_config)
+    new, texts = out[:, batch.shape[1] :].tolist(), [new_until(row, ends) for row in free]
+    assert len({len(text) for text in texts}) > 1 and torch.equal(out[:, : batch.shape[1]], batch)
     for row, text in zip(new, texts, strict=True):
         assert row == text + [LLAMA.fields["pad_token_id"]] * (len(row) - len(text))
         assert max(map(len, texts)) <= len(row) <= 16
-    one = lm.generate(batch, mask, max_new_tokens=16, eos_token_id=ends[0], **knobs)[0, batch.shape[1]:].tolist()
+    one = lm.generate(batch, mask, max_new_tokens=16, eos_token_id=ends[0], **generation_config)[
+        0, batch.shape[1] :
+    ].tolist()
     text = new_until(free[0], ends[:1])
     assert one == text + [0] * (len(one) - len(text)), "a single id is an end too"
 
@@ -178,7 +232,9 @@ def test_eos_of_the_checkpoint(file, listed, copy):
     """generation_config.json says it where there is one, else config.json; one id or a list of ids."""
     path = copy(LLAMA)
     ids = prompts(LLAMA, 1, 6)
-    free = TinyLM.from_pretrained(path).generate(ids, max_new_tokens=16, eos_token_id=())[0].tolist()
+    free = (
+        TinyLM.from_pretrained(path).generate(ids, max_new_tokens=16, eos_token_id=())[0].tolist()
+    )
     eos = free[6 + 4]
     if file == "config.json":
         (path / "generation_config.json").unlink()
@@ -198,8 +254,17 @@ LOOP = "aé🙂日ж!"  # characters of one to four bytes, and no byte twice
 def reciter(tmp_path_factory):
     """A checkpoint that recites LOOP: attention and MLP add nothing, and the head knows each byte's successor."""
     loop = list(LOOP.encode())
-    oracle = LlamaForCausalLM(LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-                                          num_attention_heads=4, eos_token_id=256, pad_token_id=257))
+    oracle = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=320,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            eos_token_id=256,
+            pad_token_id=257,
+        )
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         oracle.model.layers[0].self_attn.o_proj.weight.zero_()
@@ -209,17 +274,29 @@ def reciter(tmp_path_factory):
         for byte, successor in zip(loop, loop[1:] + loop[:1], strict=True):
             oracle.lm_head.weight[successor] = oracle.model.embed_tokens.weight[byte]
     path = tmp_path_factory.mktemp("reciter")
-    TinyLM(Config(vocab_size=320)).save_pretrained(path)  # for its byte tokenizer; the rest is replaced
+    TinyLM(Config(vocab_size=320)).save_pretrained(
+        path
+    )  # for its byte tokenizer; the rest is replaced
     oracle.save_pretrained(path)
     lm = TinyLM.from_pretrained(path)
-    assert lm.tokenizer.decode(lm.generate(torch.tensor([loop]), max_new_tokens=2 * len(loop))[0]) == LOOP * 3
+    assert (
+        lm.tokenizer.decode(lm.generate(torch.tensor([loop]), max_new_tokens=2 * len(loop))[0])
+        == LOOP * 3
+    )
     return path
 
 
 def test_byte_tokenizer_round_trips_and_is_that_of_transformers(reciter):
     """What we write as tokenizer.json encodes and decodes the same in transformers."""
     ours, theirs = TinyLM.from_pretrained(reciter).tokenizer, AutoTokenizer.from_pretrained(reciter)
-    for text in (LOOP, "", " two  spaces\r\n\ttab", "naïve — „größer“", "\x00\x7f", "क्षि 👩‍👩‍👧 e\u0301"):
+    for text in (
+        LOOP,
+        "",
+        " two  spaces\r\n\ttab",
+        "naïve — „größer“",
+        "\x00\x7f",
+        "क्षि 👩‍👩‍👧 e\u0301",
+    ):
         ids = ours.encode(text)
         assert ids == list(text.encode()) == theirs.encode(text, add_special_tokens=False)
         assert ours.decode(ids) == text == theirs.decode(ids, clean_up_tokenization_spaces=False)
@@ -230,9 +307,11 @@ def test_stream_is_generate_in_pieces(new_tokens, reciter):
     lm = TinyLM.from_pretrained(reciter)
     pieces = list(lm.stream(LOOP, max_new_tokens=new_tokens))
     ids = lm.generate(torch.tensor([lm.tokenizer.encode(LOOP)]), max_new_tokens=new_tokens)[0]
-    assert "".join(pieces) == lm.tokenizer.decode(ids[len(LOOP.encode()):])
+    assert "".join(pieces) == lm.tokenizer.decode(ids[len(LOOP.encode()) :])
     assert all(pieces)
-    whole = pieces if new_tokens not in (2, 40) else pieces[:-1]  # 2 and 40 end inside of a character
+    whole = (
+        pieces if new_tokens not in (2, 40) else pieces[:-1]
+    )  # 2 and 40 end inside of a character
     assert not any("\ufffd" in piece for piece in whole)
     if new_tokens == 13:
         assert pieces == list(LOOP)  # each character as soon as it is there
@@ -246,7 +325,10 @@ def test_stream_draws_what_generate_draws(reciter):
 
 def test_stream_keeps_the_first_space(tmp_path):
     """Guards a space lost to decoders that strip the first one of a text, as SentencePiece's do."""
-    lm, prompt = TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)), "w1 w3 w5"
+    lm, prompt = (
+        TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)),
+        "w1 w3 w5",
+    )
     lm.save_pretrained(tmp_path)
     words = {"<unk>": 0} | {f"\u2581w{i}" if i % 2 else f"x{i}": i for i in range(1, 64)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -270,9 +352,18 @@ def test_stream_comes_as_it_is_made(reciter):
     assert next(stream) == "a" and len(calls) <= 2
 
 
-@pytest.mark.parametrize("stop, text", [
-    ("日", "aé🙂"), (["ж!", "zzz"], "aé🙂日"), (["日ж", "🙂日ж!"], "aé🙂"), ("!aé", LOOP[:-1]), (["!ab", "!x"], LOOP * 2),
-    ("a", ""), (LOOP + "a", "")])
+@pytest.mark.parametrize(
+    "stop, text",
+    [
+        ("日", "aé🙂"),
+        (["ж!", "zzz"], "aé🙂日"),
+        (["日ж", "🙂日ж!"], "aé🙂"),
+        ("!aé", LOOP[:-1]),
+        (["!ab", "!x"], LOOP * 2),
+        ("a", ""),
+        (LOOP + "a", ""),
+    ],
+)
 def test_stop_strings(stop, text, reciter):
     """A stop string may begin and end anywhere in a token; nothing of it is shown, and what only looks like its
     beginning is. In a batch each row stops for itself; `generate` keeps the tokens of the stop string."""
@@ -286,7 +377,7 @@ def test_stop_strings(stop, text, reciter):
         assert shown == text
     else:
         assert shown.startswith(text) and any(shown == text + s for s in stops)
-        assert set(new[len(shown.encode()):].tolist()) <= {257}, "pad after the stop string"
+        assert set(new[len(shown.encode()) :].tolist()) <= {257}, "pad after the stop string"
 
 
 def test_tokenizer_travels_with_the_checkpoint(reciter, tmp_path):
@@ -300,46 +391,89 @@ def test_tokenizer_travels_with_the_checkpoint(reciter, tmp_path):
 
 # ---- what must be refused -------------------------------------------------------------------------------------------
 
-BAD = [dict(temperature=-1.0), dict(temperature=math.nan), dict(temperature="hot"),
-       dict(top_k=-1), dict(top_k=2.5), dict(top_p=1.5), dict(top_p=-0.1), dict(top_p=math.nan), dict(min_p=2.0),
-       dict(min_p=-0.5), dict(repetition_penalty=0.0), dict(repetition_penalty=-1.0),
-       dict(repetition_penalty=math.inf), dict(max_new_tokens=-1), dict(max_new_tokens=2.5), dict(stop=""),
-       dict(stop=[3]), dict(seed="x"), dict(eos_token_id="</s>"), dict(eos_token_id=[1.5])]
+BAD = [
+    dict(temperature=-1.0),
+    dict(temperature=math.nan),
+    dict(temperature="hot"),
+    dict(top_k=-1),
+    dict(top_k=2.5),
+    dict(top_p=1.5),
+    dict(top_p=-0.1),
+    dict(top_p=math.nan),
+    dict(min_p=2.0),
+    dict(min_p=-0.5),
+    dict(repetition_penalty=0.0),
+    dict(repetition_penalty=-1.0),
+    dict(repetition_penalty=math.inf),
+    dict(max_new_tokens=-1),
+    dict(max_new_tokens=2.5),
+    dict(stop=""),
+    dict(stop=[3]),
+    dict(seed="x"),
+    dict(eos_token_id="</s>"),
+    dict(eos_token_id=[1.5]),
+]
 
 
 def refuses(call, *words):
     with pytest.raises(ValueError) as error:
         call()
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), (
+        error.value
+    )
 
 
 @pytest.mark.parametrize("options", BAD, ids=name)
 def test_bad_options(options, reciter):
-    (field, value), = options.items()
+    ((field, value),) = options.items()
     lm = TinyLM.from_pretrained(reciter)
     shown = "" if isinstance(value, list) else str(value)
-    refuses(lambda: lm.generate(torch.tensor([[97, 98]]), **dict(max_new_tokens=2) | options), field, shown)
+    refuses(
+        lambda: lm.generate(torch.tensor([[97, 98]]), **dict(max_new_tokens=2) | options),
+        field,
+        shown,
+    )
     refuses(lambda: list(lm.stream("ab", **dict(max_new_tokens=2) | options)), field, shown)
 
 
-@pytest.mark.parametrize("ids, mask, word", [
-    (torch.zeros(3, dtype=torch.long), None, "input_ids"), (torch.zeros(2, 0, dtype=torch.long), None, "input_ids"),
-    (torch.zeros(2, 3), None, "input_ids"),
-    (torch.full((1, 3), 211), None, "211"), (torch.full((1, 3), -1), None, "-1"),
-    (torch.ones(2, 3, dtype=torch.long), torch.ones(2, 4, dtype=torch.long), "attention_mask"),
-    (torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [0, 0, 0]]), "attention_mask")])
+@pytest.mark.parametrize(
+    "ids, mask, word",
+    [
+        (torch.zeros(3, dtype=torch.long), None, "input_ids"),
+        (torch.zeros(2, 0, dtype=torch.long), None, "input_ids"),
+        (torch.zeros(2, 3), None, "input_ids"),
+        (torch.full((1, 3), 211), None, "211"),
+        (torch.full((1, 3), -1), None, "-1"),
+        (torch.ones(2, 3, dtype=torch.long), torch.ones(2, 4, dtype=torch.long), "attention_mask"),
+        (
+            torch.ones(2, 3, dtype=torch.long),
+            torch.tensor([[1, 1, 1], [0, 0, 0]]),
+            "attention_mask",
+        ),
+    ],
+)
 def test_bad_tensors(ids, mask, word, lm):
     refuses(lambda: lm.generate(ids, mask, max_new_tokens=2), word)
 
 
 def test_text_without_a_tokenizer(lm):
     refuses(lambda: list(lm.stream("text", max_new_tokens=2)), "tokenizer.json")
-    refuses(lambda: lm.generate(torch.tensor([[5]]), max_new_tokens=2, stop="x"), "stop", "tokenizer.json")
+    refuses(
+        lambda: lm.generate(torch.tensor([[5]]), max_new_tokens=2, stop="x"),
+        "stop",
+        "tokenizer.json",
+    )
 
 
 def test_learned_positions_run_out(folder):
     """GPT-2 has a position for each of its 64 tokens and no more: an error, not an index out of range."""
     lm = TinyLM.from_pretrained(folder(next(case for case in CASES if case.name == "gpt2")))
     refuses(lambda: lm(torch.zeros(1, 65, dtype=torch.long)), "65", "64")
-    refuses(lambda: lm.generate(torch.zeros(1, 60, dtype=torch.long), max_new_tokens=8), "max_new_tokens", "64")
-    assert lm.generate(torch.zeros(1, 60, dtype=torch.long), max_new_tokens=4, eos_token_id=()).shape == (1, 64)
+    refuses(
+        lambda: lm.generate(torch.zeros(1, 60, dtype=torch.long), max_new_tokens=8),
+        "max_new_tokens",
+        "64",
+    )
+    assert lm.generate(
+        torch.zeros(1, 60, dtype=torch.long), max_new_tokens=4, eos_token_id=()
+    ).shape == (1, 64)

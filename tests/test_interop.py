@@ -10,21 +10,23 @@ import sys
 import tarfile
 import threading
 import urllib.parse
-
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-
 from conftest import CACHE, ROOT
+
 from export import PRECISIONS, WEIGHTS, OnnxLM, export_onnx
 
 SCRIPTS = ROOT / "tests" / "interop"
 IDS, NEW = list(b"ROMEO:"), 20
 NPM = ["onnxruntime-node@1.30.0", "@huggingface/transformers@4.3.1"]
-PIP = {"genai": ["onnxruntime-genai==0.18.0"], "optimum": ["torch==2.13.0", "optimum-onnx==0.1.0", "onnxruntime"]}
+PIP = {
+    "genai": ["onnxruntime-genai==0.18.0"],
+    "optimum": ["torch==2.13.0", "optimum-onnx==0.1.0", "onnxruntime"],
+}
 LLAMA = "llama-cpp-python==0.3.36"  # whose source package has llama.cpp and its scripts
 
 
@@ -44,14 +46,41 @@ def environment(name):
     if name == "node":
         if not shutil.which("npm"):
             pytest.skip("npm is not installed")
-        made = [["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(place), *NPM]]
-    elif name == "llama":  # its script runs in this environment, which has torch, with one more package
+        made = [
+            [
+                "npm",
+                "install",
+                "--ignore-scripts",
+                "--no-audit",
+                "--no-fund",
+                "--prefix",
+                str(place),
+                *NPM,
+            ]
+        ]
+    elif (
+        name == "llama"
+    ):  # its script runs in this environment, which has torch, with one more package
         pip = [sys.executable, "-m", "pip"]
-        made = [[*pip, "install", "--quiet", "--target", place, "sentencepiece==0.2.1"],
-                [*pip, "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", place, LLAMA]]
+        made = [
+            [*pip, "install", "--quiet", "--target", place, "sentencepiece==0.2.1"],
+            [
+                *pip,
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--no-binary",
+                ":all:",
+                "--dest",
+                place,
+                LLAMA,
+            ],
+        ]
     else:
-        made = [[sys.executable, "-m", "venv", place],
-                [place / "bin" / "python", "-m", "pip", "install", "--quiet", *PIP[name]]]
+        made = [
+            [sys.executable, "-m", "venv", place],
+            [place / "bin" / "python", "-m", "pip", "install", "--quiet", *PIP[name]],
+        ]
     done = place / "done"
     if not done.exists():
         for command in made:
@@ -63,8 +92,12 @@ def environment(name):
 
 
 def said(*command):
-    run = subprocess.run([*map(str, command), json.dumps(IDS), str(NEW)], capture_output=True, text=True,
-                         env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    run = subprocess.run(
+        [*map(str, command), json.dumps(IDS), str(NEW)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.strip().splitlines()[-1])
 
@@ -92,12 +125,27 @@ def program(tmp_path_factory):
     library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"), None)
     if not (library and shutil.which("g++")):
         pytest.skip("no g++, or no libonnxruntime.so in this onnxruntime")
-    places = (path.parent for top in ("/usr/include", "/usr/local/include")
-              for path in Path(top).rglob("onnxruntime_cxx_api.h"))
+    places = (
+        path.parent
+        for top in ("/usr/include", "/usr/local/include")
+        for path in Path(top).rglob("onnxruntime_cxx_api.h")
+    )
     headers = next(places, None) or debian_headers(work)
     (work / "libonnxruntime.so.1").symlink_to(library)
-    subprocess.run(["g++", "-std=c++17", "-I", headers, SCRIPTS / "generate.cpp", work / "libonnxruntime.so.1",
-                    f"-Wl,-rpath,{work}", "-o", work / "generate"], check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-I",
+            headers,
+            SCRIPTS / "generate.cpp",
+            work / "libonnxruntime.so.1",
+            f"-Wl,-rpath,{work}",
+            "-o",
+            work / "generate",
+        ],
+        check=True,
+    )
     return work / "generate"
 
 
@@ -110,12 +158,21 @@ def debian_headers(work):
     (work / "list").write_text(f"deb {site} trixie main\n")
     for folder in ("lists/partial", "archives/partial"):
         (work / folder).mkdir(parents=True)
-    apt = ["apt-get", "-qq", f"-oDir::Etc::SourceList={work}/list", "-oDir::Etc::SourceParts=-",
-           f"-oDir::State::Lists={work}/lists", f"-oDir::Cache={work}", "-oAPT::Sandbox::User=root"]
+    apt = [
+        "apt-get",
+        "-qq",
+        f"-oDir::Etc::SourceList={work}/list",
+        "-oDir::Etc::SourceParts=-",
+        f"-oDir::State::Lists={work}/lists",
+        f"-oDir::Cache={work}",
+        "-oAPT::Sandbox::User=root",
+    ]
     for command in ([*apt, "update"], [*apt, "download", "libonnxruntime-dev"]):
         done = run(command)
         if done.returncode:
-            pytest.skip(f"headers of onnxruntime: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+            pytest.skip(
+                f"headers of onnxruntime: {(done.stderr.strip().splitlines() or ['failed'])[-1]}"
+            )
     run(["dpkg-deb", "-x", next(work.glob("*.deb")), work], check=True)
     return work / "usr/include/onnxruntime"
 
@@ -126,8 +183,10 @@ def test_one_call_of_cpp_writes_the_text(precision, folder, program):
     assert said(program, path) == expected(folder, precision)
 
 
-@pytest.mark.parametrize("precision, dtype", [("fp32", "fp32"), ("fp16", "fp16"), ("int8", "q8"), ("int4", "q4"),
-                                              ("q4f16", "q4f16")])
+@pytest.mark.parametrize(
+    "precision, dtype",
+    [("fp32", "fp32"), ("fp16", "fp16"), ("int8", "q8"), ("int4", "q4"), ("q4f16", "q4f16")],
+)
 def test_transformers_js(precision, dtype, folder):
     assert said("node", in_node("transformers.mjs"), folder, dtype) == expected(folder, precision)
 
@@ -135,7 +194,9 @@ def test_transformers_js(precision, dtype, folder):
 @pytest.mark.parametrize("precision, dtype", [("fp32", "fp32"), ("int4", "q4")])
 def test_a_page_in_chromium(precision, dtype, folder, tmp_path):
     """transformers.js and onnxruntime-web on WASM, in a browser that gets all files from a server on this machine."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if not browser:
         pytest.skip("no Chromium is installed")
     said, done = [], threading.Event()
@@ -143,7 +204,11 @@ def test_a_page_in_chromium(precision, dtype, folder, tmp_path):
     class Server(http.server.SimpleHTTPRequestHandler):
         def translate_path(self, path):
             top, _, rest = urllib.parse.urlparse(path).path.lstrip("/").partition("/")
-            roots = {"node_modules": environment("node") / top, folder.name: folder, "page.html": SCRIPTS / top}
+            roots = {
+                "node_modules": environment("node") / top,
+                folder.name: folder,
+                "page.html": SCRIPTS / top,
+            }
             return str(roots.get(top, tmp_path / "nothing") / rest)
 
         def do_POST(self):
@@ -154,14 +219,32 @@ def test_a_page_in_chromium(precision, dtype, folder, tmp_path):
             pass
 
     environment("node")
-    query = urllib.parse.urlencode(dict(folder=folder.name, dtype=dtype, ids=json.dumps(IDS), count=NEW))
+    query = urllib.parse.urlencode(
+        dict(folder=folder.name, dtype=dtype, ids=json.dumps(IDS), count=NEW)
+    )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         page = f"http://127.0.0.1:{server.server_address[1]}/page.html?{query}"
-        quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-        process = subprocess.Popen([browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", *quiet,
-                                    f"--user-data-dir={tmp_path}", page], stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
+        quiet = [
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--no-first-run",
+        ]
+        process = subprocess.Popen(
+            [
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                *quiet,
+                f"--user-data-dir={tmp_path}",
+                page,
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             assert done.wait(120), "the page has said nothing"
         finally:
@@ -169,7 +252,9 @@ def test_a_page_in_chromium(precision, dtype, folder, tmp_path):
     assert said[0] == [expected(folder, precision), expected(folder, "fp32")]
 
 
-@pytest.mark.parametrize("precision, int8_cache", [("fp32", False), ("int8", False), ("int8", True)])
+@pytest.mark.parametrize(
+    "precision, int8_cache", [("fp32", False), ("int8", False), ("int8", True)]
+)
 def test_onnxruntime_genai(precision, int8_cache, folder, tmp_path):
     """Its own config names the file; here the same folder, exported with another precision first."""
     python = environment("genai") / "bin" / "python"
@@ -183,21 +268,31 @@ def test_onnxruntime_genai(precision, int8_cache, folder, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_optimum(precision, folder):
     python = environment("optimum") / "bin" / "python"
-    assert said(python, SCRIPTS / "optimum.py", folder, f"model{PRECISIONS[precision].suffix}.onnx") == expected(
-        folder, precision)
+    assert said(
+        python, SCRIPTS / "optimum.py", folder, f"model{PRECISIONS[precision].suffix}.onnx"
+    ) == expected(folder, precision)
 
 
 def test_llama_cpp_converts_the_folder(smollm2, tmp_path):
     """Its own script reads the folder, tokenizer and chat template included; transformers reads back what it wrote."""
     from transformers import AutoModelForCausalLM
+
     place, out, gguf = environment("llama"), tmp_path / "out", tmp_path / "model.gguf"
     export_onnx(smollm2, out, onnx=False)
     with tarfile.open(next(place.glob("*.tar.gz"))) as archive:
         archive.extractall(tmp_path, filter="data")
     script = next(tmp_path.rglob("convert_hf_to_gguf.py"))
-    run = subprocess.run([sys.executable, script, out, "--outtype", "f32", "--outfile", gguf], capture_output=True,
-                         text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(place)})
+    run = subprocess.run(
+        [sys.executable, script, out, "--outtype", "f32", "--outfile", gguf],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(place)},
+    )
     assert run.returncode == 0, run.stderr[-2000:]
-    found, expected = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).state_dict()
-                       for folder, options in ((tmp_path, {"gguf_file": gguf.name}), (smollm2, {})))
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    found, expected = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).state_dict()
+        for folder, options in ((tmp_path, {"gguf_file": gguf.name}), (smollm2, {}))
+    )
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in found
+    )

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from conftest import ROOT
 from families import load_oracle
+from safetensors.torch import load_file
 from test_train import TEXT, TINY, finished, tinylm
+
 from tinylm import TinyLM
 
 OPTIONS = [*TINY, "--batch", "8", "--steps", "24", "--eval-every", "6"]
@@ -23,7 +23,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT + TEXT[:160], encoding="utf-8")  # the last batch has rows for both, but is not full
+    path.write_text(
+        TEXT + TEXT[:160], encoding="utf-8"
+    )  # the last batch has rows for both, but is not full
     return path
 
 
@@ -36,8 +38,13 @@ def alone(text, tmp_path_factory):
 
 def started(*arguments, processes=2, restarts=0):
     launch = [*TORCHRUN, "--max-restarts", restarts] if processes > 1 else [sys.executable]
-    return subprocess.Popen([*map(str, (*launch, ROOT / "tinylm.py", *arguments))], stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    return subprocess.Popen(
+        [*map(str, (*launch, ROOT / "train.py", *arguments))],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
 
 
 def worker(run):
@@ -53,11 +60,15 @@ def curve(log):
 def same_run(alone, log, out):
     """To 1e-4, at every validation; and in the weights."""
     expected = curve(alone[0])
-    assert [*curve(log).values()] == pytest.approx([expected[step] for step in curve(log)], abs=1.5e-4)
+    assert [*curve(log).values()] == pytest.approx(
+        [expected[step] for step in curve(log)], abs=1.5e-4
+    )
     one, two = (load_file(folder / "last" / "model.safetensors") for folder in (alone[1], out))
     assert list(one) == list(two)
     for name in one:
-        assert (one[name] - two[name]).abs().max() < 1e-3 * one[name].abs().max().clamp(min=0.1), name
+        assert (one[name] - two[name]).abs().max() < 1e-3 * one[name].abs().max().clamp(min=0.1), (
+            name
+        )
 
 
 @pytest.mark.parametrize("parallel, more", [("fsdp", ()), ("ddp", ("--accumulate", 2))])
@@ -68,8 +79,10 @@ def test_two_processes_learn_what_one_learns(parallel, more, text, alone, tmp_pa
     assert [*curve(log)] == [6, 12, 18, 24] and log.count("step 24  validation") == 1
     same_run(alone, log, tmp_path)
     ids = torch.tensor([[90, 101, 105, 108]])
-    assert TinyLM.from_pretrained(tmp_path / "best").generate(ids, max_new_tokens=8).tolist() == load_oracle(
-        tmp_path / "best").generate(ids, max_new_tokens=8, do_sample=False).tolist()
+    assert (
+        TinyLM.from_pretrained(tmp_path / "best").generate(ids, max_new_tokens=8).tolist()
+        == load_oracle(tmp_path / "best").generate(ids, max_new_tokens=8, do_sample=False).tolist()
+    )
 
 
 def test_a_killed_process_is_started_again_and_goes_on(text, alone, tmp_path):
@@ -89,20 +102,38 @@ def test_a_run_goes_on_with_another_number_of_processes(processes, text, alone, 
     next(line for line in run.stderr if "step 12  validation" in line)
     os.kill(worker(run) if processes > 1 else run.pid, signal.SIGINT)
     assert "--resume goes on" in run.communicate(timeout=120)[1] and run.returncode == 0
-    sizes = [sum(tensor.numel() for tensor in load_file(file).values())
-             for file in (tmp_path / "last").glob("training-*/*.safetensors")]
-    assert len(sizes) == processes * (processes > 1) and 2 * max(sizes, default=0) < 1.1 * sum(sizes) + 1
+    sizes = [
+        sum(tensor.numel() for tensor in load_file(file).values())
+        for file in (tmp_path / "last").glob("training-*/*.safetensors")
+    ]
+    assert (
+        len(sizes) == processes * (processes > 1)
+        and 2 * max(sizes, default=0) < 1.1 * sum(sizes) + 1
+    )
     run = started("train", text, "--out", tmp_path, "--resume", processes=3 - processes)
     log = run.communicate(timeout=120)[1]
     assert run.returncode == 0 and [*curve(log)] == [18, 24], log
     same_run(alone, log, tmp_path)
     assert len([*(tmp_path / "last").glob("training-*/")]) == 2 - processes
-    finished(tinylm("train", text, "--out", tmp_path, "--resume"))  # nothing is left to do, but all is read
+    finished(
+        tinylm("train", text, "--out", tmp_path, "--resume")
+    )  # nothing is left to do, but all is read
 
 
 def test_two_processes_train_the_adapters_of_one(text, alone, tmp_path):
     """Merged in the checkpoint, and bare beside it."""
-    options = ["--init", alone[1] / "best", "--lora", "2", "--block", "32", "--batch", "8", "--epochs", "1"]
+    options = [
+        "--init",
+        alone[1] / "best",
+        "--lora",
+        "2",
+        "--block",
+        "32",
+        "--batch",
+        "8",
+        "--epochs",
+        "1",
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     finished(tinylm("train", text, "--out", one, *options))
     run = started("train", text, "--out", two, *options)
@@ -112,7 +143,11 @@ def test_two_processes_train_the_adapters_of_one(text, alone, tmp_path):
         ours, theirs = (load_file(folder / "last" / name) for folder in (two, one))
         assert list(ours) == list(theirs)
         for key in ours:
-            assert (ours[key] - theirs[key]).abs().max() < 1e-3 * theirs[key].abs().max().clamp(min=0.1), key
+            assert (ours[key] - theirs[key]).abs().max() < 1e-3 * theirs[key].abs().max().clamp(
+                min=0.1
+            ), key
     before = load_file(alone[1] / "best" / "model.safetensors")
-    assert not torch.equal(load_file(two / "last" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"],
-                           before["model.layers.0.mlp.down_proj.weight"])
+    assert not torch.equal(
+        load_file(two / "last" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"],
+        before["model.layers.0.mlp.down_proj.weight"],
+    )

@@ -11,29 +11,64 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from conftest import ROOT
+from families import difference, ragged
 
 import export
-from conftest import ROOT
-from export import PRECISIONS, OnnxLM, export_onnx, nearest, round_weights
-from families import difference, ragged
+from export import PRECISIONS, OnnxLM, export_onnx, quantize, quantize_weights
 from tinylm import Config, TinyLM
 
 CPU = ["CPUExecutionProvider"]
-SIZES = dict(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
-             eos_token_id=256, pad_token_id=257)
+SIZES = dict(
+    vocab_size=320,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    initializer_range=0.2,
+    eos_token_id=256,
+    pad_token_id=257,
+)
 MODELS = {
     "qwen3": dict(num_key_value_heads=2, head_dim=32),
     "window": dict(qk_norm=None, sliding_window=6, attention_bias=True, tie_word_embeddings=False),
-    "softcap": dict(qk_norm=None, norm_position="sandwich", norm_offset=1.0, attn_logit_softcapping=20.0,
-                    final_logit_softcapping=15.0, scale_embedding=True, hidden_act="gelu_pytorch_tanh"),
+    "softcap": dict(
+        qk_norm=None,
+        norm_position="sandwich",
+        norm_offset=1.0,
+        attn_logit_softcapping=20.0,
+        final_logit_softcapping=15.0,
+        scale_embedding=True,
+        hidden_act="gelu_pytorch_tanh",
+    ),
     "half rotary": dict(head_dim=32, partial_rotary_factor=0.5, model_type="tinylm"),
-    "dynamic": dict(qk_norm=None, max_position_embeddings=64, rope_scaling=dict(rope_type="dynamic", factor=2.0)),
-    "gpt2": dict(norm="layer", position="learned", gated=False, attention_bias=True, mlp_bias=True, qk_norm=None),
+    "dynamic": dict(
+        qk_norm=None, max_position_embeddings=64, rope_scaling=dict(rope_type="dynamic", factor=2.0)
+    ),
+    "gpt2": dict(
+        norm="layer",
+        position="learned",
+        gated=False,
+        attention_bias=True,
+        mlp_bias=True,
+        qk_norm=None,
+    ),
 }
-EXPORTS = {"qwen3": [*PRECISIONS], "window": ["int8"], "softcap": ["int4"], "half rotary": ["q4f16"],
-           "dynamic": ["int4"], "gpt2": ["q4f16"]}
+EXPORTS = {
+    "qwen3": [*PRECISIONS],
+    "window": ["int8"],
+    "softcap": ["int4"],
+    "half rotary": ["q4f16"],
+    "dynamic": ["int4"],
+    "gpt2": ["q4f16"],
+}
 LOOPS = ("qwen3", "softcap")
-ROUGH = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.1, "int4": 0.6, "q4f16": 0.6}  # random weights round badly
+ROUGH = {
+    "fp32": 1e-4,
+    "fp16": 1e-2,
+    "int8": 0.1,
+    "int4": 0.6,
+    "q4f16": 0.6,
+}  # random weights round badly
 
 
 def numpy(*tensors):
@@ -43,6 +78,7 @@ def numpy(*tensors):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """exported(name) -> (the model in torch, the folder of its export)."""
+
     @functools.cache
     def write(name):
         torch.manual_seed(4)
@@ -50,32 +86,63 @@ def exported(tmp_path_factory):
         for norm in (p for n, p in lm.named_parameters() if "norm" in n):
             norm.add_(torch.randn_like(norm) * 0.1)
         out = tmp_path_factory.mktemp("precisions") / "out"
-        text = (ROOT / "README.md").read_text()[:2400 if lm.config.max_position_embeddings > 64 else 900]
+        text = (ROOT / "README.md").read_text()[
+            : 2400 if lm.config.max_position_embeddings > 64 else 900
+        ]
         export_onnx(lm, out, precisions=EXPORTS[name], generate=name in LOOPS, text=text)
         return lm, out
+
     return write
 
 
-@pytest.mark.parametrize("name, precision", [(name, p) for name, precisions in EXPORTS.items() for p in precisions])
+@pytest.mark.parametrize(
+    "name, precision", [(name, p) for name, precisions in EXPORTS.items() for p in precisions]
+)
 def test_padded_rows_say_what_they_say_alone(name, precision, exported):
     lm, folder = exported(name)
     onnx_lm = OnnxLM(folder, precision, providers=CPU)
-    rows = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 4, 7)]
+    rows = [
+        torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 4, 7)
+    ]
     ids, mask = ragged(rows, ["left", "right", "both"])
-    together, new = onnx_lm(*numpy(ids, mask)), onnx_lm.generate(*numpy(ids, mask), max_new_tokens=12, eos_token_id=())
+    together, new = (
+        onnx_lm(*numpy(ids, mask)),
+        onnx_lm.generate(*numpy(ids, mask), max_new_tokens=12, eos_token_id=()),
+    )
     for row, (prompt, real, tokens) in enumerate(zip(rows, mask.bool(), new)):
         alone = onnx_lm(prompt[None].numpy())
-        assert difference(torch.from_numpy(together[row][real.numpy()]), torch.from_numpy(alone[0])) < 5e-3
+        assert (
+            difference(torch.from_numpy(together[row][real.numpy()]), torch.from_numpy(alone[0]))
+            < 5e-3
+        )
         assert difference(torch.from_numpy(alone), lm(prompt[None])) < ROUGH[precision]
-        single = onnx_lm.generate(prompt[None].numpy(), max_new_tokens=12, eos_token_id=())[0, len(prompt):]
-        assert tokens[ids.shape[1]:][:4].tolist() == single[:4].tolist()  # random weights come to near ties
+        single = onnx_lm.generate(prompt[None].numpy(), max_new_tokens=12, eos_token_id=())[
+            0, len(prompt) :
+        ]
+        assert (
+            tokens[ids.shape[1] :][:4].tolist() == single[:4].tolist()
+        )  # random weights come to near ties
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
-@pytest.mark.parametrize("fields", [
-    dict(causal=False, head="classify", position="learned", norm="layer", norm_position="post", final_norm=False,
-         type_vocab_size=2, attention_bias=True, gated=False), dict(num_encoder_layers=2, position="relative")],
-    ids=["encoder", "encoder-decoder"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(
+            causal=False,
+            head="classify",
+            position="learned",
+            norm="layer",
+            norm_position="post",
+            final_norm=False,
+            type_vocab_size=2,
+            attention_bias=True,
+            gated=False,
+        ),
+        dict(num_encoder_layers=2, position="relative"),
+    ],
+    ids=["encoder", "encoder-decoder"],
+)
 def test_other_kinds_too(fields, precision, tmp_path):
     """Their matrices are rounded, but for keys and values of a source, and they pass the export's own checks."""
     torch.manual_seed(2)
@@ -83,11 +150,19 @@ def test_other_kinds_too(fields, precision, tmp_path):
     export_onnx(lm, tmp_path / "out", precisions=[precision])
     files = sorted((tmp_path / "out" / "onnx").iterdir())
     assert [path.stem.removesuffix(PRECISIONS[precision].suffix) for path in files] == (
-        ["decoder_model_merged", "encoder_model"] if lm.encoder else ["model"])
-    products = [node.op_type for path in files for node in ir.traversal.RecursiveGraphIterator(ir.load(path).graph)
-                if "MatMul" in node.op_type]
+        ["decoder_model_merged", "encoder_model"] if lm.encoder else ["model"]
+    )
+    products = [
+        node.op_type
+        for path in files
+        for node in ir.traversal.RecursiveGraphIterator(ir.load(path).graph)
+        if "MatMul" in node.op_type
+    ]
     plain = len(products) if precision == "fp16" else 2 * bool(lm.encoder)
-    assert products.count("MatMul") == plain and products.count("MatMulNBits") == len(products) - plain > 4 - plain
+    assert (
+        products.count("MatMul") == plain
+        and products.count("MatMulNBits") == len(products) - plain > 4 - plain
+    )
 
 
 @pytest.mark.parametrize("precision, bits", [("int8", 8), ("int4", 4), ("q4f16", 4)])
@@ -95,14 +170,26 @@ def test_matrices_are_stored_once_in_their_bits(precision, bits, exported):
     lm, folder = exported("qwen3")
     graph = onnx.load(folder / "onnx" / f"model{PRECISIONS[precision].suffix}.onnx").graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
-    floats = [name for name, tensor in stored.items() if tensor.data_type != onnx.TensorProto.UINT8
-              and len(tensor.dims) == 2 and "scales" not in name and not name.startswith("rotary")]
+    floats = [
+        name
+        for name, tensor in stored.items()
+        if tensor.data_type != onnx.TensorProto.UINT8
+        and len(tensor.dims) == 2
+        and "scales" not in name
+        and not name.startswith("rotary")
+    ]
     assert not floats
     for name, weight in lm.named_parameters():
         if weight.ndim == 2:
             wide = "embed" in name or "qkv" in name
-            assert np.prod(stored[name.removesuffix("weight") + "blocks"].dims) == weight.numel() * (8 if wide else bits) / 8
-    assert sum(node.op_type == "GroupQueryAttention" for node in graph.node) == lm.config.num_hidden_layers
+            assert (
+                np.prod(stored[name.removesuffix("weight") + "blocks"].dims)
+                == weight.numel() * (8 if wide else bits) / 8
+            )
+    assert (
+        sum(node.op_type == "GroupQueryAttention" for node in graph.node)
+        == lm.config.num_hidden_layers
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -113,7 +200,10 @@ def test_logits_of_the_last_columns_alone(precision, exported):
     every, _ = onnx_lm.step(ids, mask)
     for keep in (1, 3):
         last, _ = onnx_lm.step(ids, mask, keep=keep)
-        assert last.shape == (3, keep, 320) and np.abs(last - every[:, -keep:])[mask[:, -keep:] == 1].max() < 1e-4
+        assert (
+            last.shape == (3, keep, 320)
+            and np.abs(last - every[:, -keep:])[mask[:, -keep:] == 1].max() < 1e-4
+        )
 
 
 def test_the_cache_is_written_in_place(exported):
@@ -128,23 +218,38 @@ def test_the_cache_is_written_in_place(exported):
     assert np.abs(logits[:, 0] - expected[:, 3]).max() < 1e-2 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name, precision", [("qwen3", "int8"), ("window", "int8"), ("softcap", "int4"),
-                                             ("half rotary", "q4f16")])
+@pytest.mark.parametrize(
+    "name, precision",
+    [("qwen3", "int8"), ("window", "int8"), ("softcap", "int4"), ("half rotary", "q4f16")],
+)
 def test_a_cache_in_8_bits(name, precision, exported, tmp_path):
     """A quarter of the memory, written in place as ever, and logits near those of a cache in full."""
     lm, out = exported(name)
-    export_onnx(lm, tmp_path / "out", precisions=[precision], generate=name in LOOPS, int8_cache=True,
-                text=(ROOT / "README.md").read_text()[:2400])
+    export_onnx(
+        lm,
+        tmp_path / "out",
+        precisions=[precision],
+        generate=name in LOOPS,
+        int8_cache=True,
+        text=(ROOT / "README.md").read_text()[:2400],
+    )
     full, small = (OnnxLM(folder, precision, providers=CPU) for folder in (out, tmp_path / "out"))
     assert {small.session.types[name] for name in small.past} == {"tensor(int8)"}
-    rows = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 4, 7)]
+    rows = [
+        torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 4, 7)
+    ]
     ids, mask = ragged(rows, ["left", "right", "both"])
     together = small(*numpy(ids, mask))
     for row, (prompt, real) in enumerate(zip(rows, mask.bool())):
         alone = small(prompt[None].numpy())
-        assert difference(torch.from_numpy(together[row][real.numpy()]), torch.from_numpy(alone[0])) < 5e-3
+        assert (
+            difference(torch.from_numpy(together[row][real.numpy()]), torch.from_numpy(alone[0]))
+            < 5e-3
+        )
         error = difference(torch.from_numpy(alone), torch.from_numpy(full(prompt[None].numpy())))
-        assert 0 < error < 0.3  # random weights round badly; the export compares with torch rounded alike
+        assert (
+            0 < error < 0.3
+        )  # random weights round badly; the export compares with torch rounded alike
     buffers = small.cache(1, 16)
     _, past = small.step(ids[:1, -4:].numpy(), np.ones((1, 4), np.int64), buffers)
     assert [x.data_ptr() for x in past] == [x.data_ptr() for x in buffers]
@@ -162,25 +267,40 @@ def test_rounding_for_its_inputs_serves_them_better(bits):
     torch.manual_seed(0)
     x = torch.randn(512, 96) @ torch.randn(96, 96)  # inputs that go together
     weight = torch.randn(40, 96)
-    error = [((x @ (nearest(weight, bits, moments).weight() - weight).t()) ** 2).mean()
-             for moments in (None, x.t() @ x / len(x))]
+    error = [
+        ((x @ (quantize(weight, bits, moments).weight() - weight).t()) ** 2).mean()
+        for moments in (None, x.t() @ x / len(x))
+    ]
     assert error[1] < 0.6 * error[0]
 
 
 def test_a_text_decides_the_rounding(exported):
     lm, _ = exported("qwen3")
-    found = [round_weights(copy.deepcopy(lm), 4, ids) for ids in (None, torch.randint(0, 256, (4, 32)))]
-    differ = {name for name in found[0] if not torch.equal(found[0][name].codes, found[1][name].codes)}
+    found = [
+        quantize_weights(copy.deepcopy(lm), 4, ids)
+        for ids in (None, torch.randint(0, 256, (4, 32)))
+    ]
+    differ = {
+        name for name in found[0] if not torch.equal(found[0][name].codes, found[1][name].codes)
+    }
     assert differ == {name for name in found[0] if name.split(".")[-2] in ("o", "gate_up", "down")}
 
 
 # ---- onnx/generate.onnx: what export_onnx checks token by token, greedily and sampled, is left out here --------------
 
-def in_one_call(path, ids, **knobs):
-    knobs = dict(max_new_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0, eos_token_id=[-1]) | knobs
-    feeds = {name: np.array(value, np.float32 if isinstance(value, float) else np.int64)
-             for name, value in knobs.items()}
-    return onnxruntime.InferenceSession(path, providers=CPU).run(None, {"input_ids": ids} | feeds)[0]
+
+def in_one_call(path, ids, **generation_config):
+    generation_config = (
+        dict(max_new_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0, eos_token_id=[-1])
+        | generation_config
+    )
+    feeds = {
+        name: np.array(value, np.float32 if isinstance(value, float) else np.int64)
+        for name, value in generation_config.items()
+    }
+    return onnxruntime.InferenceSession(path, providers=CPU).run(None, {"input_ids": ids} | feeds)[
+        0
+    ]
 
 
 def test_a_row_that_ends_is_filled_and_all_ended_stops(exported):
@@ -189,7 +309,9 @@ def test_a_row_that_ends_is_filled_and_all_ended_stops(exported):
     free = in_one_call(path, ids)
     first, second = free[0, 5], free[1, 4]  # what each row says third, and second
     ends = [int(first), int(second)]
-    expected = lm.generate(torch.from_numpy(ids), max_new_tokens=12, eos_token_id=tuple(ends)).numpy()
+    expected = lm.generate(
+        torch.from_numpy(ids), max_new_tokens=12, eos_token_id=tuple(ends)
+    ).numpy()
     assert in_one_call(path, ids, eos_token_id=ends).tolist() == expected.tolist()
     assert expected.shape[1] < free.shape[1]
 
@@ -205,26 +327,54 @@ def test_a_small_top_k_or_top_p_is_greedy(exported):
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
+
 def test_command_measures_every_precision(exported, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "README.md").read_text()[:2400])
-    assert export.main(["--onnx", "--precision", "int4", "fp16", "--text", str(text), "--out", str(tmp_path / "out"),
-                        "--max-new-tokens", "8"]) == 0
+    assert (
+        export.main(
+            [
+                "--onnx",
+                "--precision",
+                "int4",
+                "fp16",
+                "--text",
+                str(text),
+                "--out",
+                str(tmp_path / "out"),
+                "--max-new-tokens",
+                "8",
+            ]
+        )
+        == 0
+    )
     log = capsys.readouterr().out
     for name in ("int4", "fp16"):
         assert f"{name} verified against torch: prefill" in log and f"{name} perplexity" in log
-    assert sorted(path.name for path in (tmp_path / "out" / "onnx").iterdir()) == ["model_fp16.onnx", "model_q4.onnx"]
-    assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]["filename"] == (
-        "onnx/model_q4.onnx")
+    assert sorted(path.name for path in (tmp_path / "out" / "onnx").iterdir()) == [
+        "model_fp16.onnx",
+        "model_q4.onnx",
+    ]
+    assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"][
+        "filename"
+    ] == ("onnx/model_q4.onnx")
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--text", "{short}"], "--text: 5 tokens, expected at least"), (["--text", "nowhere"], "nowhere")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--text", "{short}"], "--text: 5 tokens, expected at least"),
+        (["--text", "nowhere"], "nowhere"),
+    ],
+)
 def test_bad_text(options, message, tmp_path, capsys):
     short = tmp_path / "short.txt"
     short.write_text("hello")
     options = [option.format(short=short) for option in options]
-    assert export.main(["--onnx", "--precision", "int4", "--out", str(tmp_path / "out"), *options]) == 1
+    assert (
+        export.main(["--onnx", "--precision", "int4", "--out", str(tmp_path / "out"), *options])
+        == 1
+    )
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

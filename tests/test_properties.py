@@ -2,10 +2,10 @@
 and a saved copy hardly any or none."""
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from families import difference
+from hypothesis import HealthCheck, given, normalize_hf_config
 from hypothesis import strategies as st
 
-from families import difference
 from tinylm import ACTIVATIONS, Config, KVCache, TinyLM
 
 EQUAL = 2e-5
@@ -16,24 +16,57 @@ def configs(draw, causal=True):
     """Odd sizes, and any of what makes families differ."""
     one = lambda *choices: draw(st.sampled_from(choices))  # noqa: E731
     heads, groups = one((1, 1), (2, 1), (3, 3), (4, 2), (6, 3))
-    layers, position = one(1, 2, 3), one("rope", "rope", "rope", "learned", "sinusoidal", "relative")
+    layers, position = (
+        one(1, 2, 3),
+        one("rope", "rope", "rope", "learned", "sinusoidal", "relative"),
+    )
     groups, width = heads if position == "relative" else groups, one(8, 12, 14)
-    scaling = one(None, None, {"rope_type": "linear", "factor": 2.5}, {"rope_type": "yarn", "factor": 4.0},
-                  {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0})
+    scaling = one(
+        None,
+        None,
+        {"rope_type": "linear", "factor": 2.5},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    )
     window = one(None, None, 1, 3, 6) if causal and position != "relative" else None
-    kinds = tuple(one("full_attention", "sliding_attention") for _ in range(layers)) if window else None
+    kinds = (
+        tuple(one("full_attention", "sliding_attention") for _ in range(layers)) if window else None
+    )
     return Config(
-        vocab_size=61, hidden_size=12 * heads, intermediate_size=one(7, 33), num_hidden_layers=layers, causal=causal,
-        num_attention_heads=heads, num_key_value_heads=groups, head_dim=width, max_position_embeddings=64,
-        norm=one("rms", "layer"), norm_offset=one(0.0, 1.0), position=position, position_offset=one(0, 2),
-        norm_position=one("pre", "post", "output", "sandwich"), rope_scaling=scaling if position == "rope" else None,
-        partial_rotary_factor=1.0 if width == 14 else one(1.0, 0.5), rope_local_base_freq=one(None, 50.0),
-        sliding_window=window, layer_types=kinds, qk_norm=one(None, "head", "full"), attention_bias=one(True, False),
+        vocab_size=61,
+        hidden_size=12 * heads,
+        intermediate_size=one(7, 33),
+        num_hidden_layers=layers,
+        causal=causal,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=width,
+        max_position_embeddings=64,
+        norm=one("rms", "layer"),
+        norm_offset=one(0.0, 1.0),
+        position=position,
+        position_offset=one(0, 2),
+        norm_position=one("pre", "post", "output", "sandwich"),
+        rope_scaling=scaling if position == "rope" else None,
+        partial_rotary_factor=1.0 if width == 14 else one(1.0, 0.5),
+        rope_local_base_freq=one(None, 50.0),
+        sliding_window=window,
+        layer_types=kinds,
+        qk_norm=one(None, "head", "full"),
+        attention_bias=one(True, False),
         mlp_bias=one(True, False),
-        attn_logit_softcapping=None if position == "relative" else one(None, 2.0), hidden_act=one(*ACTIVATIONS),
-        final_logit_softcapping=one(None, 3.0), gated=one(True, False), embedding_size=one(None, 10),
-        type_vocab_size=one(0, 2), scale_embedding=one(True, False), embedding_norm=one(True, False),
-        tie_word_embeddings=False, scale_logits=one(True, False), head="lm" if causal else None)
+        attn_logit_softcapping=None if position == "relative" else one(None, 2.0),
+        hidden_act=one(*ACTIVATIONS),
+        final_logit_softcapping=one(None, 3.0),
+        gated=one(True, False),
+        embedding_size=one(None, 10),
+        type_vocab_size=one(0, 2),
+        scale_embedding=one(True, False),
+        embedding_norm=one(True, False),
+        tie_word_embeddings=False,
+        scale_logits=one(True, False),
+        head="lm" if causal else None,
+    )
 
 
 def made(config, seed):
@@ -41,14 +74,21 @@ def made(config, seed):
     lm = TinyLM(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for weight in lm.parameters():
-        weight.data += torch.randn(weight.shape, generator=generator) * (0.3 if weight.ndim > 1 else 0.2)
+        weight.data += torch.randn(weight.shape, generator=generator) * (
+            0.3 if weight.ndim > 1 else 0.2
+        )
     return lm
 
 
 def prop(**strategies):
     """The same examples in every run."""
-    quiet = settings(max_examples=120, derandomize=True, deadline=None, database=None,
-                     suppress_health_check=list(HealthCheck))
+    quiet = normalize_hf_config(
+        max_examples=120,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     return lambda test: quiet(given(seed=st.integers(0, 99), **strategies)(test))
 
 
@@ -65,7 +105,7 @@ def padded(rows, before):
     width = max(len(row) + n for row, n in zip(rows, before))
     batch, mask = tokens(7, len(rows), width), torch.zeros(len(rows), width, dtype=torch.long)
     for i, (row, n) in enumerate(zip(rows, before)):
-        batch[i, n:n + len(row)], mask[i, n:n + len(row)] = row, 1
+        batch[i, n : n + len(row)], mask[i, n : n + len(row)] = row, 1
     return batch, mask
 
 
@@ -91,9 +131,11 @@ def test_generation_of_a_padded_batch_is_that_of_each_row(config, lengths, befor
     lm, rows = made(config, seed), [tokens(seed + i, n) for i, n in enumerate(lengths)]
     options = dict(max_new_tokens=4, eos_token_id=None)
     batch, mask = padded(rows, before)
-    together = lm.generate(batch, mask, **options)[:, batch.shape[1]:]
-    for row, new in zip(rows, together):  # ties of nearly equal logits may fall either way: the new ids are forced
-        logits = lm(torch.cat((row, new))[None])[0, len(row) - 1:-1]
+    together = lm.generate(batch, mask, **options)[:, batch.shape[1] :]
+    for row, new in zip(
+        rows, together
+    ):  # ties of nearly equal logits may fall either way: the new ids are forced
+        logits = lm(torch.cat((row, new))[None])[0, len(row) - 1 : -1]
         chosen, best = logits.gather(1, new[:, None])[:, 0], logits.amax(-1)
         assert (best - chosen).max() <= EQUAL * logits.abs().max()
 
@@ -111,5 +153,7 @@ def test_a_saved_copy_is_the_same_model(config, seed, tmp_path_factory):
     folder, lm, ids = tmp_path_factory.mktemp("copy"), made(config, seed), tokens(seed, 2, 9)
     lm.save_pretrained(folder)
     again = TinyLM.from_pretrained(folder)
-    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in lm.state_dict().items())
+    assert all(
+        torch.equal(weight, again.state_dict()[name]) for name, weight in lm.state_dict().items()
+    )
     assert difference(again(ids), lm(ids)) < EQUAL

@@ -9,13 +9,21 @@ import sys
 
 import pytest
 import torch
+from families import ENCODERS, difference, load_oracle
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
+from test_train import same_files
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    pipeline,
+)
 
 import tinylm
-from families import ENCODERS, difference, load_oracle
-from test_train import same_files
-from tinylm import Config, TinyLM, main, train_step
+import train
+from tinylm import Config, TinyLM, train_step
+from train import main
 
 FILL = "the film is a story of people with some music and scenes that go on".split()
 GOOD, BAD = "great lovely superb moving".split(), "awful dull boring flat".split()
@@ -33,18 +41,33 @@ def rows_of(task, count=120):
     draw, rows = random.Random(0), []
     for i in range(count):
         name, city, good = draw.choice(NAMES), draw.choice(CITIES), i % 2
-        context = f"yesterday {name} went to {city} by train " + " ".join(draw.choices(FILL, k=draw.randint(4, 30)))
+        context = f"yesterday {name} went to {city} by train " + " ".join(
+            draw.choices(FILL, k=draw.randint(4, 30))
+        )
         words = draw.choices(list(NUMBERS), k=3)
-        rows.append({
-            "classify": {"review": sentence(draw, good), "sentiment": ["negative", "positive"][good]},
-            "tokens": {"tokens": f"yesterday {name} Smith went to {city} by train".split(),
-                       "ner_tags": ["O", "B-PER", "I-PER", "O", "O", "B-LOC", "O", "O"]},
-            "qa": {"question": "Where did they go?", "context": context,
-                   "answers": {"text": [city], "answer_start": [context.index(city)]}},
-            "seq2seq": {"source": " ".join(words), "target": " ".join(NUMBERS[word] for word in words)},
-            "mlm": {"text": sentence(draw, good)},
-            "lm": {"text": sentence(draw, good)},
-        }[task])
+        rows.append(
+            {
+                "classify": {
+                    "review": sentence(draw, good),
+                    "sentiment": ["negative", "positive"][good],
+                },
+                "tokens": {
+                    "tokens": f"yesterday {name} Smith went to {city} by train".split(),
+                    "ner_tags": ["O", "B-PER", "I-PER", "O", "O", "B-LOC", "O", "O"],
+                },
+                "qa": {
+                    "question": "Where did they go?",
+                    "context": context,
+                    "answers": {"text": [city], "answer_start": [context.index(city)]},
+                },
+                "seq2seq": {
+                    "source": " ".join(words),
+                    "target": " ".join(NUMBERS[word] for word in words),
+                },
+                "mlm": {"text": sentence(draw, good)},
+                "lm": {"text": sentence(draw, good)},
+            }[task]
+        )
     return rows
 
 
@@ -76,11 +99,32 @@ def scratch(tmp_path_factory):
     def train(task):
         if task not in made:
             folder = tmp_path_factory.mktemp(task)
-            data = write(folder / f"data.{'csv' if task == 'classify' else 'jsonl'}", rows_of(task, 200))
-            command("train", data, "--task", task, "--size", "nano", "--epochs", SHORT[task], "--block", 48,
-                    "--batch", 16, "--vocab", 600, "--dropout", 0, "--out", folder / "out")
+            data = write(
+                folder / f"data.{'csv' if task == 'classify' else 'jsonl'}", rows_of(task, 200)
+            )
+            command(
+                "train",
+                data,
+                "--task",
+                task,
+                "--size",
+                "nano",
+                "--epochs",
+                SHORT[task],
+                "--block",
+                48,
+                "--batch",
+                16,
+                "--vocab",
+                600,
+                "--dropout",
+                0,
+                "--out",
+                folder / "out",
+            )
             made[task] = data, folder / "out" / "best"
         return made[task]
+
     return train
 
 
@@ -98,6 +142,7 @@ def answers(folder, *inputs, capsys):
 
 # ---- from nothing, to what transformers runs ------------------------------------------------------------------------
 
+
 def test_scratch_classifier_is_that_of_the_pipeline(scratch, capsys):
     data, folder = scratch("classify")
     assert figures(folder, data, capsys)["accuracy"] > 0.9
@@ -105,7 +150,9 @@ def test_scratch_classifier_is_that_of_the_pipeline(scratch, capsys):
     theirs = pipeline("text-classification", str(folder), top_k=None, device="cpu")(texts)
     for ours, reference in zip(answers(folder, *texts, capsys=capsys), theirs):
         assert [a["label"] for a in ours] == [a["label"] for a in reference]
-        assert [a["score"] for a in ours] == pytest.approx([a["score"] for a in reference], abs=1e-5)
+        assert [a["score"] for a in ours] == pytest.approx(
+            [a["score"] for a in reference], abs=1e-5
+        )
     assert AutoConfig.from_pretrained(folder).id2label == {0: "negative", 1: "positive"}
 
 
@@ -113,11 +160,17 @@ def test_scratch_tagger_is_that_of_the_pipeline(scratch, capsys):
     data, folder = scratch("tokens")
     assert figures(folder, data, capsys)["entity F1"] > 0.9
     text = "yesterday Ann Smith went to Rome by train"
-    reference = pipeline("token-classification", str(folder), aggregation_strategy="simple", device="cpu")(text)
-    ours, = answers(folder, text, capsys=capsys)
-    assert [(a["entity_group"], a["end"]) for a in ours] == [(a["entity_group"], a["end"]) for a in reference]
+    reference = pipeline(
+        "token-classification", str(folder), aggregation_strategy="simple", device="cpu"
+    )(text)
+    (ours,) = answers(folder, text, capsys=capsys)
+    assert [(a["entity_group"], a["end"]) for a in ours] == [
+        (a["entity_group"], a["end"]) for a in reference
+    ]
     assert [a["word"] for a in ours] == ["Ann Smith", "Rome"]
-    assert [a["score"] for a in ours] == pytest.approx([float(a["score"]) for a in reference], abs=1e-5)
+    assert [a["score"] for a in ours] == pytest.approx(
+        [float(a["score"]) for a in reference], abs=1e-5
+    )
 
 
 def test_scratch_mask_filler_is_that_of_the_pipeline(scratch, capsys):
@@ -125,9 +178,11 @@ def test_scratch_mask_filler_is_that_of_the_pipeline(scratch, capsys):
     text = "the film is [MASK] story"
     reference = pipeline("fill-mask", str(folder), top_k=5, device="cpu")(text)
     for asked in (text, text.replace("[MASK]", "<mask>")):
-        ours, = answers(folder, asked, capsys=capsys)
+        (ours,) = answers(folder, asked, capsys=capsys)
         assert [a["token_str"] for a in ours] == [a["token_str"] for a in reference]
-        assert [a["score"] for a in ours] == pytest.approx([a["score"] for a in reference], abs=1e-5)
+        assert [a["score"] for a in ours] == pytest.approx(
+            [a["score"] for a in reference], abs=1e-5
+        )
         assert [a["sequence"] for a in ours] == [a["sequence"] for a in reference]
 
 
@@ -136,19 +191,25 @@ def test_scratch_answers_are_those_of_transformers(scratch, capsys):
     data, folder = scratch("qa")
     assert figures(folder, data, capsys)["span F1"] > 0.5
     question, context = "Where did they go?", "yesterday Bob went to Oslo by train and people"
-    ours, = answers(folder, question, "--context", context, capsys=capsys)
-    model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    (ours,) = answers(folder, question, "--context", context, capsys=capsys)
+    model, tokenizer = (
+        AutoModelForQuestionAnswering.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     batch = tokenizer(question, context, return_tensors="pt")
     with torch.no_grad():
         out = model(**batch)
     inside = torch.tensor([part == 1 for part in batch.sequence_ids(0)])
     shown = inside.clone()
     shown[0] = True
-    start, end = (x[0].masked_fill(~shown, -1e4).softmax(-1) * inside for x in (out.start_logits, out.end_logits))
+    start, end = (
+        x[0].masked_fill(~shown, -1e4).softmax(-1) * inside
+        for x in (out.start_logits, out.end_logits)
+    )
     scores = (start[:, None] * end).triu().tril(29)
     assert ours[0]["score"] == pytest.approx(scores.max().item(), abs=1e-5)
-    assert context[ours[0]["start"]:ours[0]["end"]].strip() == ours[0]["answer"]
-    tabbed, = answers(folder, f"{question}\t{context}", capsys=capsys)
+    assert context[ours[0]["start"] : ours[0]["end"]].strip() == ours[0]["answer"]
+    (tabbed,) = answers(folder, f"{question}\t{context}", capsys=capsys)
     assert tabbed == ours
 
 
@@ -156,12 +217,18 @@ def test_scratch_translation_is_that_of_transformers(scratch, capsys):
     _, folder = scratch("seq2seq")
     text = "eins zwei drei"
     assert answers(folder, text, capsys=capsys)[0] == [{"generated_text": "one two three"}]
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = model.generate(tokenizer(text, return_tensors="pt").input_ids, do_sample=False, max_new_tokens=20)
+    model, tokenizer = (
+        AutoModelForSeq2SeqLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    ids = model.generate(
+        tokenizer(text, return_tensors="pt").input_ids, do_sample=False, max_new_tokens=20
+    )
     assert tokenizer.decode(ids[0], skip_special_tokens=True) == "one two three"
 
 
 # ---- from a pretrained model ----------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def body(scratch):
@@ -179,8 +246,10 @@ def test_lora_is_merged_and_kept_as_peft_names_it(body, tmp_path):
     data = write(tmp_path / "data.csv", rows_of("classify"))
     best = tune(body, data, tmp_path / "out", "--lora", 4, "--epochs", 1)
     merged, before = load_file(best / "model.safetensors"), load_file(body / "model.safetensors")
-    adapter, notes = (load_file(best / "adapter" / "adapter_model.safetensors"),
-                      json.loads((best / "adapter" / "adapter_config.json").read_text()))
+    adapter, notes = (
+        load_file(best / "adapter" / "adapter_model.safetensors"),
+        json.loads((best / "adapter" / "adapter_config.json").read_text()),
+    )
     assert notes["r"] == 4 and notes["task_type"] == "SEQ_CLS" and notes["lora_alpha"] == 8
     names = {name.removesuffix(".lora_A.weight") for name in adapter if ".lora_A." in name}
     assert len(names) == 4 * 6
@@ -188,7 +257,9 @@ def test_lora_is_merged_and_kept_as_peft_names_it(body, tmp_path):
         a, b = (adapter[f"{name}.lora_{kind}.weight"] for kind in "AB")
         plain = name.removeprefix("base_model.model.")
         assert b.abs().max() > 0
-        assert torch.allclose(merged[plain + ".weight"], before[plain + ".weight"] + b @ a * 2, atol=1e-6), plain
+        assert torch.allclose(
+            merged[plain + ".weight"], before[plain + ".weight"] + b @ a * 2, atol=1e-6
+        ), plain
         assert plain.split(".", 4)[-1] in notes["target_modules"]
     tuned = {name.removeprefix("base_model.model.") + ".weight" for name in names}
     for name in set(before) & set(merged) - tuned:
@@ -196,15 +267,26 @@ def test_lora_is_merged_and_kept_as_peft_names_it(body, tmp_path):
     assert torch.equal(adapter["base_model.model.classifier.weight"], merged["classifier.weight"])
 
 
-@pytest.mark.parametrize("options, moved", [(("--freeze", "embeddings"), {"layer"}), (("--freeze", "body"), set()),
-                                            (("--freeze", "4"), set()), ((), {"layer", "embeddings"})],
-                         ids=["embeddings", "body", "blocks", "nothing"])
+@pytest.mark.parametrize(
+    "options, moved",
+    [
+        (("--freeze", "embeddings"), {"layer"}),
+        (("--freeze", "body"), set()),
+        (("--freeze", "4"), set()),
+        ((), {"layer", "embeddings"}),
+    ],
+    ids=["embeddings", "body", "blocks", "nothing"],
+)
 def test_what_is_frozen_stays(options, moved, body, tmp_path):
     data = write(tmp_path / "data.csv", rows_of("classify"))
     best = tune(body, data, tmp_path / "out", "--steps", 2, *options)
     after, before = load_file(best / "model.safetensors"), load_file(body / "model.safetensors")
-    changed = {name for name in set(after) & set(before) if not torch.equal(after[name], before[name])}
-    assert {part for part in ("layer", "embeddings") if any(f".{part}." in name for name in changed)} == moved
+    changed = {
+        name for name in set(after) & set(before) if not torch.equal(after[name], before[name])
+    }
+    assert {
+        part for part in ("layer", "embeddings") if any(f".{part}." in name for name in changed)
+    } == moved
 
 
 def test_resumed_is_the_uninterrupted_run(body, tmp_path, monkeypatch):
@@ -222,12 +304,30 @@ def test_resumed_is_the_uninterrupted_run(body, tmp_path, monkeypatch):
             return step(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(tinylm, "train_step", interrupted)
-            assert main(["train", str(data), "--task", task, "--init", str(body), "--block", "48", "--out",
-                         str(tmp_path / task / "cut"), *map(str, options)]) == 130
+            patch.setattr(train, "train_step", interrupted)
+            assert (
+                main(
+                    [
+                        "train",
+                        str(data),
+                        "--task",
+                        task,
+                        "--init",
+                        str(body),
+                        "--block",
+                        "48",
+                        "--out",
+                        str(tmp_path / task / "cut"),
+                        *map(str, options),
+                    ]
+                )
+                == 130
+            )
         command("train", data, "--out", tmp_path / task / "cut", "--resume")
         for which in ("best", "last"):
-            assert same_files(*(tmp_path / task / out / which / "model.safetensors" for out in ("whole", "cut"))), task
+            assert same_files(
+                *(tmp_path / task / out / which / "model.safetensors" for out in ("whole", "cut"))
+            ), task
         write(data, rows_of(task, 61))
         assert main(["train", str(data), "--out", str(tmp_path / task / "cut"), "--resume"]) == 1
 
@@ -235,16 +335,25 @@ def test_resumed_is_the_uninterrupted_run(body, tmp_path, monkeypatch):
 def test_chat_learns_the_assistants_words_only(monkeypatch):
     """By the template, token for token; a U+2028 in a string ends no row."""
     lm = TinyLM(Config(vocab_size=320))
-    template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-                "{% if add_generation_prompt %}<assistant>{% endif %}")
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
 
     class Chatting(tinylm.ByteTokenizer):
         files = {"tokenizer_config.json": json.dumps({"chat_template": template}).encode()}
 
     lm.tokenizer = Chatting()
-    messages = [dict(role=role, content=content) for role, content in (
-        ("user", "hi\u2028there"), ("assistant", "yes"), ("user", "and"), ("assistant", "no"))]
-    example = next(tinylm.TASKS["lm"].examples(lm, {"messages": messages}, 256))
+    messages = [
+        dict(role=role, content=content)
+        for role, content in (
+            ("user", "hi\u2028there"),
+            ("assistant", "yes"),
+            ("user", "and"),
+            ("assistant", "no"),
+        )
+    ]
+    example = next(train.TASKS["lm"].examples(lm, {"messages": messages}, 256))
     text = bytes(example["input_ids"]).decode()
     assert text == "<user>hi\u2028there</s><assistant>yes</s><user>and</s><assistant>no</s>"
     learnt = [token for token in example["labels"] if token != -100]
@@ -253,15 +362,25 @@ def test_chat_learns_the_assistants_words_only(monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
 def test_rows_of_every_format_are_the_same(suffix, tmp_path):
-    rows = [{"text": 'a "quoted",\ttext\nof two lines\u2028here', "label": "x"}, {"text": "größer", "label": "y"}]
+    rows = [
+        {"text": 'a "quoted",\ttext\nof two lines\u2028here', "label": "x"},
+        {"text": "größer", "label": "y"},
+    ]
     path = write(tmp_path / f"data{suffix}", rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert tinylm.read_rows(path, tinylm.TrainOptions(task="classify")) == rows
+    assert train.read_rows(path, train.TrainOptions(task="classify")) == rows
 
 
-@pytest.mark.parametrize("labels, problem, count", [
-    (["a", "b", "c"], "single_label_classification", 3), ([["a"], ["b", "c"], []], "multi_label_classification", 3),
-    ([0.5, 1.5, 2], "regression", 1), ([10, 9, 1], "single_label_classification", 3)], ids=str)
+@pytest.mark.parametrize(
+    "labels, problem, count",
+    [
+        (["a", "b", "c"], "single_label_classification", 3),
+        ([["a"], ["b", "c"], []], "multi_label_classification", 3),
+        ([0.5, 1.5, 2], "regression", 1),
+        ([10, 9, 1], "single_label_classification", 3),
+    ],
+    ids=str,
+)
 def test_labels_show_the_problem_and_train(labels, problem, count, body, tmp_path, capsys):
     rows = [dict(text=sentence(random.Random(i), i % 2), label=labels[i % 3]) for i in range(30)]
     data = write(tmp_path / "data.jsonl", rows)
@@ -270,8 +389,10 @@ def test_labels_show_the_problem_and_train(labels, problem, count, body, tmp_pat
     assert config["problem_type"] == problem and len(config["id2label"]) == count
     if labels[0] == 10:
         assert config["id2label"] == {"0": "1", "1": "9", "2": "10"}
-    theirs = pipeline("text-classification", str(best), top_k=None, device="cpu")(["a great film"])[0]
-    ours, = answers(best, "a great film", capsys=capsys)
+    theirs = pipeline("text-classification", str(best), top_k=None, device="cpu")(["a great film"])[
+        0
+    ]
+    (ours,) = answers(best, "a great film", capsys=capsys)
     assert [(a["label"]) for a in ours] == [a["label"] for a in theirs]
     assert [a["score"] for a in ours] == pytest.approx([a["score"] for a in theirs], abs=1e-5)
     assert figures(best, data, capsys)
@@ -280,31 +401,61 @@ def test_labels_show_the_problem_and_train(labels, problem, count, body, tmp_pat
 def test_long_contexts_answer_from_any_window(body, tmp_path):
     """Windows overlap and cover the context; the answer's columns say its text in those that have it."""
     lm = TinyLM.from_pretrained(body, head="qa")
-    context = " ".join([*(f"word{i}" for i in range(200)), "Bonn is the answer", *(f"tail{i}" for i in range(60))])
+    context = " ".join(
+        [*(f"word{i}" for i in range(200)), "Bonn is the answer", *(f"tail{i}" for i in range(60))]
+    )
     row = dict(question="Where?", context=context, answer=[("Bonn", context.index("Bonn"))])
-    examples = [*tinylm.TASKS["qa"].examples(lm, row, 64)]
+    examples = [*train.TASKS["qa"].examples(lm, row, 64)]
     assert len(examples) > 5 and all(len(example["input_ids"]) <= 64 for example in examples)
     seen = {c for example in examples for span in example["offsets"] if span for c in range(*span)}
     assert all(c in seen for c, char in enumerate(context) if char != " ")
-    found = [(example["offsets"][first][0], example["offsets"][last][1]) for example in examples
-             for first, last in [example["labels"]] if first]
+    found = [
+        (example["offsets"][first][0], example["offsets"][last][1])
+        for example in examples
+        for first, last in [example["labels"]]
+        if first
+    ]
     assert found and all(context[start:end].strip() == "Bonn" for start, end in found)
 
 
 def test_early_stopping_and_class_weights(body, tmp_path, capsys):
     rows = [row for i, row in enumerate(rows_of("classify")) if i % 2 or i % 10 == 0]
     data = write(tmp_path / "data.csv", rows)
-    tune(body, data, tmp_path / "out", "--steps", 40, "--eval-every", 2, "--lr", 1e-9, "--adam-lr", 1e-9,
-         "--patience", 2, "--class-weights")
+    tune(
+        body,
+        data,
+        tmp_path / "out",
+        "--steps",
+        40,
+        "--eval-every",
+        2,
+        "--lr",
+        1e-9,
+        "--adam-lr",
+        1e-9,
+        "--patience",
+        2,
+        "--class-weights",
+    )
     assert "no better validation" in capsys.readouterr().err
-    weights = tinylm.class_weights(Config(head="classify"), [dict(labels=0)] * 3 + [dict(labels=1)])
+    weights = train.class_weights(Config(head="classify"), [dict(labels=0)] * 3 + [dict(labels=1)])
     assert weights.tolist() == pytest.approx([4 / 6, 2.0])
 
 
 def test_embeddings_are_those_that_are_documented(minilm, capsys):
-    ours = [torch.tensor(a[0]["embedding"]) for a in answers(
-        minilm, "The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium.", capsys=capsys)]
-    assert [float(ours[0] @ other) for other in ours] == pytest.approx([1.0, 0.6660, 0.1046], abs=6e-5)
+    ours = [
+        torch.tensor(a[0]["embedding"])
+        for a in answers(
+            minilm,
+            "The weather is lovely today.",
+            "It's so sunny outside!",
+            "He drove to the stadium.",
+            capsys=capsys,
+        )
+    ]
+    assert [float(ours[0] @ other) for other in ours] == pytest.approx(
+        [1.0, 0.6660, 0.1046], abs=6e-5
+    )
 
 
 def test_lines_of_standard_input_and_options_behind_inputs(scratch, capsys, monkeypatch):
@@ -319,8 +470,10 @@ def test_lines_of_standard_input_and_options_behind_inputs(scratch, capsys, monk
 
 
 BAD_ROWS = {
-    "no column": ([{"review": "x"}], "label"), "null": ([{"text": None, "label": "x"}], "text"),
-    "a number": ([{"text": 3, "label": "x"}], "text = '3'"), "an object": ([{"text": "x", "label": {"a": 1}}], "label"),
+    "no column": ([{"review": "x"}], "label"),
+    "null": ([{"text": None, "label": "x"}], "text"),
+    "a number": ([{"text": 3, "label": "x"}], "text = '3'"),
+    "an object": ([{"text": "x", "label": {"a": 1}}], "label"),
 }
 
 
@@ -330,7 +483,12 @@ def test_bad_rows_are_one_line(what, tmp_path, capsys):
     data = write(tmp_path / "data.jsonl", rows)
     assert main(["train", str(data), "--task", "classify", "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and str(data) in error and named in error and not (tmp_path / "out").exists()
+    assert (
+        error.count("\n") == 1
+        and str(data) in error
+        and named in error
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_step_takes_an_empty_mask():
@@ -343,8 +501,12 @@ def test_classifying_step_is_the_step_of_transformers(body, tmp_path):
     """The loss of a padded batch."""
     data = write(tmp_path / "data.csv", rows_of("classify"))
     best = tune(body, data, tmp_path / "out", "--steps", 1)
-    lm, oracle = TinyLM.from_pretrained(best, hidden_dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0), \
-        load_oracle(best, "classify")
+    lm, oracle = (
+        TinyLM.from_pretrained(
+            best, hidden_dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0
+        ),
+        load_oracle(best, "classify"),
+    )
     ids = torch.randint(5, 300, (3, 9))
     mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3, [1] * 4 + [0] * 5])
     labels = torch.tensor([0, 1, 1])
@@ -356,10 +518,19 @@ def test_classifying_step_is_the_step_of_transformers(body, tmp_path):
 
 # ---- what was wrong once --------------------------------------------------------------------------------------------
 
+
 def test_a_dozen_classes_come_back_in_their_order(tmp_path):
     """Guards labels that config.json has in the order of their numbers as texts: 0, 1, 10, 11, 2, ..."""
-    lm = TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head="classify",
-                       id2label={i: f"class {i}" for i in range(12)}))
+    lm = TinyLM(
+        Config(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            head="classify",
+            id2label={i: f"class {i}" for i in range(12)},
+        )
+    )
     lm.save_pretrained(tmp_path)
     assert TinyLM.from_pretrained(tmp_path).config.id2label == lm.config.id2label
 
@@ -369,25 +540,67 @@ def test_a_label_that_only_validation_has(tmp_path):
     rows = rows_of("tokens", 20)
     rows[-1]["ner_tags"][0] = "B-RARE"
     data = write(tmp_path / "data.jsonl", rows)
-    command("train", data, "--task", "tokens", "--size", "pico", "--steps", 1, "--vocab", 300, "--out", tmp_path / "out")
+    command(
+        "train",
+        data,
+        "--task",
+        "tokens",
+        "--size",
+        "pico",
+        "--steps",
+        1,
+        "--vocab",
+        300,
+        "--out",
+        tmp_path / "out",
+    )
     assert "B-RARE" in TinyLM.from_pretrained(tmp_path / "out" / "best").config.id2label.values()
 
 
-@pytest.mark.parametrize("task, options", [
-    ("seq2seq", ["--dropout", 0.2]),  # T5's only rate is attention's too
-    ("lm", ["--block", 128]),         # a sample longer than the positions there are
-])
+@pytest.mark.parametrize(
+    "task, options",
+    [
+        ("seq2seq", ["--dropout", 0.2]),  # T5's only rate is attention's too
+        ("lm", ["--block", 128]),  # a sample longer than the positions there are
+    ],
+)
 def test_trains_to_the_end(task, options, tmp_path):
     data = write(tmp_path / "data.jsonl", rows_of(task, 60))
-    command("train", data, "--task", task, "--size", "pico", "--steps", 1, "--batch", 4, "--out", tmp_path / "out",
-            *options)
+    command(
+        "train",
+        data,
+        "--task",
+        task,
+        "--size",
+        "pico",
+        "--steps",
+        1,
+        "--batch",
+        4,
+        "--out",
+        tmp_path / "out",
+        *options,
+    )
     assert (tmp_path / "out" / "last" / "model.safetensors").exists()
 
 
 def test_several_labels_or_none(body, tmp_path):
     """Guards a division by the number of classes that occur: none."""
-    rows = [dict(text=sentence(random.Random(i), i % 2), label=[] if i > 20 else ["a"]) for i in range(30)]
-    tune(body, write(tmp_path / "data.jsonl", rows), tmp_path / "out", "--steps", 1, "--lr", 1e-9, "--adam-lr", 1e-9)
+    rows = [
+        dict(text=sentence(random.Random(i), i % 2), label=[] if i > 20 else ["a"])
+        for i in range(30)
+    ]
+    tune(
+        body,
+        write(tmp_path / "data.jsonl", rows),
+        tmp_path / "out",
+        "--steps",
+        1,
+        "--lr",
+        1e-9,
+        "--adam-lr",
+        1e-9,
+    )
 
 
 WRONG = {
@@ -403,23 +616,57 @@ WRONG = {
 def test_wrong_options_are_one_line(what, tmp_path, capsys):
     task, options, words = WRONG[what]
     data = write(tmp_path / "data.jsonl", rows_of(task, 60))
-    assert main(["train", str(data), "--task", task, "--steps", "1", "--out", str(tmp_path / "out"),
-                 *map(str, options)]) == 1
+    assert (
+        main(
+            [
+                "train",
+                str(data),
+                "--task",
+                task,
+                "--steps",
+                "1",
+                "--out",
+                str(tmp_path / "out"),
+                *map(str, options),
+            ]
+        )
+        == 1
+    )
     error = capsys.readouterr().err
     assert words in error.splitlines()[-1] and "Traceback" not in error
 
 
 def test_texts_and_chats_do_not_mix(tmp_path, capsys):
-    rows = [{"text": "x"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    rows = [
+        {"text": "x"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ]
     for rows in (rows, rows[::-1]):
-        assert main(["train", str(write(tmp_path / "data.jsonl", rows)), "--out", str(tmp_path / "out")]) == 1
+        assert (
+            main(
+                ["train", str(write(tmp_path / "data.jsonl", rows)), "--out", str(tmp_path / "out")]
+            )
+            == 1
+        )
         assert "texts and messages" in capsys.readouterr().err
 
 
 def test_a_comma_too_many_is_one_line(tmp_path, capsys):
     """Guards a text that ends at its own comma, and what stands behind it as the label."""
     (tmp_path / "data.csv").write_text("text,label\nfine,a\nhello, you,b\n")
-    assert main(["train", str(tmp_path / "data.csv"), "--task", "classify", "--out", str(tmp_path / "out")]) == 1
+    assert (
+        main(
+            [
+                "train",
+                str(tmp_path / "data.csv"),
+                "--task",
+                "classify",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 1
+    )
     assert "data.csv, line 3: more fields than columns" in capsys.readouterr().err
 
 
@@ -438,14 +685,18 @@ def test_masks_that_no_file_names(scratch, tmp_path, capsys):
     _, folder = scratch("mlm")
     out = shutil.copytree(folder, tmp_path / "out")
     (out / "tokenizer_config.json").write_text('{"do_lower_case": false, "model_max_length": 512}')
-    assert answers(out, "the film is <mask>", capsys=capsys) == answers(folder, "the film is <mask>", capsys=capsys)
+    assert answers(out, "the film is <mask>", capsys=capsys) == answers(
+        folder, "the film is <mask>", capsys=capsys
+    )
 
 
 def test_modules_of_sentence_transformers_that_are_not_here(minilm, tmp_path, capsys):
     """Guards embeddings without a layer that the folder asks for."""
     out = shutil.copytree(minilm, tmp_path / "out")
     modules = json.loads((out / "modules.json").read_text())
-    modules.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"})
+    modules.append(
+        {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    )
     (out / "modules.json").write_text(json.dumps(modules))
     assert main(["run", str(out), "x"]) == 1
     assert "Dense" in capsys.readouterr().err
@@ -455,23 +706,41 @@ def test_adapters_of_a_deep_classifier_wrap_it_as_one(folder, tmp_path):
     """PEFT wraps `classifier` by itself: a module inside of it could not be loaded."""
     case = next(case for case in ENCODERS if case.name == "roberta-classify")
     lm = TinyLM.from_pretrained(folder(case))
-    tinylm.add_adapters(lm, 2)
-    tinylm.save_adapter(tmp_path, lm, tinylm.TrainOptions(task="classify", init="x", lora=2))
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    train.add_adapters(lm, 2)
+    train.save_adapter(tmp_path, lm, train.TrainOptions(task="classify", init="x", lora=2))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == [
+        "classifier"
+    ]
     assert "lora" in str(lm).lower()
 
 
 def test_dropout_stands_where_transformers_has_it():
     """Guards a dropout before the output of language models, masked ones and answers, which have none."""
-    p = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, hidden_dropout=0.1)
-    rates = {head: TinyLM(Config(head=head, causal=False, **p)).head.dropout.p for head in tinylm.CLASS}
+    p = dict(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_dropout=0.1,
+    )
+    rates = {
+        head: TinyLM(Config(head=head, causal=False, **p)).head.dropout.p for head in tinylm.CLASS
+    }
     assert rates == {"lm": 0.0, "mlm": 0.0, "classify": 0.1, "tokens": 0.1, "qa": 0.0, None: 0.0}
     assert TinyLM(Config(head="classify", **p)).head.dropout.p == 0.0
 
 
 def test_rows_are_padded_where_no_id_pads():
-    lm = TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=-1))
-    batch = tinylm.collate(lm, [dict(input_ids=[1, 2, 3]), dict(input_ids=[4])])
+    lm = TinyLM(
+        Config(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=-1,
+        )
+    )
+    batch = train.collate(lm, [dict(input_ids=[1, 2, 3]), dict(input_ids=[4])])
     assert lm(batch["input_ids"], batch["attention_mask"]).isfinite().all()
 
 
@@ -485,8 +754,13 @@ def test_a_byte_model_keeps_its_chat_template(tmp_path):
     assert tinylm.chat_prompt(lm.tokenizer, [dict(role="user", content="hi")]) == "hi"
 
 
-@pytest.mark.parametrize("changes, field", [
-    (dict(embedding_size=16), "embedding_size"), (dict(causal=False, sliding_window=2), "sliding_window")])
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        (dict(embedding_size=16), "embedding_size"),
+        (dict(causal=False, sliding_window=2), "sliding_window"),
+    ],
+)
 def test_fields_that_do_not_go_together(changes, field):
     with pytest.raises(tinylm.Error, match=f"^config: {field} = "):
         Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **changes)
@@ -496,7 +770,10 @@ def test_generation_takes_ids_of_32_bits_and_the_penalty_of_its_file():
     torch.manual_seed(0)
     lm = TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
     ids, options = torch.tensor([[3, 5]]), dict(max_new_tokens=12, eos_token_id=())
-    plain, penalised = (lm.generate(ids.int(), **options, **more).tolist() for more in ({}, dict(repetition_penalty=5.0)))
+    plain, penalised = (
+        lm.generate(ids.int(), **options, **more).tolist()
+        for more in ({}, dict(repetition_penalty=5.0))
+    )
     assert plain == lm.generate(ids, **options).tolist() != penalised
     lm.generation_config = {"repetition_penalty": 5.0}
     assert lm.generate(ids, **options).tolist() == penalised

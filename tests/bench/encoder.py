@@ -19,26 +19,33 @@ BATCH, LENGTH, THREADS = 32, 64, 2
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     import conftest
     import torch
+    from transformers import AutoModel
+
     from export import OnnxLM, export_onnx
     from tinylm import TinyLM
-    from transformers import AutoModel
+
     torch.set_num_threads(THREADS)
     minilm = conftest.fetch_minilm()
     ids = torch.randint(1000, 30000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    mask[::2, LENGTH - 9:] = 0  # as in a batch of texts of like length
+    mask[::2, LENGTH - 9 :] = 0  # as in a batch of texts of like length
     oracle, lm = AutoModel.from_pretrained(minilm).eval(), TinyLM.from_pretrained(minilm)
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         export_onnx(lm, f"{scratch}/onnx")
         onnx_lm = OnnxLM(f"{scratch}/onnx", providers=["CPUExecutionProvider"], threads=THREADS)
         arrays = ids.numpy(), mask.numpy()
-        contenders = {"transformers": lambda: oracle(ids, mask).last_hidden_state, "tinylm": lambda: lm(ids, mask),
-                      "OnnxLM": lambda: torch.from_numpy(onnx_lm(*arrays))}
+        contenders = {
+            "transformers": lambda: oracle(ids, mask).last_hidden_state,
+            "tinylm": lambda: lm(ids, mask),
+            "OnnxLM": lambda: torch.from_numpy(onnx_lm(*arrays)),
+        }
         states = {name: call()[mask.bool()] for name, call in contenders.items()}
         rates = {name: [] for name in contenders}
         for _ in range(options.rounds):
@@ -52,7 +59,9 @@ def main():
     for name in contenders:
         error = ((states[name] - reference).abs().max() / reference.abs().max()).item()
         missed |= error > 1e-4
-        print(f"| {name} | {speed[name]:.1f} | {speed[name] / speed['transformers']:.2f} | {error:.1e} |")
+        print(
+            f"| {name} | {speed[name]:.1f} | {speed[name] / speed['transformers']:.2f} | {error:.1e} |"
+        )
     ratio = speed["OnnxLM"] / speed["transformers"]
     print(f"\nOnnxLM over transformers: {ratio:.2f} (bar: 1.3){'' if ratio >= 1.3 else '  MISSED'}")
     return int(missed or ratio < 1.3)

@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
-
 from conftest import fetch_minilm
 
 torch.set_num_threads(os.cpu_count())  # which conftest lowers for small models
@@ -33,7 +32,12 @@ def rt_polarity(folder):
     """Rows in jsonl, to train on and held out."""
     parts = {"train": [], "test": []}
     for label in ("pos", "neg"):
-        lines = (DATA / "rt-polarity" / f"rt-polarity.{label}").read_text(encoding="latin-1").strip().split("\n")
+        lines = (
+            (DATA / "rt-polarity" / f"rt-polarity.{label}")
+            .read_text(encoding="latin-1")
+            .strip()
+            .split("\n")
+        )
         cut = len(lines) - len(lines) // 10
         for part, some in (("train", lines[:cut]), ("test", lines[cut:])):
             parts[part] += [json.dumps({"text": line.strip(), "label": label}) for line in some]
@@ -42,19 +46,26 @@ def rt_polarity(folder):
 
 def xquad(folder):
     """Paragraphs in SQuAD's json: four fifths, and the last fifth."""
-    paragraphs = [p for article in json.loads((DATA / "xquad" / "xquad.en.json").read_text())["data"]
-                  for p in article["paragraphs"]]
+    paragraphs = [
+        p
+        for article in json.loads((DATA / "xquad" / "xquad.en.json").read_text())["data"]
+        for p in article["paragraphs"]
+    ]
     cut = len(paragraphs) * 4 // 5
-    return [write(folder / f"xquad-{name}.json", json.dumps({"data": [{"paragraphs": some}]}))
-            for name, some in (("train", paragraphs[:cut]), ("test", paragraphs[cut:]))]
+    return [
+        write(folder / f"xquad-{name}.json", json.dumps({"data": [{"paragraphs": some}]}))
+        for name, some in (("train", paragraphs[:cut]), ("test", paragraphs[cut:]))
+    ]
 
 
 def scitldr(folder):
     """Abstracts of papers and what they say in a sentence: jsonl to train on and held out."""
     rows = (DATA / "scitldr" / "train.jsonl").read_text(encoding="utf-8").strip().split("\n")
     cut = len(rows) - len(rows) // 10
-    return [write(folder / f"scitldr-{name}.jsonl", "\n".join(some))
-            for name, some in (("train", rows[:cut]), ("test", rows[cut:]))]
+    return [
+        write(folder / f"scitldr-{name}.jsonl", "\n".join(some))
+        for name, some in (("train", rows[:cut]), ("test", rows[cut:]))
+    ]
 
 
 def punctuation(path):
@@ -62,9 +73,16 @@ def punctuation(path):
     each: a comma, a full stop or nothing."""
     rows = []
     for row in map(json.loads, path.read_text(encoding="utf-8").split("\n")):
-        words = [(re.sub(r"\W+$", "", word).lower(), word[-1]) for word in " ".join(row["source"]).split()]
-        words = [(word, {",": "B-COMMA", ".": "B-PERIOD"}.get(end, "O")) for word, end in words if word]
-        rows.append(json.dumps({"tokens": [word for word, _ in words], "tags": [tag for _, tag in words]}))
+        words = [
+            (re.sub(r"\W+$", "", word).lower(), word[-1])
+            for word in " ".join(row["source"]).split()
+        ]
+        words = [
+            (word, {",": "B-COMMA", ".": "B-PERIOD"}.get(end, "O")) for word, end in words if word
+        ]
+        rows.append(
+            json.dumps({"tokens": [word for word, _ in words], "tags": [tag for _, tag in words]})
+        )
     return write(path.with_name("tags-" + path.name), "\n".join(rows))
 
 
@@ -76,7 +94,9 @@ def write(path, text):
 def tinylm(*arguments):
     """Seconds, and what the command printed."""
     start = time.perf_counter()
-    run = subprocess.run([sys.executable, ROOT / "tinylm.py", *map(str, arguments)], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, ROOT / "train.py", *map(str, arguments)], capture_output=True, text=True
+    )
     if run.returncode:
         raise SystemExit(run.stderr)
     return time.perf_counter() - start, run.stdout + run.stderr
@@ -90,6 +110,7 @@ def last(figure, log):
 def transformers_loop(minilm, train, test, batch=32, lr=1e-4):
     """One epoch of AdamW with a linear schedule and batches of similar length; (seconds, accuracy)."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     start = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     torch.manual_seed(0)
@@ -97,10 +118,17 @@ def transformers_loop(minilm, train, test, batch=32, lr=1e-4):
     sets = []
     for path in (train, test):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")]
-        random.Random(0).shuffle(rows)  # the file is sorted by label: texts of one length would be of one label too
+        random.Random(0).shuffle(
+            rows
+        )  # the file is sorted by label: texts of one length would be of one label too
         ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=256)["input_ids"]
-        sets.append(sorted(zip(ids, (int(row["label"] == "pos") for row in rows)), key=lambda pair: len(pair[0])))
-    cut = [[pairs[i:i + batch] for i in range(0, len(pairs), batch)] for pairs in sets]
+        sets.append(
+            sorted(
+                zip(ids, (int(row["label"] == "pos") for row in rows)),
+                key=lambda pair: len(pair[0]),
+            )
+        )
+    cut = [[pairs[i : i + batch] for i in range(0, len(pairs), batch)] for pairs in sets]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(cut[0]))
 
@@ -116,15 +144,36 @@ def transformers_loop(minilm, train, test, batch=32, lr=1e-4):
         optimizer.step(), schedule.step(), optimizer.zero_grad()
     model.eval()
     with torch.no_grad():
-        right = sum(int((model(**inputs).logits.argmax(-1) == labels).sum()) for inputs, labels in map(padded, cut[1]))
+        right = sum(
+            int((model(**inputs).logits.argmax(-1) == labels).sum())
+            for inputs, labels in map(padded, cut[1])
+        )
     return time.perf_counter() - start, right / len(sets[1])
 
 
 def sentiment(folder):
     minilm, (train, test) = fetch_minilm(), rt_polarity(folder)
-    ours, log = tinylm("train", train, "--task", "classify", "--init", minilm, "--val", test, "--epochs", 1,
-                       "--batch", 24, "--dropout", 0, "--out", folder / "sentiment")
-    print(f"tinylm, MiniLM, one epoch: {ours:.0f} s, accuracy {last('accuracy', log):.4f}", flush=True)
+    ours, log = tinylm(
+        "train",
+        train,
+        "--task",
+        "classify",
+        "--init",
+        minilm,
+        "--val",
+        test,
+        "--epochs",
+        1,
+        "--batch",
+        24,
+        "--dropout",
+        0,
+        "--out",
+        folder / "sentiment",
+    )
+    print(
+        f"tinylm, MiniLM, one epoch: {ours:.0f} s, accuracy {last('accuracy', log):.4f}", flush=True
+    )
     theirs, accuracy = transformers_loop(minilm, train, test)
     print(f"transformers, MiniLM, one epoch: {theirs:.0f} s, accuracy {accuracy:.4f}")
     print(f"tinylm takes {ours / theirs:.2f} of the time")
@@ -132,7 +181,9 @@ def sentiment(folder):
 
 def scratch(folder):
     train, test = rt_polarity(folder)
-    seconds, log = tinylm("train", train, "--task", "classify", "--val", test, "--out", folder / "scratch")
+    seconds, log = tinylm(
+        "train", train, "--task", "classify", "--val", test, "--out", folder / "scratch"
+    )
     best = max(float(value) for value in re.findall(r"validation ([\d.]+) accuracy", log))
     print(f"tinylm, from scratch: {seconds:.0f} s, accuracy {best:.4f}")
 
@@ -140,8 +191,11 @@ def scratch(folder):
 def lexical(test):
     """Span F1 of the sentence that shares most words with the question."""
     from tinylm import overlap, plain
+
     scores = []
-    for paragraph in (p for article in json.loads(test.read_text())["data"] for p in article["paragraphs"]):
+    for paragraph in (
+        p for article in json.loads(test.read_text())["data"] for p in article["paragraphs"]
+    ):
         sentences = re.split(r"(?<=[.!?])\s+", paragraph["context"])
         for qa in paragraph["qas"]:
             asked = set(plain(qa["question"]))
@@ -152,49 +206,98 @@ def lexical(test):
 
 def qa(folder):
     minilm, (train, test) = fetch_minilm(), xquad(folder)
-    tinylm("train", train, "--task", "qa", "--init", minilm, "--steps", 1, "--lr", 1e-12, "--adam-lr", 1e-12, "--out",
-           folder / "untrained")
+    tinylm(
+        "train",
+        train,
+        "--task",
+        "qa",
+        "--init",
+        minilm,
+        "--steps",
+        1,
+        "--lr",
+        1e-12,
+        "--adam-lr",
+        1e-12,
+        "--out",
+        folder / "untrained",
+    )
     untrained = last("span F1", tinylm("eval", folder / "untrained" / "last", test)[1])
-    seconds, log = tinylm("train", train, "--task", "qa", "--init", minilm, "--val", test, "--out", folder / "qa")
+    seconds, log = tinylm(
+        "train", train, "--task", "qa", "--init", minilm, "--val", test, "--out", folder / "qa"
+    )
     _, log = tinylm("eval", folder / "qa" / "best", test)
     _, german = tinylm("eval", folder / "qa" / "best", DATA / "xquad" / "xquad.de.json")
-    print(f"tinylm, MiniLM on xquad: {seconds:.0f} s, span F1 {last('span F1', log):.4f}, exact match "
-          f"{last('exact match', log):.4f}; untrained head {untrained:.4f}, sentence that shares most words "
-          f"{lexical(test):.4f}; German {last('span F1', german):.4f}")
+    print(
+        f"tinylm, MiniLM on xquad: {seconds:.0f} s, span F1 {last('span F1', log):.4f}, exact match "
+        f"{last('exact match', log):.4f}; untrained head {untrained:.4f}, sentence that shares most words "
+        f"{lexical(test):.4f}; German {last('span F1', german):.4f}"
+    )
 
 
 def tags(folder):
     minilm, (train, test) = fetch_minilm(), map(punctuation, scitldr(folder))
-    seconds, log = tinylm("train", train, "--task", "tokens", "--init", minilm, "--val", test, "--epochs", 1, "--out",
-                          folder / "tags")
+    seconds, log = tinylm(
+        "train",
+        train,
+        "--task",
+        "tokens",
+        "--init",
+        minilm,
+        "--val",
+        test,
+        "--epochs",
+        1,
+        "--out",
+        folder / "tags",
+    )
     every = [tag for line in test.read_text().split("\n") for tag in json.loads(line)["tags"]]
-    print(f"tinylm, MiniLM on scitldr's punctuation: {seconds:.0f} s, F1 {last('entity F1', log):.4f}, accuracy "
-          f"{last('accuracy', log):.4f}; no punctuation at all {every.count('O') / len(every):.4f}")
+    print(
+        f"tinylm, MiniLM on scitldr's punctuation: {seconds:.0f} s, F1 {last('entity F1', log):.4f}, accuracy "
+        f"{last('accuracy', log):.4f}; no punctuation at all {every.count('O') / len(every):.4f}"
+    )
 
 
 def summary(folder):
     from rouge_score.rouge_scorer import RougeScorer
+
     train, test = scitldr(folder)
-    seconds, log = tinylm("train", train, "--task", "seq2seq", "--val", test, "--out", folder / "summary")
+    seconds, log = tinylm(
+        "train", train, "--task", "seq2seq", "--val", test, "--out", folder / "summary"
+    )
     begin = time.perf_counter()
     _, log = tinylm("eval", folder / "summary" / "best", test)
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     rows = [json.loads(line) for line in test.read_text(encoding="utf-8").split("\n")]
     lead = [scorer.score(" ".join(row["target"]), row["source"][0]) for row in rows]
-    first = (sum(score[name].fmeasure for score in lead) / len(lead) for name in ("rouge1", "rougeL"))
-    print(f"tinylm, summaries from scratch: {seconds:.0f} s, perplexity {last('perplexity', log):.1f}, ROUGE-1 "
-          f"{last('rouge1', log):.4f}, ROUGE-L {last('rougeL', log):.4f} (eval {time.perf_counter() - begin:.0f} s); "
-          "the first sentence {:.4f}, {:.4f}".format(*first))
+    first = (
+        sum(score[name].fmeasure for score in lead) / len(lead) for name in ("rouge1", "rougeL")
+    )
+    print(
+        f"tinylm, summaries from scratch: {seconds:.0f} s, perplexity {last('perplexity', log):.1f}, ROUGE-1 "
+        f"{last('rouge1', log):.4f}, ROUGE-L {last('rougeL', log):.4f} (eval {time.perf_counter() - begin:.0f} s); "
+        "the first sentence {:.4f}, {:.4f}".format(*first)
+    )
 
 
 def mlm(folder):
     minilm, files = fetch_minilm(), rt_polarity(folder)
-    train, test = (write(file.with_suffix(".txt"), "\n".join(json.loads(line)["text"] for line in
-                                                            file.read_text(encoding="utf-8").split("\n")))
-                   for file in files)
-    seconds, log = tinylm("train", train, "--task", "mlm", "--init", minilm, "--val", test, "--out", folder / "mlm")
+    train, test = (
+        write(
+            file.with_suffix(".txt"),
+            "\n".join(
+                json.loads(line)["text"] for line in file.read_text(encoding="utf-8").split("\n")
+            ),
+        )
+        for file in files
+    )
+    seconds, log = tinylm(
+        "train", train, "--task", "mlm", "--init", minilm, "--val", test, "--out", folder / "mlm"
+    )
     found = [float(value) for value in re.findall(r"([\d.]+) perplexity", log)]
-    print(f"tinylm, MiniLM on reviews, masked: {seconds:.0f} s, perplexity {found[-1]:.1f}, after each epoch {found}")
+    print(
+        f"tinylm, MiniLM on reviews, masked: {seconds:.0f} s, perplexity {found[-1]:.1f}, after each epoch {found}"
+    )
 
 
 JOBS = dict(sentiment=sentiment, scratch=scratch, qa=qa, tags=tags, summary=summary, mlm=mlm)

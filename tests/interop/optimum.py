@@ -8,7 +8,14 @@ import torch
 from optimum.onnxruntime import ORTModelForCausalLM
 
 folder, name, ids, count = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
-model = ORTModelForCausalLM.from_pretrained(folder, subfolder="onnx", file_name=name, local_files_only=True)
-text = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                      max_new_tokens=count, do_sample=False, eos_token_id=None)
+model = ORTModelForCausalLM.from_pretrained(
+    folder, subfolder="onnx", file_name=name, local_files_only=True
+)
+text = model.generate(
+    torch.tensor([ids]),
+    attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+    max_new_tokens=count,
+    do_sample=False,
+    eos_token_id=None,
+)
 print(json.dumps(text[0].tolist()))

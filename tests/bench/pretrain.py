@@ -41,13 +41,16 @@ def timed(*command):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if run.returncode:
         raise SystemExit(run.stderr)
-    return (time.perf_counter() - start, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-            run.stdout + run.stderr)
+    return (
+        time.perf_counter() - start,
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        run.stdout + run.stderr,
+    )
 
 
 def tinylm(*options):
     with tempfile.TemporaryDirectory() as out:
-        return timed(ROOT / "tinylm.py", "train", DATA, "--out", out, *OURS, *options)
+        return timed(ROOT / "train.py", "train", DATA, "--out", out, *OURS, *options)
 
 
 def nats(log):
@@ -59,7 +62,10 @@ def levers():
     """What each choice of our recipe does: seconds of the processor, and the loss."""
     for name, options in {"as it is": [], **LEVERS}.items():
         clock, processor, log = tinylm(*options)
-        print(f"{name:36} {clock:6.1f} s {processor:6.1f} s of the processor {nats(log):.4f} nats", flush=True)
+        print(
+            f"{name:36} {clock:6.1f} s {processor:6.1f} s of the processor {nats(log):.4f} nats",
+            flush=True,
+        )
 
 
 def loss():
@@ -68,10 +74,18 @@ def loss():
         clock, processor, log = tinylm() if name == "tinylm" else timed(__file__, "nanogpt")
         reached = nats(log)
         found.setdefault(name, []).append((clock, processor))
-        print(f"{name}: {clock:.1f} s, {processor:.1f} s of the processor, {reached:.4f} nats per character"
-              f"{' > ' + str(BAR) if reached > BAR else ''}", flush=True)
-    ours, theirs = ([sum(column) / len(column) for column in zip(*found[name])] for name in ("tinylm", "nanoGPT"))
-    print(f"tinylm takes 1/{theirs[0] / ours[0]:.1f} of the time, 1/{theirs[1] / ours[1]:.1f} of the processor's")
+        print(
+            f"{name}: {clock:.1f} s, {processor:.1f} s of the processor, {reached:.4f} nats per character"
+            f"{' > ' + str(BAR) if reached > BAR else ''}",
+            flush=True,
+        )
+    ours, theirs = (
+        [sum(column) / len(column) for column in zip(*found[name])]
+        for name in ("tinylm", "nanoGPT")
+    )
+    print(
+        f"tinylm takes 1/{theirs[0] / ours[0]:.1f} of the time, 1/{theirs[1] / ours[1]:.1f} of the processor's"
+    )
 
 
 def nanogpt(layers=4, heads=4, width=128, block=64, batch=12, steps=2000, warmup=100):
@@ -84,54 +98,86 @@ def nanogpt(layers=4, heads=4, width=128, block=64, batch=12, steps=2000, warmup
         def __init__(self):
             super().__init__()
             self.norms = nn.ModuleList(nn.LayerNorm(width, bias=False) for _ in range(2))
-            self.qkv, self.o = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-            self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+            self.qkv, self.o = (
+                nn.Linear(width, 3 * width, bias=False),
+                nn.Linear(width, width, bias=False),
+            )
+            self.up, self.down = (
+                nn.Linear(width, 4 * width, bias=False),
+                nn.Linear(4 * width, width, bias=False),
+            )
 
         def forward(self, x):
-            q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2)
-                       for part in self.qkv(self.norms[0](x)).chunk(3, -1))
-            x = x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            q, k, v = (
+                part.unflatten(-1, (heads, -1)).transpose(1, 2)
+                for part in self.qkv(self.norms[0](x)).chunk(3, -1)
+            )
+            x = x + self.o(
+                F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            )
             return x + self.down(F.gelu(self.up(self.norms[1](x))))
 
     text = DATA.read_text()
     chars = {char: i for i, char in enumerate(sorted(set(text)))}
     data = torch.tensor([chars[char] for char in text])
-    train, held = data[:int(len(data) * 0.9)], data[int(len(data) * 0.9):]
+    train, held = data[: int(len(data) * 0.9)], data[int(len(data) * 0.9) :]
     torch.manual_seed(1337)
-    model = nn.ModuleDict(dict(embed=nn.Embedding(len(chars), width), places=nn.Embedding(block, width),
-                               blocks=nn.Sequential(*(Block() for _ in range(layers))),
-                               norm=nn.LayerNorm(width, bias=False)))
+    model = nn.ModuleDict(
+        dict(
+            embed=nn.Embedding(len(chars), width),
+            places=nn.Embedding(block, width),
+            blocks=nn.Sequential(*(Block() for _ in range(layers))),
+            norm=nn.LayerNorm(width, bias=False),
+        )
+    )
     for name, p in model.named_parameters():
         if p.ndim == 2:
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if name.endswith(("o.weight", "down.weight")) else 0.02)
+            nn.init.normal_(
+                p,
+                std=0.02 / math.sqrt(2 * layers)
+                if name.endswith(("o.weight", "down.weight"))
+                else 0.02,
+            )
 
     def loss(ids, **options):
-        x = model["embed"](ids[:, :-1]) + model["places"].weight[:ids.shape[1] - 1]
+        x = model["embed"](ids[:, :-1]) + model["places"].weight[: ids.shape[1] - 1]
         logits = model["norm"](model["blocks"](x)) @ model["embed"].weight.T
         return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), **options)
 
-    groups = [dict(params=[p for p in model.parameters() if (p.ndim == 2) == matrix], weight_decay=0.1 * matrix)
-              for matrix in (True, False)]
+    groups = [
+        dict(
+            params=[p for p in model.parameters() if (p.ndim == 2) == matrix],
+            weight_decay=0.1 * matrix,
+        )
+        for matrix in (True, False)
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
     for step in range(steps):
         share = min(1.0, (step - warmup) / (steps - warmup))
-        lr = 1e-3 * (step + 1) / (warmup + 1) if step < warmup else 1e-4 + 4.5e-4 * (1 + math.cos(math.pi * share))
+        lr = (
+            1e-3 * (step + 1) / (warmup + 1)
+            if step < warmup
+            else 1e-4 + 4.5e-4 * (1 + math.cos(math.pi * share))
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
         starts = torch.randint(len(train) - block, (batch,))
-        loss(torch.stack([train[i:i + block + 1] for i in starts])).backward()
+        loss(torch.stack([train[i : i + block + 1] for i in starts])).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        parts = [held[i:i + block + 1] for i in range(0, len(held) - 1, block)]
+        parts = [held[i : i + block + 1] for i in range(0, len(held) - 1, block)]
         parts = [torch.stack([part for part in parts if len(part) == block + 1]), parts[-1][None]]
         total = sum(loss(part, reduction="sum").item() for part in parts)
     print(f"{total / (len(held) - 1) / math.log(2):.5f} bits/byte")
 
 
-SHAPES = [dict(width=128, batch=12, block=64, vocab=320), dict(width=256, batch=8, block=256, vocab=4096),
-          dict(width=512, batch=8, block=256, vocab=4096)]
+SHAPES = [
+    dict(width=128, batch=12, block=64, vocab=320),
+    dict(width=256, batch=8, block=256, vocab=4096),
+    dict(width=512, batch=8, block=256, vocab=4096),
+]
 STEPPERS = ("transformers, AdamW", "tinylm, AdamW", "tinylm, Muon and AdamW")
 
 
@@ -139,9 +185,16 @@ def step(rounds=10):
     """Forward, backward and update: a plain transformers Qwen3 with AdamW, and ours with the same and with Muon, each in
     a process of its own, in turns; the median of the milliseconds."""
     for shape in SHAPES:
-        workers = {name: subprocess.Popen([sys.executable, __file__, "stepper", name, json.dumps(shape)], text=True,
-                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-                   for name in STEPPERS}
+        workers = {
+            name: subprocess.Popen(
+                [sys.executable, __file__, "stepper", name, json.dumps(shape)],
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            for name in STEPPERS
+        }
         times = {name: [] for name in workers}
         for round in range(rounds + 2):
             for name, worker in workers.items():
@@ -151,8 +204,11 @@ def step(rounds=10):
         base = statistics.median(times[STEPPERS[0]])
         print(*(f"{name} {value}" for name, value in shape.items()), sep=", ")
         for name, found in times.items():
-            print(f"{name}: {statistics.median(found):.0f} ms, {statistics.median(found) / base:.2f} of transformers'; "
-                  f"resident at most {peaks[name]:.0f} MB", flush=True)
+            print(
+                f"{name}: {statistics.median(found):.0f} ms, {statistics.median(found) / base:.2f} of transformers'; "
+                f"resident at most {peaks[name]:.0f} MB",
+                flush=True,
+            )
 
 
 def stepper(name, width, batch, block, vocab, layers=4, heads=4):
@@ -161,23 +217,41 @@ def stepper(name, width, batch, block, vocab, layers=4, heads=4):
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
     import tinylm
+    import train
+
     torch.manual_seed(0)
-    model, ids = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, head_dim=width // heads, intermediate_size=3 * width, tie_word_embeddings=True
-    )).train(), torch.randint(vocab, (batch, block + 1))
+    model, ids = (
+        Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=vocab,
+                hidden_size=width,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                head_dim=width // heads,
+                intermediate_size=3 * width,
+                tie_word_embeddings=True,
+            )
+        ).train(),
+        torch.randint(vocab, (batch, block + 1)),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     if "tinylm" in name:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             model = tinylm.TinyLM.from_pretrained(folder)
-        optimizer = (tinylm.MuonAdamW(model, 1e-3, 1e-4) if "Muon" in name else
-                     torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
-        tinylm.keep_memory()  # as `tinylm.py train` does
+        optimizer = (
+            tinylm.MuonAdamW(model, 1e-3, 1e-4)
+            if "Muon" in name
+            else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        )
+        train.keep_memory()  # as `tinylm.py train` does
 
     def transformers_step():
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).backward()
+        torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), ids[:, 1:].flatten()
+        ).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -208,11 +282,13 @@ def memory():
 def peak(name):
     import torch
     import tinylm
-    (changes, tinylm.LARGE), vocab = PEAKS[name], 512
+    import train
+
+    (changes, tinylm.CHUNKED_LOSS_MIN_LOGITS), vocab = PEAKS[name], 512
     options = dict(batch=8, block=256) | changes
     vocab = options.pop("vocab", 512)
-    options = tinylm.TrainOptions(**options).filled()
-    lm = tinylm.prepared_model([{"text": "x"}], options, False).train()
+    options = train.TrainOptions(**options).filled()
+    lm = train.build_model([{"text": "x"}], options, False).train()
     lm.embed = torch.nn.Embedding(vocab, lm.config.hidden_size)
     lm.config = tinylm.replace(lm.config, vocab_size=vocab)
     ids = torch.randint(vocab, (options.batch, options.block + 1))

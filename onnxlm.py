@@ -1,0 +1,871 @@
+"""Runs an exported folder under ONNX Runtime: numpy, onnxruntime and tokenizers; no torch. Copy it into your app.
+
+from onnxlm import OnnxLM
+for piece in OnnxLM("smollm2").stream("The capital of France is"): print(piece, end="")
+
+python onnxlm.py FOLDER INPUT...
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import re
+import sys
+from numbers import Integral, Real
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+SUFFIXES = {  # precision -> end of its files' names in onnx/
+    "fp32": "",
+    "fp16": "_fp16",
+    "int8": "_quantized",
+    "int4": "_q4",
+    "q4f16": "_q4f16",
+}
+CUDA_PRECISIONS = (
+    "fp32",
+    "fp16",
+    "q4f16",
+)  # whose nodes all run there: queries are grouped on CUDA in 16 bits only
+
+
+class Error(ValueError):
+    """What the caller gave cannot be used, or what was written failed its check: one line that says which."""
+
+
+def require(ok, message: str):
+    if not ok:
+        raise Error(message)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_number_in(value, low, high, kind=Real) -> bool:
+    """Is it a number from low to high (not a bool, which Python counts among the ints)?"""
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+
+
+class Session:
+    """One graph under ONNX Runtime: arrays or OrtValues in, OrtValues out."""
+
+    def __init__(self, path: Path, options, providers: list):
+        import onnxruntime as ort
+
+        try:
+            self.session = ort.InferenceSession(path, options, providers=providers)
+        except Exception as error:  # onnxruntime's own exceptions have no common base
+            raise Error(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
+        self.values, self.provider = ort.OrtValue, self.session.get_providers()[0]
+        self.device = "cuda" if self.provider in (CUDA, "TensorrtExecutionProvider") else "cpu"
+        inputs = self.session.get_inputs()
+        self.inputs, self.types = (
+            {i.name: i.shape for i in inputs},
+            {i.name: i.type for i in inputs},
+        )
+        self.outputs = {o.name: o.shape for o in self.session.get_outputs()}
+        self.notes = self.session.get_modelmeta().custom_metadata_map
+        self.limit = int(self.notes.get("max_position_embeddings", 2**31))
+
+    def buffer(self, name: str, *shape):
+        """Memory of an input's type on the graph's device; what it holds is not said."""
+        dtype = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}.get(
+            self.types[name], np.float32
+        )
+        return self.values.ortvalue_from_shape_and_type(shape, dtype, self.device)
+
+    def __call__(self, into: dict = {}, **feeds) -> list:
+        """All outputs, on the graph's device; `into`: an output's name -> the value that it is written to. What the
+        graph does not take is left out."""
+        binding = self.session.io_binding()
+        try:
+            feeds = {
+                name: self.values.ortvalue_from_numpy(np.asarray(x, order="C"), self.device)
+                if isinstance(x, np.ndarray)
+                else x
+                for name, x in feeds.items()
+                if name in self.inputs
+            }
+            for name, x in feeds.items():
+                binding.bind_ortvalue_input(name, x)
+            for name in self.outputs:
+                if name in into:
+                    binding.bind_ortvalue_output(name, into[name])
+                else:
+                    binding.bind_output(name, self.device)
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # e.g. more tokens than there are learned positions
+            raise Error(f"onnxruntime: {first_line(error)}") from None
+        return binding.get_outputs()
+
+
+class OnnxLM:
+    """An exported model under ONNX Runtime: numpy in, numpy out.
+
+    folder: what `export_onnx` wrote; precision: a key of SUFFIXES; providers: ONNX Runtime's names, tried in order
+    (None: CUDA where there is a driver and the precision is for it, else CPU); threads: of the CPU (None: ONNX
+    Runtime's choice, one per core).
+    Raises Error where a file is missing or where a provider that was asked for does not load.
+    """
+
+    def __init__(self, folder, precision: str = "fp32", providers=None, threads: int | None = None):
+        import onnxruntime as ort
+
+        require(
+            precision in SUFFIXES,
+            f"precision = {precision!r}, expected one of {', '.join(SUFFIXES)}",
+        )
+        self.folder = Path(folder)
+        said = {
+            key: value
+            for key, value in self._json("generation_config.json").items()
+            if value is not None
+        }
+        self.config = read_json(self.folder / "config.json") | said
+        stems = (
+            ("encoder_model", "decoder_model_merged")
+            if self.config.get("is_encoder_decoder")
+            else ("model",)
+        )
+        paths = [self.folder / "onnx" / f"{stem}{SUFFIXES[precision]}.onnx" for stem in stems]
+        for path in paths:
+            require(
+                path.exists(),
+                f"{path}: no such file; write it with `python export.py FOLDER --onnx --precision "
+                f"{precision}`",
+            )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        asked, providers = (
+            providers,
+            providers or ([CUDA, CPU] if precision in CUDA_PRECISIONS and has_cuda(ort) else [CPU]),
+        )
+        names = [
+            provider if isinstance(provider, str) else provider[0] for provider in providers
+        ]  # or (name, options)
+        for name in names:
+            require(
+                name in ort.get_available_providers(),
+                f"providers: {name} is not in this onnxruntime (it has "
+                f"{', '.join(ort.get_available_providers())})",
+            )
+        *encoder, self.session = (Session(path, options, providers) for path in paths)
+        self.encoder, self.provider = encoder[0] if encoder else None, self.session.provider
+        require(
+            not asked or self.provider == names[0],
+            f"providers: {names[0]} did not load; onnxruntime fell back to {self.provider}",
+        )
+        self.past = {
+            name: shape
+            for name, shape in self.session.inputs.items()
+            if name.startswith("past_key_values.")
+        }
+        self.shared = "shared_cache" in self.session.notes
+        self.vocab_size = self.config["vocab_size"]
+
+    @functools.cached_property
+    def tokenizer(self):
+        """`encode(text)` and `decode(ids)` of the folder's tokenizer.json."""
+        return Tokenizer(self.folder / "tokenizer.json")
+
+    @property
+    def job(self) -> str:
+        """What the model is for, a key of JOBS, read off its graph's outputs."""
+        (name, shape), *_ = self.session.outputs.items()
+        if self.past or name != "logits":
+            return {"start_logits": "qa", "last_hidden_state": "embed"}.get(name, "generate")
+        return (
+            "classify" if len(shape) == 2 else "fill" if shape[-1] == self.vocab_size else "tokens"
+        )
+
+    def source(self, input_ids, mask) -> dict:
+        """What the decoder's graph takes of a source (batch, source): hidden states and mask."""
+        (states,) = self.encoder(input_ids=input_ids, attention_mask=mask)
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+    def cache(self, batch: int, length: int = 0) -> list:
+        """A cache's buffers; the graphs that say `shared_cache` write into those of their length in place."""
+        return [
+            self.session.buffer(name, batch, heads, length, width)
+            for name, (_, heads, _, width) in self.past.items()
+        ]
+
+    def step(self, input_ids, mask, past=None, source=None, keep: int = 0):
+        """One call of a graph with a cache: (logits, present). Ids (batch, seq), mask (batch, past + seq), past as
+        returned, or of the `cache`; behind an encoder its `source`; logits of all columns, or of the last `keep`."""
+        first = past is None
+        past = self.cache(len(input_ids)) if first else past
+        shared = self.shared and past[0].shape()[2] >= mask.shape[1]
+        into = dict(zip([*self.session.outputs][1:], past)) if shared else {}
+        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -(keep or input_ids.shape[1]) :]
+        feeds = dict(zip(self.past, past)) | (source or {})
+        logits, *present = self.session(
+            into,
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache_branch=np.array([not first]),
+            **feeds,
+        )
+        return logits.numpy(), present
+
+    def __call__(
+        self, input_ids, attention_mask=None, token_type_ids=None, decoder_input_ids=None
+    ) -> np.ndarray:
+        """What tinylm's `forward` returns, for ids (batch, seq); the mask marks padding on either side."""
+        input_ids, mask = self._checked(input_ids, attention_mask)
+        if self.encoder:
+            require(
+                decoder_input_ids is not None,
+                "decoder_input_ids = None, expected ids (batch, target)",
+            )
+            ids, ones = self._checked(decoder_input_ids, name="decoder_input_ids")
+            return self.step(ids, ones, source=self.source(input_ids, mask))[0]
+        if self.past:
+            return self.step(input_ids, mask)[0]
+        types = (
+            np.zeros_like(input_ids)
+            if token_type_ids is None
+            else np.asarray(token_type_ids, np.int64)
+        )
+        require(
+            token_type_ids is None
+            or "token_type_ids" in self.session.inputs
+            and types.shape == input_ids.shape,
+            f"token_type_ids: shape {types.shape}, "
+            + (
+                f"expected {input_ids.shape}"
+                if "token_type_ids" in self.session.inputs
+                else "but the model has no token types"
+            ),
+        )
+        outputs = [
+            x.numpy()
+            for x in self.session(input_ids=input_ids, attention_mask=mask, token_type_ids=types)
+        ]
+        return np.stack(outputs, -1) if len(outputs) > 1 else outputs[0]
+
+    def generate(
+        self, input_ids, attention_mask=None, max_new_tokens: int | None = None, **options
+    ) -> np.ndarray:
+        """Continue every row: (batch, seq + new), with the pad id after a row's end; behind an encoder (batch, 1 +
+        new), beginning with decoder_start_token_id. Options as in `decode`."""
+        new = [*self.decode(input_ids, attention_mask, max_new_tokens, **options)]
+        prompt = self._prompt(input_ids) if self.encoder else np.asarray(input_ids)
+        return np.stack([*prompt.T, *new], axis=1)
+
+    def stream(self, text, max_new_tokens: int | None = None, stop=None, **options):
+        """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string."""
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        tokens, prompt = self.tokens(ids, max_new_tokens, **options), () if self.encoder else ids
+        return stream_text(self.tokenizer, tokens, stop_strings(stop), prompt)
+
+    def tokens(
+        self, ids: list, max_new_tokens: int | None = None, eos_token_id="config", **options
+    ):
+        """The new ids after those of one row, one by one, without the one that ends the text."""
+        ends = self.ends(eos_token_id)
+        options = {"num_beams": 1} | options
+        for (token,) in self.decode([ids or [*ends, 0][:1]], None, max_new_tokens, ends, **options):
+            if token not in ends:
+                yield int(token)
+
+    def ends(self, eos_token_id="config") -> tuple:
+        """Ids that end a text: those given; for "config" those of the folder."""
+        if isinstance(eos_token_id, str) and eos_token_id == "config":
+            eos_token_id = self.config.get("eos_token_id")
+        ids = () if eos_token_id is None else tuple(np.ravel(eos_token_id).tolist())
+        require(
+            all(is_number_in(i, -1, 2**31, Integral) for i in ids),
+            f"eos_token_id = {eos_token_id!r}, expected integers",
+        )
+        return ids
+
+    def sampling(self, **given) -> SimpleNamespace:
+        """tinylm's `sampling`: as given, else as the folder's generation_config.json says, else plainly."""
+        said, longest = (
+            {name: default for name, (default, *_) in RANGES.items()},
+            self.config.get("max_length"),
+        )
+        said["bad_words_ids"] = ()
+        if self.encoder and is_number_in(longest, 2, 2**31, Integral):
+            said["max_new_tokens"] = longest - 1
+        known = {*said}
+        for source in ({name: self.config.get(name) for name in FROM_FILE}, given):
+            said |= {name: value for name, value in source.items() if value is not None}
+        unknown, words = sorted(said.keys() - known), said["bad_words_ids"]
+        require(
+            not unknown, f"{', '.join(unknown)}: no such option of a generation under ONNX Runtime"
+        )
+        for name, (_, low, high) in RANGES.items():
+            value, kind = said[name], Integral if isinstance(low, int) else Real
+            require(
+                value is None or is_number_in(value, low, high, kind),
+                f"{name} = {value!r}, expected "
+                f"{'an integer' if kind is Integral else 'a number'} from {low:g} to {high:g}",
+            )
+        require(
+            isinstance(words, (list, tuple))
+            and all(
+                isinstance(w, (list, tuple))
+                and w
+                and all(is_number_in(i, 0, 2**31, Integral) for i in w)
+                for w in words
+            ),
+            f"bad_words_ids = {words!r}, expected lists of ids",
+        )
+        require(
+            said["num_beams"] == 1,
+            f"num_beams = {said['num_beams']}: there is no beam search under ONNX Runtime; "
+            "give num_beams=1 for greedy decoding or sampling",
+        )
+        said["temperature"] *= said["temperature"] >= 1e-5  # below, a division would overflow
+        return SimpleNamespace(**said)
+
+    def decode(
+        self,
+        input_ids,
+        attention_mask=None,
+        max_new_tokens=None,
+        eos_token_id="config",
+        stop=None,
+        seed=None,
+        **sampling,
+    ):
+        """Yield the new ids (batch,) of every step, until all rows have ended. The options are those of tinylm's
+        `generate`, and the same seed draws the same text: the noise is a function of seed, row, step and token."""
+        generation_config = self.sampling(max_new_tokens=max_new_tokens, **sampling)
+        ends, stop = self.ends(eos_token_id), stop_strings(stop)
+        (input_ids, mask), source = self._checked(input_ids, attention_mask), None
+        require(
+            seed is None or is_number_in(seed, -(2**63), 2**63 - 1, Integral),
+            f"seed = {seed!r}, expected an integer of 64 bits",
+        )
+        seed = int(np.random.randint(2**31) if seed is None else seed)
+        pad = next(
+            i for i in (self.config.get("pad_token_id"), *ends, 0) if i is not None and i >= 0
+        )
+        pad = min(pad, self.vocab_size - 1)
+        if self.encoder:
+            source = self.source(input_ids, mask)
+            input_ids = self._prompt(input_ids)
+            mask = np.ones_like(input_ids)
+        batch, seq = input_ids.shape
+        limit = self.session.limit
+        require(
+            seq + generation_config.max_new_tokens <= limit,
+            f"max_new_tokens = {generation_config.max_new_tokens} after {seq} tokens, "
+            f"expected at most {limit} in all",
+        )
+        texts = [
+            row[real].tolist() for row, real in zip(input_ids, mask.astype(bool))
+        ]  # prompts, and what follows
+        starts, ended = [*map(len, texts)], np.zeros(batch, bool)
+        order = mask.argsort(1, kind="stable")  # every row's last token goes to the last column
+        input_ids, mask = (np.take_along_axis(x, order, 1) for x in (input_ids, mask))
+        longest = np.concatenate(
+            [mask, np.ones((batch, generation_config.max_new_tokens), np.int64)], 1
+        )
+        past = self.cache(batch, seq + generation_config.max_new_tokens) if self.shared else None
+        for count in range(generation_config.max_new_tokens):
+            logits, past = self.step(input_ids, mask, past, source, keep=1)
+            logits = process_logits(logits[:, -1], texts, generation_config, ends, count)
+            token = np.where(ended, pad, sample(logits, generation_config, seed, count))
+            yield token
+            for row, (text, id) in enumerate(zip(texts, token.tolist())):
+                text.append(id)
+                ended[row] |= id in ends or any(
+                    s in self.tokenizer.decode(text[starts[row] :][-2 * len(s.encode()) - 8 :])
+                    for s in stop
+                )
+            if ended.all():
+                return
+            input_ids, mask = token[:, None], longest[:, : seq + count + 1]
+
+    def run(self, texts, pairs=None, batch: int = 32, **options) -> list:
+        """What the model is for: for each text (and its pair: of a question the context) what `tinylm.py run` says of
+        it, a list of {"label", "score"}, {"entity_group", "word", "score", "start", "end"}, {"answer", "score",
+        "start", "end"}, {"token_str", "score", "sequence"}, {"embedding"} or {"generated_text"}; the latter
+        greedy, unless the options, those of `decode`, say otherwise. Runs in batches of texts of like length."""
+        pairs = [None] * len(texts) if pairs is None else pairs
+        require(
+            len(pairs) == len(texts),
+            f"pairs: {len(pairs)} of them, expected the {len(texts)} of texts",
+        )
+        job, results = JOBS[self.job], {}
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]) - len(pairs[i] or ""))
+        for at in range(0, len(order), batch):
+            rows = order[at : at + batch]
+            results |= zip(
+                rows, job(self, [texts[i] for i in rows], [pairs[i] for i in rows], **options)
+            )
+        return [results[i] for i in range(len(texts))]
+
+    def _json(self, name: str) -> dict:
+        return read_json(self.folder / name) if (self.folder / name).exists() else {}
+
+    def _prompt(self, input_ids) -> np.ndarray:
+        """What a decoder behind an encoder begins with, (batch, 1)."""
+        return np.full((len(input_ids), 1), self.config["decoder_start_token_id"])
+
+    def _checked(self, input_ids, mask=None, name: str = "input_ids") -> tuple:
+        input_ids = np.asarray(input_ids)
+        require(
+            input_ids.ndim == 2 and input_ids.size and np.issubdtype(input_ids.dtype, np.integer),
+            f"{name}: {input_ids.dtype} of shape {input_ids.shape}, expected ids (batch, seq)",
+        )
+        limit = (
+            self.session if self.encoder is None or name != "input_ids" else self.encoder
+        ).limit
+        require(
+            input_ids.shape[1] <= limit,
+            f"{name}: {input_ids.shape[1]} tokens, but the model has only {limit} positions",
+        )
+        mask = np.ones_like(input_ids) if mask is None else np.asarray(mask)
+        require(
+            mask.shape == input_ids.shape and mask.any(1).all(),
+            f"attention_mask: shape {mask.shape}, expected "
+            f"{input_ids.shape} and a token in every row",
+        )
+        require(
+            0 <= input_ids.min() and input_ids.max() < self.vocab_size,
+            f"{name}: ids {input_ids.min()} to "
+            f"{input_ids.max()}, expected 0 to vocab_size - 1 = {self.vocab_size - 1}",
+        )
+        return input_ids.astype(np.int64), mask.astype(np.int64)
+
+
+# ---- what a model is for: (lm, texts, pairs) -> for each a list of dicts, as tinylm's commands give it ---------------
+
+LONGEST = 512  # tokens that are read, where the model has no limit of its own
+
+
+def read(lm: OnnxLM, encodings: list) -> tuple:
+    """What the model says of encodings, and their mask (batch, longest), padded on the right."""
+    empty, fills = (
+        ([*lm.ends(), 0][:1], [1], [0]),
+        (max(lm.config.get("pad_token_id") or 0, 0), 0, 0),
+    )
+    parts = [(e.ids, e.attention_mask, e.type_ids) if e.ids else empty for e in encodings]
+    width = max(len(ids) for ids, *_ in parts)
+    rows = [
+        [part + [fill] * (width - len(part)) for part, fill in zip(row, fills)] for row in parts
+    ]
+    ids, mask, types = (np.array(part) for part in zip(*rows))
+    return lm(ids, mask, types if lm.config.get("type_vocab_size", 0) > 1 else None), mask
+
+
+def encodings(lm: OnnxLM, texts, pairs, limit: int = LONGEST, stride: int | None = None) -> list:
+    """Of texts, or of pairs, cut to `limit` ids; with a stride only the second one is cut, into windows that share so
+    many ids, and those after the first are its `overflowing`."""
+    backend, how = (
+        lm.tokenizer.backend,
+        {} if stride is None else dict(stride=stride, strategy="only_second"),
+    )
+    backend.enable_truncation(min(lm.session.limit, limit), **how)
+    try:
+        return backend.encode_batch(
+            [text if pair is None else (text, pair) for text, pair in zip(texts, pairs)]
+        )
+    except Exception as error:  # the library raises plain Exception
+        raise Error(f"tokenizer: {first_line(error)}") from None
+    finally:
+        backend.no_truncation()
+
+
+def labels(lm: OnnxLM) -> list:
+    names = lm.config.get("id2label") or {}
+    return [names.get(str(i), f"LABEL_{i}") for i in range(lm.session.outputs["logits"][-1])]
+
+
+def classify(lm: OnnxLM, texts, pairs):
+    """A share of one, a share each (multi-label, or one label), or the number itself; the best first."""
+    names, kind = labels(lm), lm.config.get("problem_type")
+    score = (
+        softmax
+        if len(names) > 1 and kind != "multi_label_classification"
+        else lambda x: 1 / (1 + np.exp(-x))
+    )
+    logits, _ = read(lm, encodings(lm, texts, pairs))
+    for row in logits if kind == "regression" else score(logits):
+        yield [{"label": names[i], "score": float(row[i])} for i in np.argsort(-row, kind="stable")]
+
+
+def tag(lm: OnnxLM, texts, pairs):
+    """Entities: neighbouring tokens of one kind (B- begins another), with the mean of their scores."""
+    names, found = labels(lm), encodings(lm, texts, pairs)
+    for text, encoding, p in zip(texts, found, softmax(read(lm, found)[0])):
+        groups, last = [], None
+        for i in (i for i, part in enumerate(encoding.sequence_ids) if part is not None):
+            name = names[p[i].argmax()]
+            kind = name[2:] if name[:2] in ("B-", "I-") else name
+            if kind != last or name[:2] == "B-":
+                groups.append((kind, []))
+            groups[-1][1].append(i)
+            last = kind
+        spans = [
+            (
+                kind,
+                p[places].max(-1).mean(),
+                encoding.offsets[places[0]][0],
+                encoding.offsets[places[-1]][1],
+            )
+            for kind, places in groups
+            if kind != "O"
+        ]
+        yield [
+            dict(
+                entity_group=kind,
+                word=text[start:end].strip(),
+                score=float(score),
+                start=start,
+                end=end,
+            )
+            for kind, score, start, end in spans
+        ]
+
+
+def answer(lm: OnnxLM, texts, pairs, longest: int = 30, window: int = 384):
+    """The likeliest span of whole words in any window of the context. Its score is the probability of its first column
+    times that of its last, among the context's columns and the first one, which stands for none."""
+    for question, context in zip(texts, pairs):
+        require(context, f"{question[:60]!r}: expected a context, its pair")
+        room = min(lm.session.limit, window) - len(encodings(lm, [question], [""])[0].ids)
+        require(room > 1, f"question {question[:60]!r}: leaves no room for the context")
+        (first,) = encodings(lm, [question], [context], window, min(128, room // 2))
+        windows, best = [first, *first.overflowing], None
+        for encoding, logits in zip(windows, read(lm, windows)[0]):
+            parts = encoding.sequence_ids + [None] * (len(logits) - len(encoding.ids))
+            inside = np.array([part == 1 for part in parts])
+            shown = inside | (np.arange(len(inside)) == 0)
+            begins, ends = softmax(np.where(shown, logits.T, -np.inf)) * inside
+            spans = np.tril(np.triu(np.outer(begins, ends)), longest - 1)
+            i, j = np.unravel_index(spans.argmax(), spans.shape)
+            if best is None or spans[i, j] > best["score"]:
+                start, end = (
+                    (encoding.offsets[i][0], encoding.offsets[j][1]) if inside[i] else (0, 0)
+                )
+                while 0 < start < end and context[start - 1 : start + 1].isalnum():
+                    start -= 1
+                while start < end < len(context) and context[end - 1 : end + 1].isalnum():
+                    end += 1
+                best = {
+                    "answer": context[start:end].strip(),
+                    "score": float(spans[i, j]),
+                    "start": start,
+                    "end": end,
+                }
+        yield [best]
+
+
+def fill(lm: OnnxLM, texts, pairs, top_k: int = 5):
+    """The likeliest tokens in the place of each <mask> (or what the tokenizer calls it)."""
+    token, known = (
+        lm._json("tokenizer_config.json").get("mask_token"),
+        lm.tokenizer.backend.token_to_id,
+    )
+    names = (
+        token["content"] if isinstance(token, dict) else token,
+        "[MASK]",
+        "<mask>",
+    )  # BERT's own does not name it
+    name = next((name for name in names if name and known(name) is not None), None)
+    require(name, f"{lm.folder / 'tokenizer_config.json'}: no mask_token")
+    mask = known(name)
+    found = encodings(lm, [text.replace("<mask>", name) for text in texts], pairs)
+    for text, encoding, row in zip(texts, found, read(lm, found)[0]):
+        ids, places = encoding.ids, [i for i, id in enumerate(encoding.ids) if id == mask]
+        require(places, f"{text[:60]!r}: expected {name} or <mask> in it")
+        likely = [
+            (at, i, p[i])
+            for at, p in zip(places, softmax(row[places]))
+            for i in np.argsort(-p, kind="stable")[:top_k]
+        ]
+        yield [
+            {
+                "token_str": lm.tokenizer.decode([i]),
+                "score": float(score),
+                "sequence": lm.tokenizer.decode(ids[:at] + [i] + ids[at + 1 :]),
+            }
+            for at, i, score in likely
+        ]
+
+
+POOLINGS = {  # of sentence-transformers: states (batch, seq, hidden) and their mask (batch, seq, 1) -> vectors
+    "pooling_mode_cls_token": lambda x, mask: x[:, 0],
+    "pooling_mode_mean_tokens": lambda x, mask: (x * mask).sum(1) / mask.sum(1),
+    "pooling_mode_max_tokens": lambda x, mask: np.where(mask, x, -np.inf).max(1),
+    "pooling_mode_mean_sqrt_len_tokens": lambda x, mask: (x * mask).sum(1) / mask.sum(1) ** 0.5,
+    "pooling_mode_lasttoken": lambda x, mask: x[np.arange(len(x)), mask[..., 0].sum(1) - 1],
+}
+
+
+def embed(lm: OnnxLM, texts, pairs):
+    """Vectors as the files of sentence-transformers say: pooled (else the mean), normalised if modules.json has it."""
+    pooling, file = lm._json("1_Pooling/config.json"), lm.folder / "modules.json"
+    modules = re.findall(
+        r"sentence_transformers[\w.]*\.(\w+)", file.read_text("utf-8") if file.exists() else ""
+    )
+    require(
+        set(modules) <= {"Transformer", "Pooling", "Normalize"},
+        f"{file}: {', '.join(modules)}, expected no more than Transformer, Pooling and Normalize",
+    )
+    chosen = [pool for name, pool in POOLINGS.items() if pooling.get(name)] or [
+        POOLINGS["pooling_mode_mean_tokens"]
+    ]
+    require(
+        any(map(pooling.get, POOLINGS)) or not pooling,
+        f"{lm.folder / '1_Pooling/config.json'}: expected one of {', '.join(POOLINGS)}",
+    )
+    longest = lm._json("sentence_bert_config.json").get("max_seq_length") or LONGEST
+    states, mask = read(lm, encodings(lm, texts, pairs, longest))
+    vectors = np.concatenate(
+        [pool(states, mask[..., None]).astype(np.float32) for pool in chosen], -1
+    )
+    if "Normalize" in modules:
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    yield from ([{"embedding": vector.tolist()}] for vector in vectors)
+
+
+def write(lm: OnnxLM, texts, pairs, **options):
+    for encoding in encodings(lm, texts, pairs, 2**31):
+        yield [{"generated_text": "".join(lm.stream(encoding.ids, **options))}]
+
+
+JOBS = {
+    "classify": classify,
+    "tokens": tag,
+    "qa": answer,
+    "fill": fill,
+    "embed": embed,
+    "generate": write,
+}
+
+
+class Tokenizer:
+    """A tokenizer.json, run by the `tokenizers` library."""
+
+    def __init__(self, path: Path):
+        require(path.exists(), f"{path}: no such file; use generate with token ids")
+        try:
+            from tokenizers import Tokenizer as Backend
+
+            self.backend = Backend.from_file(str(path))
+        except ImportError:
+            raise Error(f"{path}: reading it needs `pip install tokenizers`") from None
+        except Exception as error:  # the library raises plain Exception
+            raise Error(f"{path}: not a readable tokenizer ({error})") from None
+        (
+            self.backend.no_truncation(),
+            self.backend.no_padding(),
+        )  # settings of somebody's training, stored along
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text.encode("utf-8", "replace").decode("utf-8")).ids
+
+    def decode(self, ids) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+RANGES = {  # of tinylm's `Sampling`, without beams: name -> default, least, most; whole numbers where the least is one
+    "max_new_tokens": (128, 1, 2**31),
+    "temperature": (0.0, 0.0, 1e9),
+    "top_k": (None, 0, 2**31),
+    "top_p": (None, 0.0, 1),
+    "min_p": (None, 0.0, 1),
+    "repetition_penalty": (1.0, 1e-9, 1e9),
+    "no_repeat_ngram_size": (0, 0, 2**31),
+    "min_length": (0, 0, 2**31),
+    "forced_bos_token_id": (None, 0, 2**31),
+    "forced_eos_token_id": (None, 0, 2**31),
+    "num_beams": (1, 1, 2**16),
+}
+FROM_FILE = {*RANGES, "bad_words_ids"} - {"temperature", "top_k", "top_p", "min_p"}
+
+
+def has_cuda(ort) -> bool:
+    """Is there a CUDA build of ONNX Runtime and a driver for it?"""
+    if CUDA not in ort.get_available_providers():
+        return False
+    with contextlib.suppress(OSError):
+        if ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuInit(0) == 0:
+            ort.preload_dlls()
+            return True
+    return False
+
+
+def process_logits(
+    logits, texts: list, generation_config: SimpleNamespace, ends: tuple, count: int
+) -> np.ndarray:
+    """Logits (batch, vocab), changed in place: tinylm's `constrain`, after the ids so far of each row."""
+    for row, ids in zip(logits, texts):
+        if generation_config.repetition_penalty != 1:
+            seen = np.unique(ids)
+            penalty = generation_config.repetition_penalty
+            row[seen] = np.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+        if n := generation_config.no_repeat_ngram_size:
+            newest = ids[len(ids) - n + 1 :]
+            row[
+                [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == newest]
+            ] = -np.inf
+        for *before, last in generation_config.bad_words_ids:
+            if (
+                last < len(row)
+                and len(ids) >= len(before)
+                and ids[len(ids) - len(before) :] == before
+            ):
+                row[last] = -np.inf
+        if len(ids) < generation_config.min_length:
+            row[[i for i in ends if 0 <= i < len(row)]] = -np.inf
+        for token, when in (
+            (generation_config.forced_bos_token_id, len(ids) == 1),
+            (generation_config.forced_eos_token_id, count == generation_config.max_new_tokens - 1),
+        ):
+            if token is not None and when:
+                row[:] = -np.inf
+                row[token] = 0
+    return logits
+
+
+def sample(logits, generation_config: SimpleNamespace, seed: int, step: int) -> np.ndarray:
+    """One id per row of logits (batch, vocab): tinylm's `sample` in numpy."""
+    if generation_config.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / np.float32(generation_config.temperature)
+    if generation_config.top_k:
+        k = min(int(generation_config.top_k), logits.shape[-1])
+        least = np.partition(logits, -k, axis=-1)[:, -k]
+        logits = np.where(logits < least[:, None], -np.inf, logits)
+    if generation_config.top_p is not None and generation_config.top_p < 1:
+        order = np.argsort(-logits, axis=-1, kind="stable")
+        p = softmax(np.take_along_axis(logits, order, -1))
+        outside = p.cumsum(-1) - p >= generation_config.top_p
+        outside[:, 0] = False
+        rows = np.arange(len(logits))[:, None]
+        logits[rows, order] = np.where(outside, -np.inf, logits[rows, order])
+    if generation_config.min_p:
+        p = softmax(logits)
+        logits = np.where(p < generation_config.min_p * p.max(-1, keepdims=True), -np.inf, logits)
+    return (logits - np.log(-np.log(uniform(seed, step, *logits.shape)))).argmax(-1)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def uniform(seed: int, step: int, batch: int, vocab: int) -> np.ndarray:
+    """tinylm's `uniform`: numbers in (0, 1), (batch, vocab), by a counter-based hash."""
+
+    def hash32(x):
+        for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+        return x ^ (x >> 15)
+
+    state = hash32(np.array([seed], np.int64) & 0xFFFFFFFF) + np.arange(batch)
+    state = hash32((hash32(state & 0xFFFFFFFF) + step) & 0xFFFFFFFF)
+    bits = hash32((state[:, None] + np.arange(vocab) * 0x9E3779B9) & 0xFFFFFFFF)
+    return ((bits >> 9).astype(np.float32) + np.float32(0.5)) / np.float32(2**23)
+
+
+def stop_strings(stop) -> tuple:
+    stop = tuple(stop) if isinstance(stop, (list, tuple)) else () if stop is None else (stop,)
+    require(
+        all(isinstance(s, str) and s for s in stop),
+        f"stop = {stop!r}, expected strings that are not empty",
+    )
+    return stop
+
+
+def stream_text(tokenizer, tokens, stop: tuple = (), prompt=()):
+    """tinylm's `text_pieces`: the text of ids after those of a prompt, whole characters only, and nothing from a stop
+    string on. What is new is what a text has more than one without the newest ids: a decoder may strip a text's first
+    space, so that ids alone do not say their text."""
+    ids, done, shown, held = list(prompt), 0, len(prompt), ""
+
+    def more():
+        return tokenizer.decode(ids[done:])[len(tokenizer.decode(ids[done:shown])) :]
+
+    for token in tokens:
+        ids.append(token)
+        new = more()
+        if new.endswith("\ufffd"):  # a character whose bytes are not all there
+            continue
+        done, shown = (
+            shown if new else done,
+            len(ids),
+        )  # ids without a text are no beginning to compare with
+        held += new
+        cut = min((held.find(s) for s in stop if s in held), default=-1)
+        if cut >= 0:
+            yield held[:cut]
+            return
+        keep = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if rest := held + more():
+        yield rest
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Error(f"{path}: not readable as JSON ({error})") from None
+
+
+def run_folder(argv: list) -> int:
+    parser = argparse.ArgumentParser(
+        prog="onnxlm",
+        description="Run an exported folder on texts, without torch: a line of JSON for each.",
+    )
+    parser.add_argument("folder", help="what the export wrote")
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="texts; a second one to classify, or a question's "
+        "context, stands behind a tab; by default the lines of standard input",
+    )
+    parser.add_argument("--precision", choices=SUFFIXES, default="fp32")
+    parser.add_argument("--max-new-tokens", type=int, help="of a model that writes")
+    options = parser.parse_intermixed_args(argv)
+    inputs = options.inputs or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    results = run_inputs(OnnxLM(options.folder, options.precision), inputs, options.max_new_tokens)
+    for text, result in zip(inputs, results):
+        print(json.dumps({"input": text, "output": result}, ensure_ascii=False), flush=True)
+    return 0
+
+
+def run_inputs(lm: OnnxLM, inputs: list, max_new_tokens: int | None) -> list:
+    """What the model says of each; behind a tab stands a second text to classify, or a question's context."""
+    parts = [
+        text.partition("\t") if lm.job in ("classify", "qa") else (text, "", "") for text in inputs
+    ]
+    more = {"max_new_tokens": max_new_tokens} if lm.job == "generate" else {}
+    return lm.run([text for text, *_ in parts], [pair or None for *_, pair in parts], **more)
+
+
+def main(argv: list | None = None) -> int:
+    """`onnxlm.py FOLDER INPUT...`; an Error is one line on stderr and exit code 1."""
+    try:
+        return run_folder(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return 130
+    except (Error, OSError) as error:
+        print(f"onnxlm: error: {first_line(error)}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import CASES, ENCODERS, SEQ2SEQ, save
-from hypothesis import HealthCheck, given, normalize_hf_config
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -67,7 +67,7 @@ NUMBERS = [
 
 def fuzz(examples, **strategies):
     """The same `examples` in every run."""
-    quiet = normalize_hf_config(
+    quiet = settings(
         max_examples=examples,
         derandomize=True,
         deadline=None,

@@ -3,7 +3,7 @@ and a saved copy hardly any or none."""
 
 import torch
 from families import difference
-from hypothesis import HealthCheck, given, normalize_hf_config
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinylm import ACTIVATIONS, Config, KVCache, TinyLM
@@ -82,7 +82,7 @@ def made(config, seed):
 
 def prop(**strategies):
     """The same examples in every run."""
-    quiet = normalize_hf_config(
+    quiet = settings(
         max_examples=120,
         derandomize=True,
         deadline=None,

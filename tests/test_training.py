@@ -26,7 +26,7 @@ def gradients(lm, batch):
     }
 
 
-def identity_map(one, other):
+def same(one, other):
     assert one[0] == pytest.approx(other[0], rel=1e-5) and one[1].keys() == other[1].keys()
     for name, grad in one[1].items():
         assert (grad - other[1][name]).abs().max() <= 1e-4 * max(grad.abs().max(), 1e-3), name
@@ -51,7 +51,7 @@ def test_logits_in_chunks_have_the_same_gradients(case, labelled, folder, monkey
         )
     whole = gradients(lm, batch)
     monkeypatch.setattr(tinylm, "CHUNKED_LOSS_MIN_LOGITS", 0)
-    identity_map(whole, gradients(lm, batch))
+    same(whole, gradients(lm, batch))
 
 
 def test_a_head_of_several_layers_is_run_whole(monkeypatch):
@@ -68,7 +68,7 @@ def test_a_head_of_several_layers_is_run_whole(monkeypatch):
     batch = {"input_ids": torch.randint(64, (2, 16))}
     whole = gradients(lm, batch)
     monkeypatch.setattr(tinylm, "CHUNKED_LOSS_MIN_LOGITS", 0)
-    identity_map(whole, gradients(lm, batch))
+    same(whole, gradients(lm, batch))
 
 
 def test_checkpointed_layers_have_the_same_gradients():
@@ -82,7 +82,7 @@ def test_checkpointed_layers_have_the_same_gradients():
             torch.nn.init.normal_(layer.mlp.down.weight, std=0.1)
         torch.manual_seed(1)
         found.append(gradients(lm, batch))
-    identity_map(*found)
+    same(*found)
 
 
 def test_the_forward_pass_of_a_step_is_one_graph():

@@ -1318,7 +1318,7 @@ def main(argv: list | None = None) -> int:
 
 def run_export(argv: list) -> int:
     parser = argparse.ArgumentParser(
-        prog="tinylm-export",
+        prog="tinylm export",
         description="Turn a checkpoint into safetensors and ONNX "
         "graphs in one folder, verified against torch, and try it; `run FOLDER INPUT...` "
         "runs it later.",

@@ -37,6 +37,8 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+__version__ = "0.2.0"
+
 # Axes: b batch, s query positions, t key positions, h query heads, g key-value heads, d head width.
 
 

@@ -63,6 +63,7 @@ from tinylm import (
     TinyLM,
     Tokenizer,
     Transposed,
+    __version__,
     all_reduce,
     chat_prompt,
     check,
@@ -1947,6 +1948,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinylm", description="A whole language-model library in one file."
     )
+    parser.add_argument("--version", action="version", version=f"tinylm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     sub = commands.add_parser(

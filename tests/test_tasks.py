@@ -641,10 +641,15 @@ def test_texts_and_chats_do_not_mix(tmp_path, capsys):
         {"text": "x"},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     ]
-    for rows in (rows, rows[::-1]):
+    for order in (rows, rows[::-1]):
         assert (
             main(
-                ["train", str(write(tmp_path / "data.jsonl", rows)), "--out", str(tmp_path / "out")]
+                [
+                    "train",
+                    str(write(tmp_path / "data.jsonl", order)),
+                    "--out",
+                    str(tmp_path / "out"),
+                ]
             )
             == 1
         )

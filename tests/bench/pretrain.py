@@ -216,6 +216,7 @@ def stepper(name, width, batch, block, vocab, layers=4, heads=4):
     the kilobytes it had at most."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+
     import tinylm
     import train
 
@@ -281,6 +282,7 @@ def memory():
 
 def peak(name):
     import torch
+
     import tinylm
     import train
 

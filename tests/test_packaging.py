@@ -1,0 +1,120 @@
+"""What pip installs: on which platforms, which modules under which names, with the model that the commands name."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+PLATFORMS = {
+    "linux": "x86_64-unknown-linux-gnu",
+    "linux-arm": "aarch64-unknown-linux-gnu",
+    "mac": "aarch64-apple-darwin",
+    "windows": "x86_64-pc-windows-msvc",
+}
+
+# Each command once, in one process, from a folder with modules of the user's own.
+COMMANDS = """
+import io, sys
+from importlib.metadata import entry_points
+
+[script] = entry_points(group="console_scripts", name="tinylm")
+main = script.load()
+
+def tinylm(*arguments, stdin=""):
+    sys.stdin = io.StringIO(stdin)
+    assert not main(list(arguments)), arguments
+
+try:
+    main(["--version"])
+except SystemExit as end:
+    assert end.code == 0
+tinylm("train", "my.txt", "--steps", "2", "--size", "pico", "--block", "16", "--batch", "2")
+tinylm("eval", "out/best", "my.txt", "--json")
+tinylm("run", "out/best", "Once", "--max-new-tokens", "2")
+tinylm("sample", "--max-new-tokens", "2")
+open("out/best/chat_template.jinja", "w").write("{% for m in messages %}{{ m.content }}{% endfor %}")
+tinylm("chat", "out/best", "--max-new-tokens", "2", stdin="hello\\n")
+tinylm("export", "--safetensors", "--out", "shipped")
+
+import train, export, tinylm as library, onnxlm
+assert train.MINE and export.MINE
+print(library.__file__, onnxlm.__file__)
+"""
+
+
+@pytest.mark.parametrize(
+    "platform, python",
+    [
+        ("linux", "3.11"),
+        ("linux", "3.14"),
+        ("linux-arm", "3.11"),
+        ("mac", "3.11"),
+        ("windows", "3.14"),
+    ],
+)
+def test_every_platform_has_wheels(platform, python):
+    """onnxruntime-gpu has none for macOS, nor for Linux on ARM: the plain package is taken there."""
+    uv = shutil.which(
+        "uv", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    )
+    if uv is None:
+        pytest.skip("uv is not installed")
+    options = "--extra export --no-build --no-annotate --no-header --quiet"
+    run = subprocess.run(
+        [uv, "pip", "compile", "pyproject.toml", *options.split()]
+        + ["--python-platform", PLATFORMS[platform], "--python-version", python],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ
+        | {"MACOSX_DEPLOYMENT_TARGET": "14.0", "UV_HTTP_RETRIES": "0"}
+        | ({"SSL_CERT_FILE": os.environ["PIP_CERT"]} if "PIP_CERT" in os.environ else {}),
+    )
+    if "Failed to fetch" in run.stderr or "error sending request" in run.stderr:
+        pytest.skip(f"the package index is not reachable: {run.stderr.strip().splitlines()[-1]}")
+    assert run.returncode == 0, run.stderr
+    packages = {line.split("==")[0] for line in run.stdout.splitlines()}
+    runtime = "onnxruntime-gpu" if platform in ("linux", "windows") else "onnxruntime"
+    assert packages & {"onnxruntime", "onnxruntime-gpu"} == {runtime}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """What a wheel of this checkout puts into site-packages."""
+    builder = pytest.importorskip("hatchling.builders.wheel")
+    folder = tmp_path_factory.mktemp("site-packages")
+    [wheel] = builder.WheelBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("wheel")))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_a_wheel_takes_only_names_of_its_own(installed):
+    names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert names == {"tinylm.py", "onnxlm.py", "tinylm_programs"}
+
+
+def test_installed_commands(installed, tmp_path):
+    """Every command runs from an empty folder, the shipped model is there, and a user's train.py stays the user's."""
+    for name in ("train", "export"):
+        (tmp_path / f"{name}.py").write_text("MINE = True\n")
+    (tmp_path / "my.txt").write_text("what is packed must be there when it is unpacked\n" * 20)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMMANDS],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("tinylm 0.") and "ROMEO:" in run.stdout
+    library, runtime = run.stdout.split()[-2:]
+    assert [library, runtime] == [str(installed / name) for name in ("tinylm.py", "onnxlm.py")]
+    tokenizers = [folder / "tokenizer.json" for folder in (tmp_path / "shipped", ROOT / "weights")]
+    assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes()

@@ -18,11 +18,14 @@ Sources: Vaswani et al. 2017 (the transformer); Devlin et al. 2019 (BERT); Raffe
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import math
 import os
+import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -2072,6 +2075,9 @@ class Family:
     copies: dict = field(
         default_factory=dict
     )  # their tensors that some writers store beside ours of equal values
+    aliases: dict = field(
+        default_factory=dict
+    )  # a second name of a key -> the key, which it overrides
     unstored_head_is_tied: bool = False  # whatever config.json says of it
     classes: dict = field(
         default_factory=dict
@@ -2119,20 +2125,47 @@ NEUTRAL = dict(
         )
     ),
 )
+# Fields of config.json that no class of transformers computes with, or none of those of the rows below.
 INERT = set(
     """
-    adapters architectures attention_softmax_in_fp32 auto_map cache_implementation chunk_size_feed_forward dense_act_fn
-    directionality dtype extra_pos_embeddings finetuning_task gradient_checkpointing id2label init_std
-    initializer_factor initializer_range is_encoder_decoder is_gated_act is_llama_config label2id max_window_layers
-    model_type n_ctx n_positions num_hidden_layers num_labels original_max_position_embeddings prefix pretraining_tp
+    adapters architectures attention_softmax_in_fp32 attn_implementation auto_map cache_implementation
+    chunk_size_feed_forward directionality dtype extra_pos_embeddings finetuning_task gradient_checkpointing id2label
+    init_std initializer_factor initializer_range is_llama_config label2id max_window_layers model_type n_ctx
+    n_positions num_labels original_max_position_embeddings prefix pretraining_tp
     reorder_and_upcast_attn return_dict scale_attention_softmax_in_fp32 sep_token_id sinusoidal_pos_embds
-    sliding_window_pattern task_specific_params tie_weights_ tokenizer_class torch_dtype transformers.js_config
-    transformers_version unk_token_id unsloth_version use_cache
+    task_specific_params tie_weights_ tokenizer_class torch_dtype transformers.js_config transformers_version
+    unk_token_id use_cache use_sliding_window
 """.split()
 )
-INERT_STARTS, INERT_ENDS = (
-    ("_", "output_", "pooler_", "summary_"),
-    ("dropout", "pdrop", "layerdrop"),
+INERT_NAMES = "_[!r]* *dropout *dropout_* *pdrop *layerdrop output_past output_hidden_states output_attentions pooler_* summary_*"
+# Fields by which a model of transformers computes something else: refused where a row does not read them.
+MECHANISMS = """
+    alibi rope_* *_rope *_rope_* *mrope* *rotary* *dynamic_ntk* *logn_attn* position_embedding* position_bias* pos_att_type
+    static_position_embeddings sinusoidal_embeddings *learned_position* relative_* max_relative_positions
+    sliding_* [!_]*_sliding_* layer_types layers_block_type *bidirectional* causal is_causal is_decoder is_encoder_decoder
+    prefix_lm *cross_attention* attention_type attn_type attention_chunk* attention_window* window_size local_att* global_att*
+    num_random_blocks num_landmarks keep_window_size *kv_shar* *attention_sink* learnable_sink*
+    *head_dim *key_value_heads *kv_heads n_head_kv multi_query kv_channels *_lora_rank clip_qkv swa_* *softcap* *soft_cap
+    bias *_bias add_bias_* attn_scale attn_config attn_temperature* attention_*multiplier attention_value_scale attention_k_*
+    query_pre_attn_scalar scale_attn* lambda_std_dev enable_shape enable_pronunciation *heads_per_layer *_groups pruned_heads gating new_decoder_architecture num_ln_*
+    *qk_norm* *qk_layernorm* query_norm key_norm *norm_before* pre_norm post_norm *use_*_norm norm_type normalization_type
+    normalize_before normalize_embedding layernorm_embedding add_final_layer_norm _remove_* apply_residual* gated_norm_rank
+    *_multiplier *_multipliers *mup_* logit_scale logits_scaling residual_scale* embedding_scale scale_emb* scale_depth
+    *rescale_* *parallel_attn* *parallel_residual* feed_forward_proj mlp_type mlp_only_layers mlp_layer_types swiglu_*
+    *sparsity* altup_* laurel_* *per_layer* ffn_config text_config vision_config audio_config encoder_config decoder_config
+    *embedding_size embedding_rank word_embed_proj_dim *type_vocab_size* use_task_id use_lang_emb num_hidden_groups tie_encoder_*
+    *expert* moe_* *_moe* router_* topk_group mamba_* ssm_* linear_*_dim linear_num_* linear_att* conv_* *_conv_* state_size
+    lru_width encoder decoder *_2d_position* index_head* index_n* index_topk* indexer_* entity_* hash_* num_hash ngram* *_ngram* hc_* token_dropout quantization* compression_config
+"""
+INERT_NAMES, MECHANISMS = (
+    re.compile("|".join(map(fnmatch.translate, names.split())))
+    for names in (INERT_NAMES, MECHANISMS)
+)
+# Their values that change nothing, beside None, False and nothing.
+NEUTRAL_VALUES = dict.fromkeys(
+    """partial_rotary_factor rotary_pct attention_value_scale residual_scale embedding_multiplier embedding_scale logit_scale
+    logits_scaling residual_multiplier scale_emb""".split(),
+    1,
 )
 FIELDS = (
     identity_map("""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings
@@ -2212,6 +2245,7 @@ QWEN_DEFAULTS = dict(
     sliding_window=4096,
     use_sliding_window=False,
     max_window_layers=28,
+    num_key_value_heads=32,
 )
 GEMMA_DEFAULTS = dict(head_dim=256, pad_token_id=0, eos_token_id=1, bos_token_id=2)
 GEMMA_FIXED = dict(norm_offset=1.0, scale_embedding=True)
@@ -2231,7 +2265,10 @@ def gemma(stem: str, fields: str, fixed: dict = {}, defaults: dict = {}, **rest)
         fixed=GEMMA_FIXED | dict(norm_position="sandwich") | fixed,
         defaults=GEMMA_DEFAULTS
         | dict(
-            hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, sliding_window=4096
+            hidden_activation="gelu_pytorch_tanh",
+            query_pre_attn_scalar=256,
+            sliding_window=4096,
+            num_key_value_heads=4,
         )
         | defaults,
         only=dict(hidden_act="gelu_pytorch_tanh"),
@@ -2281,7 +2318,9 @@ FAMILIES = {
         ),
         fixed=GEMMA_FIXED,
         defaults=GEMMA_DEFAULTS
-        | dict(hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192),
+        | dict(
+            hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192, num_key_value_heads=16
+        ),
         only=dict(hidden_activation="gelu_pytorch_tanh"),
     ),
     "gemma2": gemma(
@@ -2323,6 +2362,12 @@ FAMILIES = {
             embedding_dropout="embd_pdrop",
         ),
         prefix="transformer.",
+        aliases=dict(
+            hidden_size="n_embd",
+            max_position_embeddings="n_positions",
+            num_attention_heads="n_head",
+            num_hidden_layers="n_layer",
+        ),
         classes={"lm": "LMHeadModel"},
         fixed=dict(
             norm="layer", position="learned", gated=False, attention_bias=True, mlp_bias=True
@@ -2563,6 +2608,9 @@ FAMILIES |= {
         ),
         dense_head("relu", "pre_classifier", "classifier"),
         inside=DISTILBERT,
+        aliases=dict(
+            hidden_size="dim", num_attention_heads="n_heads", num_hidden_layers="n_layers"
+        ),
         layer="transformer.layer.{}.",
         fixed=dict(norm_eps=1e-12),
         defaults=dict(
@@ -2687,6 +2735,11 @@ def bart_like(
             activation_function="gelu", dropout=0.1, pad_token_id=1, bos_token_id=0, eos_token_id=2
         )
         | defaults,
+        aliases=dict(
+            hidden_size="d_model",
+            num_attention_heads="encoder_attention_heads",
+            num_hidden_layers="encoder_layers",
+        ),
         classes={"lm": end},
         copies=dict.fromkeys(
             [f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder")], "embed.weight"
@@ -2767,7 +2820,17 @@ FAMILIES |= {
         copies=dict.fromkeys(
             ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"], "embed.weight"
         ),
+        aliases=dict(
+            hidden_size="d_model",
+            head_dim="d_kv",
+            num_attention_heads="num_heads",
+            num_hidden_layers="num_layers",
+        ),
         unstored_head_is_tied=True,
+        only=dict(
+            is_gated_act=lambda raw: raw["feed_forward_proj"].startswith("gated-"),
+            dense_act_fn=lambda raw: T5_ACTIVATIONS.get(raw["feed_forward_proj"]),
+        ),
         classes={"lm": "ForConditionalGeneration"},
         drop=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     ),
@@ -2784,12 +2847,24 @@ FAMILIES["tinylm"] = Family(
 )
 
 
+ORIGINAL = "original_max_position_embeddings"
+ROPE_UNUSED = {*YARN_KEYS, *sum(ROPE_KEYS.values(), ()), ORIGINAL, "finetuned"}  # by some types
+
+
 def normalize_hf_config(row: Family, raw: dict, source: str) -> dict:
-    """A config.json with the family's defaults, in today's words, and nothing in it that is not supported."""
-    raw = flat_rope(raw, source)
+    """A config.json with the family's defaults, in today's words, and nothing in it that is not supported.
+
+    Warns once of all fields that nobody gives a meaning; raises Error for one that has another meaning than ours.
+    """
+    raw, ignored = dict(raw), []
     for key, value in row.defaults.items():
         raw.setdefault(key, value(raw) if callable(value) else value)
-    if raw.get("use_sliding_window") is False:
+    for name, key in row.aliases.items():
+        if raw.get(name) is not None:
+            raw[key] = raw.pop(name)
+    if "rope_scaling" in row.fields:
+        flat_rope(row, raw, source, ignored)
+    if "use_sliding_window" in row.defaults and not raw["use_sliding_window"]:
         raw["sliding_window"] = None
     layers, window = raw.get("num_hidden_layers"), raw.get("sliding_window")
     if (
@@ -2797,7 +2872,7 @@ def normalize_hf_config(row: Family, raw: dict, source: str) -> dict:
         and raw.get("layer_types") is None
         and "layer_types" in row.fields
     ):
-        period = raw.get("_sliding_window_pattern", raw.get("sliding_window_pattern"))
+        period = raw.get("sliding_window_pattern")
         first = raw.get("max_window_layers") or 0
         raw["layer_types"] = [
             LAYER_TYPES[i >= first and not (period and (i + 1) % period == 0)]
@@ -2805,50 +2880,105 @@ def normalize_hf_config(row: Family, raw: dict, source: str) -> dict:
         ]
     if is_number_in(raw.get("num_labels"), 1, 2**16, int) and not raw.get("id2label"):
         raw["id2label"] = {i: f"LABEL_{i}" for i in range(raw["num_labels"])}
-    known = (
-        INERT | GENERATION | {*row.only, *row.defaults, *(key for key, _, _ in row.fields.values())}
-    )
-    for key, value in raw.items():
-        only = row.only.get(key)
-        only = only(raw) if callable(only) else only
-        require(
-            key not in row.only or value in (None, only),
-            f"{source}: {key} = {value!r} is not supported (supported: {only!r})",
-        )
-        inert = key in known or key.startswith(INERT_STARTS) or key.endswith(INERT_ENDS)
-        require(
-            inert or value in (None, False, [], {}, ""),
-            f"{source}: {key} = "
-            f"{value!r} is not supported; remove the field if it does not change what the model computes",
-        )
+    refuse_unsupported(row, raw, source, ignored)
     return raw
 
 
-def flat_rope(raw: dict, source: str) -> dict:
-    """transformers 5 nests `rope_parameters`, per layer type where these differ; take it back to the flat names."""
-    raw = dict(raw)
-    rope = raw.pop("rope_parameters", None) or {}
-    full, local = (
-        (dict(rope.get(kind) or {}) for kind in LAYER_TYPES)
-        if set(rope) & set(LAYER_TYPES)
-        else (rope, {})
+def refuse_unsupported(row: Family, raw: dict, source: str, ignored: list):
+    """Refuse fields that change what a model computes and that the row does not read; warn of those unheard of."""
+    read = INERT | GENERATION | {*row.defaults, *(key for key, _, _ in row.fields.values())}
+    hidden, heads = (
+        raw.get(row.fields[name][0]) for name in ("hidden_size", "num_attention_heads")
     )
-    if local:
-        raw["rope_local_base_freq"] = local.pop("rope_theta", None)
+    sizes = is_number_in(hidden, 1, 2**31, int) and is_number_in(heads, 1, 2**31, int)
+    causal, seq2seq = row.fixed.get("causal", True), "num_encoder_layers" in row.fields
+    kind = LAYER_TYPES[raw.get("sliding_window") is not None]
+    neutral = NEUTRAL_VALUES | {
+        "is_decoder": causal and not seq2seq,
+        "is_encoder_decoder": seq2seq,
+        "layer_types": [kind] * len(raw.get("layer_types") or ()),
+        "num_key_value_heads": heads,
+        "head_dim": sizes and hidden // heads,
+        "embedding_size": hidden,
+        **{key: value for key, value in row.fixed.items() if not callable(value)},
+    }
+    only = row.only | ({"is_causal": True} if causal else {})
+    for key, value in raw.items():
+        if key in only:
+            supported = only[key](raw) if callable(only[key]) else only[key]
+            fine = value in (None, supported)
+        elif key in read or value in (None, False, "", [], {}):
+            continue
+        elif MECHANISMS.fullmatch(key):
+            fine, supported = value == neutral.get(key), neutral.get(key)
+        else:
+            if not INERT_NAMES.fullmatch(key):
+                ignored.append(key)
+            continue
+        require(fine, f"{source}: {key} = {value!r} is not supported (supported: {supported!r})")
+    if ignored:
+        names = ", ".join(ignored)[:1000]
+        warnings.warn(f"{source}: ignored, as it means nothing here: {names}", stacklevel=4)
+
+
+def flat_rope(row: Family, raw: dict, source: str, ignored: list):
+    """Rotary positions in one dialect, in place: `rope_theta`, `partial_rotary_factor`, `rope_scaling` for the rest.
+
+    As transformers has it: `rope_scaling` goes before the `rope_parameters` of version 5 (which are nested per layer
+    type in Gemma 3), and what stands inside of these before what stands beside them, but for the original length.
+    """
+    rope, scaling = (raw.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    for value in (rope, scaling):
+        require(isinstance(value, dict), f"{source}: rope_scaling = {value!r}, expected an object")
+    raw.pop("rope_parameters", None)
+    beside = raw.get("original_max_position_embeddings")
+    if "rope_local_base_freq" in row.defaults:
+        strange = [key for key in rope if key not in LAYER_TYPES]
+        require(not strange, f"{source}: rope_parameters has {strange}, expected {LAYER_TYPES}")
+        full, local = (rope.get(kind) or {"rope_type": "default"} for kind in LAYER_TYPES)
+        raw["rope_local_base_freq"] = local.pop("rope_theta", raw["rope_local_base_freq"])
         require(
             local in ({}, {"rope_type": "default"}),
             f"{source}: rope_parameters of sliding_attention = {local} is "
             "not supported (supported: rope_type 'default')",
         )
-    if full:
-        own = ("rope_theta", "partial_rotary_factor")
-        raw |= {key: full[key] for key in own if key in full}
-        raw["rope_scaling"] = {key: value for key, value in full.items() if key not in own}
-    if isinstance(scaling := raw.get("rope_scaling"), dict):
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        rest = {key: value for key, value in scaling.items() if key != "type"}
-        raw["rope_scaling"] = None if kind == "default" else rest | {"rope_type": kind}
-    return raw
+        rope, beside = full | scaling, None
+        rope.pop("truncate", None)
+    else:
+        rope = scaling or rope
+    rope = {key: value for key, value in rope.items() if value is not None}
+    for key in ("rope_theta", "partial_rotary_factor"):
+        raw[key] = rope.pop(key, raw.get(key))
+    name = rope.get("type", "default")
+    kind = rope.get("rope_type", name)
+    require(
+        kind == rope.pop("type", kind),
+        f"{source}: rope_scaling has rope_type = {kind!r} and type = {name!r}",
+    )
+    raw["rope_scaling"] = None
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:  # which Config refuses
+        raw["rope_scaling"] = rope | {"rope_type": kind}
+        return
+    used = {"rope_type", *ROPE_KEYS[kind]}
+    if kind in ("llama3", "yarn"):
+        used |= {ORIGINAL, *(YARN_KEYS if kind == "yarn" else ())}
+        rope.setdefault(ORIGINAL, raw["max_position_embeddings"])
+        if beside is not None:
+            rope[ORIGINAL] = beside
+        require(
+            is_number_in(rope[ORIGINAL], 1, 2**31),
+            f"{source}: {ORIGINAL} = {rope[ORIGINAL]!r}, expected a positive number",
+        )
+    if kind == "yarn" and "factor" not in rope:
+        rope["factor"] = raw["max_position_embeddings"] / rope[ORIGINAL]
+    for key in rope.keys() - used:
+        known = key in ROPE_UNUSED or (key, rope[key]) == ("attn_factor", 1)
+        require(
+            known, f"{source}: rope_scaling has {key} = {rope[key]!r}, not supported in {kind!r}"
+        )
+        ignored.append(f"{key} of rope_scaling")
+    if kind != "default":
+        raw["rope_scaling"] = {"rope_type": kind} | {k: rope[k] for k in rope if k in used}
 
 
 def config_from_hf(raw: dict, source: str = "config.json", head="config") -> Config:
@@ -2892,7 +3022,7 @@ def config_from_hf(raw: dict, source: str = "config.json", head="config") -> Con
         raise (
             error if str(error).startswith(source) else Error(f"{source}: {ours} {rest}")
         ) from None
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
         raise Error(
             f"{source}: {key} = {raw.get(key)!r}, or a field like it, has a value of the wrong kind ({error})"
         ) from None

@@ -1472,7 +1472,8 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
         train_bpe(texts, options.vocab, encoder) if options.vocab or encoder else ByteTokenizer()
     )
     size = SIZES[options.size]
-    ours = size | dict(
+    ours = dict(num_key_value_heads=size["num_attention_heads"]) | size
+    ours |= dict(
         vocab_size=-(-tokenizer.size // 64) * 64,
         tie_word_embeddings=True,
         num_encoder_layers=size["num_hidden_layers"],

@@ -603,7 +603,7 @@ def test_misshaped_tensor(name, tensor, shape, copy):
         ("bert-bare", "add_cross_attention", True),
         ("bert-tokens", "hidden_act", "foo"),
         ("distilbert-tokens", "activation", "foo"),
-        ("bert-classify", "a_field_of_tomorrow", "truthy"),
+        ("bert-classify", "quantization_config", "x"),
         ("bert-classify", "problem_type", "poetry"),
         ("bert-classify", "num_attention_heads", 7),
         ("bert-classify", "type_vocab_size", "3"),

@@ -241,6 +241,8 @@ FIELDS = sorted(
         "sliding_window_pattern",
         "max_window_layers",
         "use_sliding_window",
+        "a_field_of_tomorrow",
+        "original_max_position_embeddings",
     }
     | {key for row in tinylm.FAMILIES.values() for key in row.only}
 )

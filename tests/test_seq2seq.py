@@ -881,7 +881,8 @@ def test_unexpected_tensor(name, tensor, shape, copy):
         ("bart", "encoder_attention_heads", 7),
         ("bart", "scale_embedding", "yes"),
         ("t5", "d_kv", 0),
-        ("bart", "a_field_of_tomorrow", "truthy"),
+        ("bart", "is_encoder_decoder", 3),
+        ("t5", "dense_act_fn", "tanh"),
         ("bart", "normalize_before", True),
     ],
 )

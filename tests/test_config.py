@@ -1,0 +1,378 @@
+"""config.json in every dialect: what transformers computes is computed, what would change it is refused, and what
+means nothing is ignored with one warning."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import CASES, common, difference, load_oracle, rewrite_config, save
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import tinylm
+from tinylm import TinyLM, config_from_hf
+
+NAMES = [name for name in tinylm.FAMILIES if name != "tinylm"]
+RAW = {  # a config.json with nothing but sizes, for each family
+    name: {"model_type": name}
+    | {
+        tinylm.FAMILIES[name].fields[ours][0]: value
+        for ours, value in dict(
+            vocab_size=99,
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=32,
+            num_encoder_layers=3,
+            encoder_attention_heads=8,
+            encoder_intermediate_size=40,
+            intermediate_size=48,
+        ).items()
+        if ours in tinylm.FAMILIES[name].fields
+    }
+    for name in NAMES
+}
+LLAMA, BERT, BART = RAW["llama"], RAW["bert"], RAW["bart"]
+
+
+def warned(call):
+    """What a call returns, and the texts of its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = call()
+    return result, [str(warning.message) for warning in caught]
+
+
+# ---- fields ---------------------------------------------------------------------------------------------------------
+
+HARMLESS = [
+    (LLAMA, dict(unsloth_fixed=True, max_sequence_length=2048, use_sdpa=True)),
+    (LLAMA, dict(alphabet=["A", "C", "G", "T"], tokenizer_name="x", local_rank=3, seq_length=9)),
+    (LLAMA, dict(a_field_of_tomorrow="truthy", mask_token_id=4, bos_token="<s>")),
+    (LLAMA, dict(tensor_parallel=2, converted_from="a folder", context_window=4096)),
+    (BERT, dict(sentence_transformers=dict(activation_fn="torch.nn.modules.linear.Identity"))),
+    (BERT, dict(sbert_ce_default_activation_function="torch.nn.Identity", cls_token_id=2)),
+    (BART, dict(a_field_of_tomorrow="truthy", gpu=3)),
+]
+
+
+@pytest.mark.parametrize("raw, fields", HARMLESS)
+def test_what_nobody_gives_a_meaning_is_ignored_with_one_warning(raw, fields):
+    """Guards the fields that other tools write, for which whole hubs of checkpoints were refused."""
+    config, said = warned(lambda: config_from_hf(raw | fields))
+    assert config == config_from_hf(raw)
+    assert len(said) == 1 and "\n" not in said[0] and all(name in said[0] for name in fields)
+
+
+NEUTRAL = [
+    (LLAMA, dict(partial_rotary_factor=1.0, is_decoder=True, layer_types=["full_attention"] * 4)),
+    (LLAMA, dict(sliding_window=None, num_experts=0, use_mrope=False, attn_logit_softcapping=None)),
+    (LLAMA, dict(embedding_multiplier=1.0, residual_multiplier=1, logits_scaling=1.0)),
+    (LLAMA, dict(is_causal=True, rope_interleaved=False, quantization_config=None)),
+    (LLAMA, dict(use_cache=False, torch_dtype="float16", _attn_implementation="eager")),
+    (LLAMA, dict(rope_scaling=dict(rope_type="default"), attn_implementation="sdpa")),
+    (RAW["mistral"], dict(layer_types=["sliding_attention"] * 4, sliding_window=9)),
+    (RAW["qwen2"], dict(attention_bias=True, use_mrope=False)),
+    (RAW["gemma"], dict(use_bidirectional_attention=False)),
+    (RAW["phi3"], dict(original_max_position_embeddings=4096)),
+    (BERT, dict(is_decoder=False, add_cross_attention=False, embedding_size=64, head_dim=2)),
+    (BERT, dict(num_key_value_heads=32, position_embedding_type="absolute")),
+    (BART, dict(is_encoder_decoder=True, is_decoder=False, hidden_size=64)),
+    (RAW["t5"], dict(is_gated_act=False, dense_act_fn="relu", is_encoder_decoder=True)),
+]
+
+
+@pytest.mark.parametrize("raw, fields", NEUTRAL)
+def test_a_value_that_changes_nothing_is_no_reason_to_refuse(raw, fields):
+    config, said = warned(lambda: config_from_hf(raw | fields))
+    expected = fields.get("sliding_window", config.sliding_window), fields.get("layer_types")
+    assert config == config_from_hf(raw | dict(sliding_window=expected[0])) and not said
+
+
+MEANT = dict(  # what other families compute with; no class of ours does, and a checkpoint that has it is another model
+    alibi=True,
+    attention_multiplier=0.01,
+    attn_logit_softcapping=30.0,
+    clip_qkv=8.0,
+    embedding_multiplier=12.0,
+    final_logit_softcapping=30.0,
+    is_causal=False,
+    layer_types=["full_attention", "sliding_attention"] * 2,
+    logits_scaling=8.0,
+    no_rope_layers=[0, 1],
+    num_experts=8,
+    num_local_experts=8,
+    partial_rotary_factor=0.5,
+    pruned_heads={"0": [1]},
+    qk_norm=True,
+    quantization_config={"quant_method": "gptq"},
+    residual_multiplier=0.22,
+    rope_interleaved=True,
+    scale_depth=1.4,
+    sliding_window=16,
+    use_bidirectional_attention=True,
+    use_mrope=True,
+    use_parallel_residual=True,
+    vision_config={"hidden_size": 3},
+)
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_what_would_change_the_model_is_refused(name):
+    with pytest.raises(tinylm.Error) as error:
+        config_from_hf(LLAMA | {name: MEANT[name]})
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_field_of_another_nature_is_refused():
+    for raw, field in (
+        (BERT, dict(is_decoder=True)),
+        (BERT, dict(add_cross_attention=True)),
+        (BERT, dict(is_encoder_decoder=True)),
+        (BART, dict(is_decoder=True)),
+        (RAW["gpt2"], dict(scale_attn_by_inverse_layer_idx=True)),
+        (RAW["t5"], dict(dense_act_fn="gelu_new")),
+        (RAW["gemma3_text"], dict(use_bidirectional_attention=True)),
+    ):
+        with pytest.raises(tinylm.Error, match=next(iter(field))):
+            config_from_hf(raw | field)
+
+
+def read_in(path):
+    """Names that a module of transformers reads from a config."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            owner, name = node.value, node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
+            owner, name = node.args[0], getattr(node.args[1], "value", None)
+        else:
+            continue
+        if str(getattr(owner, "id", getattr(owner, "attr", ""))).endswith("config"):
+            names.add(name)
+    return names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_field_that_transformers_reads_is_ignored(name):
+    """Each field of its class, and each that its model reads, is read, refused or known to change nothing."""
+    kind, root = CONFIG_MAPPING[name], Path(transformers.__path__[0])
+    (model,) = Path(inspect.getfile(kind)).parent.glob("modeling_*.py")
+    names = {field.name for field in dataclasses.fields(kind)} | {*kind.attribute_map}
+    for path in (model, root / "masking_utils.py", root / "cache_utils.py"):
+        names |= {n for n in read_in(path) if not hasattr(transformers.PreTrainedConfig, str(n))}
+    vision = {"image_size", "patch_size", "layer_norm_eps", "image_token_id", "mm_tokens_per_image"}
+    unused = {"number_of_conv_states", "embedding_size"}
+    names -= vision | unused if name == "gemma3_text" else unused
+    for field in names:
+        try:
+            _, said = warned(lambda field=field: config_from_hf(RAW[name] | {field: "strange"}))
+        except tinylm.Error:
+            continue
+        assert not said, field
+
+
+# Families whose config.json has, by default, no field that ours have not; their tensors have other names.
+LIKE_OURS = set(
+    """apertus arcee bert-generation bitnet bloom ctrl ernie4_5 glm glm4 gpt_neox_japanese helium hunyuan_v1_dense
+    internlm3 iquestcoder jais2 ministral3 nemotron olmo openai-gpt phi seed_oss stablelm camembert data2vec-text fnet gte ibert
+    jina_embeddings_v3 megatron-bert mra nomic_bert roberta-prelayernorm tapas xlm-roberta-xl yoso blenderbot
+    blenderbot-small fsmt m2m_100 mvp pegasus pegasus_x plbart""".split()
+)
+
+
+@pytest.mark.parametrize(
+    "host, kind", [("llama", "CAUSAL"), ("bert", "MASKED"), ("bart", "SEQ_TO_SEQ_CAUSAL")]
+)
+def test_another_family_under_our_name_is_refused(host, kind):
+    """The list of refused names is as long as the mechanisms of transformers: a default config.json of every other
+    family, with our activation, sizes and model_type, is refused for a field that ours do not have."""
+    row, loaded = tinylm.FAMILIES[host], set()
+    for name in getattr(modeling_auto, f"MODEL_FOR_{kind}_LM_MAPPING_NAMES"):
+        if name in NAMES:
+            continue
+        try:
+            raw = json.loads(json.dumps(CONFIG_MAPPING[name]().to_dict(), default=str))
+        except Exception:  # one that has no default
+            continue
+        ours = {key for key, _, _ in row.fields.values()} | {"architectures", "rope_parameters"}
+        raw = {key: value for key, value in raw.items() if key not in ours - {"sliding_window"}}
+        try:
+            warned(lambda raw=raw: config_from_hf(raw | RAW[host]))
+            loaded.add(name)
+        except tinylm.Error:
+            pass
+    assert loaded <= LIKE_OURS, loaded - LIKE_OURS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_there_means_what_transformers_takes(name):
+    """A config.json with nothing but sizes, and the one that transformers makes of it, are one Config."""
+    full = json.loads(json.dumps(CONFIG_MAPPING[name](**RAW[name]).to_dict(), default=str))
+    ours, theirs = config_from_hf(RAW[name]), config_from_hf(full | {"id2label": None})
+    assert ours == theirs
+
+
+def test_config_from_hf_takes_the_dict_alone():
+    raw = dict(LLAMA)
+    assert config_from_hf(raw).head == "lm" and raw == LLAMA
+
+
+# ---- rotary positions -----------------------------------------------------------------------------------------------
+
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+V5 = dict(rope_type="default", rope_theta=500.0)
+DIALECTS = {
+    "rope_scaling beside rope_parameters": dict(rope_parameters=V5, rope_scaling=YARN),
+    "theta in rope_scaling": dict(rope_scaling=YARN | dict(rope_theta=99.0)),
+    "theta in rope_scaling and beside": dict(
+        rope_scaling=YARN | dict(rope_theta=9.0), rope_theta=70.0
+    ),
+    "theta in rope_parameters and beside": dict(rope_parameters=V5, rope_theta=70.0),
+    "theta beside": dict(rope_theta=70.0, rope_scaling=YARN),
+    "original length beside": dict(
+        original_max_position_embeddings=8, rope_scaling=dict(type="yarn", factor=4.0)
+    ),
+    "original length inside and beside": dict(
+        original_max_position_embeddings=8, rope_scaling=YARN
+    ),
+    "original length beside llama3": dict(original_max_position_embeddings=8, rope_scaling=LLAMA3),
+    "original length nowhere": dict(rope_scaling=LLAMA3, rope_theta=300.0),
+    "original length nowhere, yarn": dict(rope_scaling=dict(type="yarn", factor=2.0)),
+    "original length of linear": dict(
+        rope_scaling=dict(type="linear", factor=2.0, original_max_position_embeddings=8)
+    ),
+    "original length of dynamic": dict(
+        rope_scaling=dict(type="dynamic", factor=2.0), original_max_position_embeddings=8
+    ),
+    "old type": dict(rope_scaling=dict(type="linear", factor=3)),
+    "both types": dict(rope_scaling=dict(type="linear", rope_type="linear", factor=3.0)),
+    "two types": dict(rope_scaling=dict(type="dynamic", rope_type="linear", factor=3.0)),
+    "no type": dict(rope_scaling=dict(factor=3.0)),
+    "default with a factor": dict(rope_scaling=dict(rope_type="default", factor=3.0)),
+    "finetuned": dict(rope_scaling=YARN | dict(finetuned=True)),
+    "attn_factor": dict(rope_scaling=YARN | dict(attn_factor=1.0)),
+    "attn_factor of its own": dict(rope_scaling=YARN | dict(attn_factor=0.5)),
+    "attention_factor": dict(rope_scaling=YARN | dict(attention_factor=0.5)),
+    "attention_factor null": dict(rope_scaling=YARN | dict(attention_factor=None)),
+    "attention_factor of linear": dict(
+        rope_scaling=dict(type="linear", factor=2.0, attention_factor=0.5)
+    ),
+    "factor null": dict(rope_scaling=YARN | dict(factor=None)),
+    "factor null, length beside": dict(
+        rope_scaling=dict(type="yarn", factor=None), original_max_position_embeddings=32
+    ),
+    "factor below one": dict(rope_scaling=YARN | dict(factor=0.5)),
+    "mscale": dict(rope_scaling=YARN | dict(mscale=0.7, mscale_all_dim=1.3)),
+    "mscale alone": dict(rope_scaling=YARN | dict(mscale=0.7)),
+    "not truncated": dict(rope_scaling=YARN | dict(truncate=False)),
+    "betas null": dict(rope_scaling=YARN | dict(beta_fast=None, beta_slow=0)),
+    "betas": dict(rope_scaling=YARN | dict(beta_fast=4, beta_slow=2)),
+    "betas of a short original": dict(
+        rope_scaling=YARN | dict(original_max_position_embeddings=2, beta_fast=4)
+    ),
+    "betas that meet": dict(rope_scaling=YARN | dict(beta_fast=1, beta_slow=1, truncate=False)),
+    "partial, all of it": dict(rope_parameters=V5 | dict(partial_rotary_factor=1.0)),
+    "partial inside": dict(rope_parameters=V5 | dict(partial_rotary_factor=0.5)),
+    "partial beside": dict(partial_rotary_factor=0.5),
+    "rope_scaling null": dict(rope_scaling=None, rope_theta=70.0),
+    "rope_scaling empty": dict(rope_scaling={}, rope_parameters=V5),
+    "rope_parameters null": dict(rope_parameters=None, rope_theta=70.0),
+    "llama3 with keys of yarn": dict(rope_scaling=LLAMA3 | dict(attention_factor=0.5, beta_fast=3)),
+}
+REFUSED = {"attn_factor of its own", "two types", "partial inside", "partial beside"}
+GEMMA3 = {
+    "theta of both": dict(rope_theta=70.0, rope_local_base_freq=30.0),
+    "scaling of the full layers": dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
+    "scaling beside parameters": dict(
+        rope_parameters=dict(
+            full_attention=dict(rope_type="default", rope_theta=70.0),
+            sliding_attention=dict(rope_type="default", rope_theta=30.0),
+        ),
+        rope_scaling=dict(rope_type="linear", factor=4.0),
+    ),
+    "one of two": dict(
+        rope_parameters=dict(full_attention=dict(rope_type="linear", factor=2.0, rope_theta=70.0)),
+        rope_local_base_freq=30.0,
+    ),
+    "yarn, length beside": dict(
+        original_max_position_embeddings=8, rope_scaling=YARN | dict(truncate=False)
+    ),
+    "flat parameters": dict(rope_parameters=dict(rope_type="default", rope_theta=70.0)),
+    "old type": dict(rope_scaling=dict(type="linear", factor=4.0)),
+}
+PHI3 = {
+    "partial inside": dict(rope_parameters=V5 | dict(partial_rotary_factor=0.5)),
+    "partial beside": dict(partial_rotary_factor=0.5),
+    "partial inside and beside": dict(
+        rope_parameters=V5 | dict(partial_rotary_factor=0.5), partial_rotary_factor=0.7
+    ),
+    "theta beside": dict(rope_theta=70.0),
+}
+
+
+@pytest.fixture(scope="module")
+def rotating(tmp_path_factory):
+    """rotating(family) -> the folder of a tiny model, and its config.json without a word of rotary positions."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            case = next(case for case in CASES if case.family == family)
+            sizes = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=64, head_dim=16)
+            case = dataclasses.replace(case, fields=common(**sizes, initializer_range=0.3))
+            folder = save(case, tmp_path_factory.mktemp(family))
+            raw = json.loads((folder / "config.json").read_text())
+            made[family] = folder, {k: v for k, v in raw.items() if "rope" not in k}
+        return made[family]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "family, name",
+    [("llama", name) for name in DIALECTS]
+    + [("gemma3_text", name) for name in GEMMA3]
+    + [("phi3", name) for name in PHI3],
+)
+def test_rope_is_that_of_transformers_or_refused(family, name, rotating):
+    """Guards a rope_scaling beside rope_parameters, an original length at the top level and other ways to say it that
+    were ignored without a word."""
+    fields = dict(llama=DIALECTS, gemma3_text=GEMMA3, phi3=PHI3)[family][name]
+    folder, raw = rotating(family)
+    rewrite_config(folder, lambda _: raw | fields)
+    ids = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
+    try:
+        ours, said = warned(lambda: TinyLM.from_pretrained(folder))
+    except tinylm.Error as error:
+        assert "config.json" in str(error) and "\n" not in str(error)
+        assert family != "llama" or name in REFUSED
+        return
+    assert name not in REFUSED or family != "llama"
+    with torch.no_grad():
+        expected = load_oracle(folder)(ids).logits
+        assert difference(ours(ids), expected) < 1e-4
+        ours.save_pretrained(folder.with_name("again"))
+        assert difference(load_oracle(folder.with_name("again"))(ids).logits, expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "scaling, word",
+    [
+        (dict(rope_type="linear", factor=None), "factor"),
+        (dict(rope_type="linear", a_field_of_tomorrow=3, factor=2.0), "a_field_of_tomorrow"),
+        (dict(rope_type="default", mrope_section=[1, 1]), "mrope_section"),
+        (dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=0), "original"),
+        (dict(rope_type=["yarn"]), "rope_type"),
+        ("linear", "rope_scaling"),
+    ],
+)
+def test_rope_that_cannot_be_right_is_refused(scaling, word):
+    with pytest.raises(tinylm.Error, match=word):
+        config_from_hf(LLAMA | dict(rope_scaling=scaling))

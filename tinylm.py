@@ -1072,16 +1072,23 @@ class TinyLM(Stack):
 
     @classmethod
     def from_pretrained(
-        cls, folder, dtype: torch.dtype | None = None, device=None, head="config", **changes
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        device=None,
+        head="config",
+        revision: str | None = None,
+        **changes,
     ) -> TinyLM:
         """The model in a checkpoint folder, in eval mode: config.json, model.safetensors (or its sharded index) and
-        tokenizer.json where there is one. dtype None keeps the stored one.
+        tokenizer.json where there is one; or of that name on the Hugging Face hub, see `find_checkpoint`. dtype None
+        keeps the stored one.
 
         `head` swaps the head (a key of the family's heads): of the new one, what the checkpoint has is loaded, and the
         rest begins at random; `changes` are of Config fields. Raises Error where the folder lacks a file or a tensor,
         has one too many or of a wrong shape, or where config.json asks for something unsupported.
         """
-        folder, device = Path(folder), usable_device(device or "cpu")
+        folder, device = find_checkpoint(folder, revision), usable_device(device or "cpu")
         require(
             dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point,
             f"dtype = {dtype!r}, expected a floating-point torch.dtype",
@@ -1097,7 +1104,7 @@ class TinyLM(Stack):
             lm.head = Head(lm.config).apply(lm._init)
             fresh = lm.head.state_dict(prefix="head.")
         lm.load_state_dict(checkpoint.state(lm, fresh), assign=True)
-        lm.tokenizer = load_tokenizer(folder)
+        lm.folder, lm.tokenizer = folder, load_tokenizer(folder)
         lm.generation_config = read_json(
             folder / "generation_config.json",
             {key: value for key, value in raw.items() if key in GENERATION},
@@ -3131,6 +3138,39 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
     return content
 
 
+CHECKPOINT_FILES = """config.json generation_config.json model*.safetensors model.safetensors.index.json tokenizer.json
+tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json merges.txt *.jinja modules.json
+*sentence*.json */config.json [0-9]*_*/model.safetensors""".split()
+
+
+def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: one of that name, else a repository of the Hugging Face hub, in `huggingface_hub`'s
+    cache; what is not there yet is downloaded, unless HF_HUB_OFFLINE is set. `revision`: a branch, tag or commit.
+
+    Raises Error where there is neither.
+    """
+    name = str(name)
+    if os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]{,95}(/[\w-][\w.-]{,95})?", name):
+        require(os.path.isdir(name), f"{name}: no such folder")
+        require(
+            revision is None, f"revision = {revision!r}: {name} is a folder, not a name on the hub"
+        )
+        return Path(name)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise Error(
+            f"{name}: no such folder; to have it from the Hugging Face hub, pip install huggingface_hub, "
+            f"or download it elsewhere: hf download {name} --local-dir {name}"
+        ) from None
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=CHECKPOINT_FILES))
+    except (OSError, ValueError) as error:
+        raise Error(
+            f"{name}: no such folder, and the Hugging Face hub does not give it ({error})"
+        ) from None
+
+
 def sources(name: str, model_type: str, head: str | None) -> tuple[tuple, type]:
     """Which tensors of a family's checkpoint make up our tensor `name`, and the kind of their names."""
     row, (module, kind) = FAMILIES[model_type], name.rsplit(".", 1)
@@ -3208,13 +3248,9 @@ class Checkpoint:
                 opened[file],
                 name,
             )
-        embed, head = (
-            sources(name, config.model_type, config.head)[0][0] if there else None
-            for name, there in (
-                ("embed.weight", True),
-                ("head.out.weight", config.head in ("lm", "mlm")),
-            )
-        )
+        (embed,), _ = sources("embed.weight", config.model_type, config.head)
+        head = self.output_embedding()
+        self.find_copies(config, {head: "embed.weight"} if config.tie_word_embeddings else {})
         for stack, layers in (
             ("", config.num_hidden_layers),
             ("encoder.", config.num_encoder_layers),
@@ -3238,6 +3274,22 @@ class Checkpoint:
         elif head not in self.stored and self.row.unstored_head_is_tied:
             config = replace(config, tie_word_embeddings=True)
         self.config, self.spare = config, {head} if config.tied else set()
+
+    def output_embedding(self) -> str | None:
+        """Name of the weight that a language model's head has, and ties to the embedding."""
+        for head in ("lm", "mlm"):
+            table, _ = self.row.heads.get(head, ({}, {}))
+            for name in table.get("head.out", ()):
+                return f"{name}.weight"
+        return None
+
+    def find_copies(self, config: Config, tied: dict):
+        """A tensor that is tied, or is stored twice, may stand under one of its names only."""
+        for name, ours in (self.row.copies | tied).items():
+            table = self.row.tensors | self.row.heads[config.head][0]
+            if name in self.stored and (ours in table or ours.rpartition(".")[0] in table):
+                (canonical,), _ = sources(ours, config.model_type, config.head)
+                self.stored.setdefault(canonical, self.stored[name])
 
     @staticmethod
     def files(folder: Path) -> tuple[Path, dict]:

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import CASES, common, difference, load_oracle, rewrite_config, save
+from families import (
+    CASES,
+    ENCODERS,
+    SEQ2SEQ,
+    common,
+    difference,
+    load_oracle,
+    rewrite_config,
+    rewrite_tensors,
+    save,
+)
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -221,6 +231,69 @@ def test_what_is_not_there_means_what_transformers_takes(name):
 def test_config_from_hf_takes_the_dict_alone():
     raw = dict(LLAMA)
     assert config_from_hf(raw).head == "lm" and raw == LLAMA
+
+
+# ---- a tied tensor under its other name ------------------------------------------------------------------------------
+
+OTHER_NAMES = [  # (case, the name that is there, the one that is not)
+    ("llama-tied", "lm_head", "model.embed_tokens"),
+    ("gemma", "lm_head", "model.embed_tokens"),
+    ("gpt2", "lm_head", "transformer.wte"),
+    ("bert-mlm", "cls.predictions.decoder", "bert.embeddings.word_embeddings"),
+    ("roberta-mlm", "lm_head.decoder", "roberta.embeddings.word_embeddings"),
+    ("distilbert-mlm", "vocab_projector", "distilbert.embeddings.word_embeddings"),
+    ("electra-mlm", "generator_lm_head", "electra.embeddings.word_embeddings"),
+    ("bart", "lm_head", "model.shared"),
+    ("bart", "model.decoder.embed_tokens", "model.shared"),
+    ("mbart", "model.encoder.embed_tokens", "model.shared"),
+    ("marian", "model.decoder.embed_tokens", "model.shared"),
+    ("t5", "decoder.embed_tokens", "shared"),
+    ("t5", "encoder.embed_tokens", "shared"),
+    ("t5-v1.1", "decoder.embed_tokens", "shared"),
+    ("t5", "lm_head", "shared"),
+]
+
+
+@pytest.mark.parametrize("name, there, lost", OTHER_NAMES)
+def test_a_tied_weight_under_its_other_name_only(name, there, lost, copy, folder):
+    """Guards what other writers leave: lm_head without embed_tokens, decoder.embed_tokens without shared."""
+    case = next(case for case in [*CASES, *ENCODERS, *SEQ2SEQ] if case.name == name)
+    path = copy(case)
+
+    def rename(tensors):
+        assert there + ".weight" not in tensors
+        return {key.replace(lost + ".weight", there + ".weight"): t for key, t in tensors.items()}
+
+    rewrite_tensors(path, rename)
+    ours, expected = TinyLM.from_pretrained(path), TinyLM.from_pretrained(folder(case))
+    assert ours.config == expected.config
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize("name", ["bert-mlm", "roberta-mlm"])
+def test_a_bias_under_its_other_name_only(name, copy, folder):
+    case = next(case for case in ENCODERS if case.name == name)
+    path, out = copy(case), {"bert-mlm": "cls.predictions", "roberta-mlm": "lm_head"}[name]
+    rewrite_tensors(
+        path,
+        lambda tensors: {
+            k.replace(out + ".bias", out + ".decoder.bias"): t for k, t in tensors.items()
+        },
+    )
+    expected = TinyLM.from_pretrained(folder(case)).head.out.bias
+    assert torch.equal(TinyLM.from_pretrained(path).head.out.bias, expected)
+
+
+def test_another_head_of_a_checkpoint_whose_embedding_has_only_the_heads_name(copy, folder):
+    case = next(case for case in ENCODERS if case.name == "bert-mlm")
+    path = copy(case)
+    lost, there = "bert.embeddings.word_embeddings", "cls.predictions.decoder"
+    rewrite_tensors(path, lambda tensors: {k.replace(lost, there): t for k, t in tensors.items()})
+    for head in (None, "classify"):
+        lm = TinyLM.from_pretrained(path, head=head)
+        expected = TinyLM.from_pretrained(folder(case)).embed.weight
+        assert torch.equal(lm.embed.weight, expected)
 
 
 # ---- rotary positions -----------------------------------------------------------------------------------------------

@@ -1902,8 +1902,9 @@ TOKENIZER_FILES = (
 )
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: str | Path):
     """The tokenizer of a checkpoint folder, or None if it has none. A byte tokenizer of ours needs no library."""
+    folder = Path(folder)
     files = {
         name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()
     }

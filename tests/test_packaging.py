@@ -45,6 +45,49 @@ assert train.MINE and export.MINE
 print(library.__file__, onnxlm.__file__)
 """
 
+# The public API as somebody writes it who lets mypy look at his code. (torch itself is left out: reading it takes mypy
+# half a minute.)
+APP = """
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import onnxlm
+import tinylm
+from tinylm import Config, MuonAdamW, TinyLM, train_step
+from tinylm.train import TrainOptions, train
+
+config: Config = Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+width: int = config.hidden_size
+lm: TinyLM = TinyLM(config)
+optimizer = MuonAdamW(lm)
+ids = torch.zeros(2, 8, dtype=torch.long)
+loss = train_step(lm, optimizer, ids)
+loss = train_step(lm, optimizer, {"input_ids": ids, "labels": ids})
+logits = lm(ids)
+new = lm.generate(ids, max_new_tokens=4, temperature=0.8, seed=1)
+pieces: Iterator[str] = lm.stream("Once", max_new_tokens=4)
+answer: str = "".join(lm.chat([{"role": "user", "content": "hello"}]))
+lm.save_pretrained("copy")
+lm = TinyLM.from_pretrained(Path("copy"))
+config = tinylm.config_from_hf({"model_type": "qwen3"})
+tokenizer = tinylm.load_tokenizer("copy")
+if tokenizer is not None:
+    tokens: list[int] = tokenizer.encode("hello")
+    text: str = tokenizer.decode(tokens)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+model = onnxlm.OnnxLM("exported")
+array: np.ndarray = model.generate(np.zeros((1, 4), np.int64), max_new_tokens=4)
+for piece in model.stream("Once", max_new_tokens=4):
+    text = piece + text
+try:
+    train("data.txt", TrainOptions(steps=10))
+except (tinylm.Error, onnxlm.Error) as error:
+    text = str(error)
+"""
+
 
 @pytest.mark.parametrize(
     "platform, python",
@@ -96,7 +139,7 @@ def installed(tmp_path_factory):
 
 def test_a_wheel_takes_only_names_of_its_own(installed):
     names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
-    assert names == {"tinylm.py", "onnxlm.py", "tinylm_programs"}
+    assert names == {"tinylm", "onnxlm"}
 
 
 def test_installed_commands(installed, tmp_path):
@@ -115,6 +158,35 @@ def test_installed_commands(installed, tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("tinylm 0.") and "ROMEO:" in run.stdout
     library, runtime = run.stdout.split()[-2:]
-    assert [library, runtime] == [str(installed / name) for name in ("tinylm.py", "onnxlm.py")]
+    assert library == str(installed / "tinylm" / "__init__.py")
+    assert runtime == str(installed / "onnxlm" / "__init__.py")
     tokenizers = [folder / "tokenizer.json" for folder in (tmp_path / "shipped", ROOT / "weights")]
     assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes()
+
+
+def test_annotations_reach_type_checkers(installed, tmp_path):
+    """mypy accepts right calls of the public API, and sees the wrong type of an argument."""
+    pytest.importorskip("mypy")
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nfollow_imports = silent\n[mypy-torch.*]\nfollow_imports = skip\n"
+    )
+    (tmp_path / "right.py").write_text(APP)
+    (tmp_path / "wrong.py").write_text("import tinylm\ntinylm.Config(hidden_size='64')\n")
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--cache-dir",
+            str(tmp_path / "cache"),
+            "right.py",
+            "wrong.py",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"MYPYPATH": str(installed)},
+    )
+    errors = run.stdout.strip().splitlines()[:-1]
+    assert len(errors) == 1 and errors[0].startswith("wrong.py:2: error: Argument"), run.stdout

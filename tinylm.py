@@ -17,13 +17,14 @@ Sources: Vaswani et al. 2017 (the transformer); Devlin et al. 2019 (BERT); Raffe
 
 from __future__ import annotations
 
-import contextlib
+import datetime
 import fnmatch
+import functools
 import json
 import math
 import os
 import re
-import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -1127,6 +1128,7 @@ class TinyLM(Stack):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in (self.tokenizer.files if self.tokenizer else {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
             write_file(folder / name, lambda path: path.write_bytes(content))
         write_json(folder / "generation_config.json", self.generation_config or ids)
         write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
@@ -1215,13 +1217,18 @@ class TinyLM(Stack):
             self.tokenizer, tokens, generation_config.stop, () if self.encoder else ids
         )
 
-    def chat(self, messages: list[dict], **options):
-        """The answer to a conversation of {"role", "content"}, as `stream` gives it."""
+    def chat(
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        variables: dict | None = None,
+        **options,
+    ):
+        """The answer to a conversation, as `stream` gives it; see `Tokenizer.apply_chat_template` for `messages`,
+        `tools` and the template's `variables`."""
         require(self.tokenizer, "chat: the checkpoint has no tokenizer.json")
-        ids, limit = (
-            self.tokenizer.encode(chat_prompt(self.tokenizer, messages), special=False),
-            self.config.max_position_embeddings,
-        )
+        text = self.tokenizer.apply_chat_template(messages, tools, True, **(variables or {}))
+        ids, limit = self.tokenizer.encode(text, special=False), self.config.max_position_embeddings
         require(
             len(ids) <= limit, f"chat: {len(ids)} tokens, but the model has only {limit} positions"
         )
@@ -1733,49 +1740,257 @@ def stream_text(tokenizer, tokens, stop: tuple = (), prompt=()):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers and chat templates
+# Tokenizers and chat templates; mirrored in onnxlm.py, but for bytes and the resolving of files
 # ---------------------------------------------------------------------------------------------------------------------
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+)
+EXTRA_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
+
+_ENDOFTEXT = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
+_SENTENCEPIECE = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+_ROBERTA = _SENTENCEPIECE | {
+    "sep_token": "</s>",
+    "cls_token": "<s>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
+_BERT = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")}
+CLASS_TOKENS = {  # tokenizer class of transformers -> the special tokens that it has where no file says otherwise
+    "BertTokenizer": _BERT,
+    "DistilBertTokenizer": _BERT,
+    "ElectraTokenizer": _BERT,
+    "MPNetTokenizer": _ROBERTA | {"unk_token": "[UNK]"},
+    "RobertaTokenizer": _ROBERTA,
+    "BartTokenizer": _ROBERTA,
+    "XLMRobertaTokenizer": _ROBERTA,
+    "MBartTokenizer": _ROBERTA,
+    "LlamaTokenizer": _SENTENCEPIECE,
+    "CodeLlamaTokenizer": _SENTENCEPIECE,
+    "GPT2Tokenizer": _ENDOFTEXT,
+    "GPTNeoXTokenizer": _ENDOFTEXT | {"pad_token": "<|padding|>"},
+    "Qwen2Tokenizer": _ENDOFTEXT | {"bos_token": None, "pad_token": "<|endoftext|>"},
+    "T5Tokenizer": {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"},
+    "GemmaTokenizer": {
+        f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")
+    },
+}
+MODEL_TOKENIZERS = {  # model_type -> tokenizer class of transformers; "": whatever tokenizer.json says
+    "bert": "BertTokenizer",
+    "distilbert": "BertTokenizer",
+    "electra": "BertTokenizer",
+    "mpnet": "MPNetTokenizer",
+    "roberta": "RobertaTokenizer",
+    "bart": "RobertaTokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
+    "mbart": "MBartTokenizer",
+    "gpt2": "GPT2Tokenizer",
+    "starcoder2": "GPT2Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "gemma": "GemmaTokenizer",
+    "gemma2": "GemmaTokenizer",
+    "gemma3_text": "GemmaTokenizer",
+    "t5": "T5Tokenizer",
+    "mistral": "",
+    "olmo2": "",
+}
+
+
+def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """Name -> content of those of a folder's files that a tokenizer and its chat templates are made of."""
+    names = [*TOKENIZER_FILES]
+    names += [
+        f"{EXTRA_TEMPLATES}/{path.name}" for path in folder.glob(f"{EXTRA_TEMPLATES}/*.jinja")
+    ]
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def parse_json_file(files: dict[str, bytes], name: str) -> dict:
+    """The JSON object of one of the files; {} where it is not there."""
+    try:
+        content = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise Error(f"{name}: not readable as JSON ({error})") from None
+    require(isinstance(content, dict), f"{name}: expected a JSON object")
+    return content
+
+
+def tokenizer_class(files: dict[str, bytes], hf_config: dict) -> str:
+    """The class of transformers that its AutoTokenizer takes; "" where it goes by tokenizer.json alone."""
+    declared = parse_json_file(files, "tokenizer_config.json").get("tokenizer_class")
+    declared = str(declared or hf_config.get("tokenizer_class") or "").removesuffix("Fast")
+    registered = MODEL_TOKENIZERS.get(hf_config.get("model_type"))
+    if declared == "LlamaTokenizer" and hf_config.get("model_type") not in ("qwen2", "phi3"):
+        if b'"ByteLevel"' in files.get("tokenizer.json", b""):  # Llama 3
+            return ""
+    if declared and registered == "":
+        return ""
+    if registered and (not declared or hf_config["model_type"] == "qwen2"):
+        return registered
+    return declared if declared in CLASS_TOKENS else ""
+
+
+def special_tokens(
+    files: dict[str, bytes], hf_config: dict | None = None, padding: dict | None = None
+) -> dict[str, str]:
+    """Name -> text of the special tokens (bos_token, ...) that the files name or that the tokenizer's class has; null
+    takes one away. `padding`: what tokenizer.json says of it."""
+    named = parse_json_file(files, "tokenizer_config.json")
+    if "added_tokens_decoder" not in named:
+        named = named | parse_json_file(files, "special_tokens_map.json")
+    tokens = dict(CLASS_TOKENS.get(tokenizer_class(files, hf_config or {}), {}))
+    tokens |= {name: value for name, value in named.items() if name.endswith("_token")}
+    extra = named.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        tokens |= extra
+    if padding:
+        tokens.setdefault("pad_token", padding["pad_token"])
+    texts = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in tokens.items()
+    }
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+class Tokenizer:
+    """A tokenizer.json, run by the `tokenizers` library.
+
+    files: name -> content; what else a checkpoint has of a tokenizer travels along; hf_config: its config.json.
+    special_tokens: name -> text, e.g. "eos_token" -> "</s>"; size: how many tokens there are.
+    """
+
+    def __init__(self, files: dict[str, bytes], hf_config: dict | None = None):
+        from tokenizers import Tokenizer as Backend
+
+        self.files = files
+        self.backend = Backend.from_str(files["tokenizer.json"].decode("utf-8"))
+        self.special_tokens = special_tokens(files, hf_config, self.backend.padding)
+        self.backend.no_truncation()  # what the file says of both is about somebody's batches
+        self.backend.no_padding()
+        self.size = self.backend.get_vocab_size()
+        self.eos_token_id = self.backend.token_to_id(self.special_tokens.get("eos_token", ""))
+        self.pad_token_id = self.backend.token_to_id(self.special_tokens.get("pad_token", ""))
+
+    def encode(self, text: str, pair: str | None = None, special: bool = True) -> list[int]:
+        """Ids of a text or of two; `special`: with the tokens that the model wants around them."""
+        return self.encoding(text, pair, special).ids
+
+    def encoding(self, text: str, pair: str | None = None, special: bool = True):
+        """The `tokenizers` library's Encoding: ids, type_ids, sequence_ids (which text; None: a special token), offsets
+        in the text, special_tokens_mask."""
+        text = text.encode("utf-8", errors="replace").decode("utf-8")
+        if pair is not None:
+            pair = pair.encode("utf-8", errors="replace").decode("utf-8")
+        return self.backend.encode(text, pair, add_special_tokens=special)
+
+    def batch(self, texts: list[str]):
+        """Ids of texts without special tokens around them, on all processors."""
+        texts = [text.encode("utf-8", errors="replace").decode("utf-8") for text in texts]
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return (encoding.ids for encoding in encodings)
+
+    def decode(self, ids, special: bool = False) -> str:
+        """The text of ids; `special`: with the special tokens that are among them."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+
+    def apply_chat_template(
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        add_generation_prompt: bool = False,
+        **variables,
+    ) -> str:
+        """A conversation as the text that the checkpoint's chat template makes of it: what transformers'
+        `apply_chat_template(..., tokenize=False)` returns.
+
+        messages: {"role", "content", ...}; tools: JSON schemas; variables: what else the template reads (`documents`,
+        `enable_thinking`, ...); `chat_template` names one of several or is one.
+        Raises Error where there is no template, where it refuses the conversation, and where it runs away.
+        """
+        return render_chat(self, messages, tools, add_generation_prompt, **variables)[0]
+
+
 class ByteTokenizer:
     """UTF-8 bytes are their own ids; 256 ends a text and 257 pads. Its tokenizer.json is a byte-level BPE that has no
-    merges, so every other library reads it too."""
+    merges, so every other library reads it too. The methods are those of `Tokenizer`."""
 
     eos_token_id, pad_token_id, size = 256, 257, 258
     specials = ("<|endoftext|>", "<|pad|>")
 
-    def __init__(self, more: dict = {}):
-        self.more = more  # files that travel along: a chat template
+    def __init__(self, more: dict[str, bytes] | None = None):
+        self.more = more or {}  # files that travel along: a chat template
 
     def encode(self, text: str, pair: str | None = None, special: bool = True) -> list[int]:
-        return (
-            list(text.encode("utf-8", errors="replace"))
-            if pair is None
-            else self.encoding(text, pair).ids
-        )
+        if pair is None and not any(name in text for name in self.specials):
+            return list(text.encode("utf-8", errors="replace"))
+        return self.encoding(text, pair, special).ids
 
-    def batch(self, texts: list):
+    def batch(self, texts: list[str]):
         return map(self.encode, texts)
 
-    def encoding(self, text: str, pair: str | None = None):
+    def encoding(self, text: str, pair: str | None = None, special: bool = True):
         """What `Tokenizer.encoding` gives; a second text stands behind the end-of-text token."""
-        first, second = (
-            [
-                (byte, part, (i, i + 1))
-                for i, char in enumerate(one or "")
-                for byte in self.encode(char)
-            ]
-            for part, one in enumerate((text, pair))
-        )
-        rows = first if pair is None else [*first, (self.eos_token_id, None, (0, 0)), *second]
-        ids, parts, offsets = map(list, zip(*rows)) if rows else ([], [], [])
+        rows = [(id, 0, offsets) for id, offsets in self._tokens(text)]
+        if pair is not None:
+            rows += [(self.eos_token_id, None, (0, 0))] * special
+            rows += [(id, 1, offsets) for id, offsets in self._tokens(pair)]
         return SimpleNamespace(
-            ids=ids, type_ids=[part or 0 for part in parts], sequence_ids=parts, offsets=offsets
+            ids=[id for id, _, _ in rows],
+            type_ids=[which or 0 for _, which, _ in rows],
+            sequence_ids=[which for _, which, _ in rows],
+            offsets=[offsets for _, _, offsets in rows],
+            special_tokens_mask=[int(which is None) for _, which, _ in rows],
         )
 
-    def decode(self, ids) -> str:
-        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+    def _tokens(self, text: str):
+        """(id, (first character, one behind the last)) of each byte and of each special token that stands there."""
+        start = 0
+        for part in re.split("|".join(f"({re.escape(name)})" for name in self.specials), text):
+            if part in self.specials:
+                yield 256 + self.specials.index(part), (start, start + len(part))
+            else:
+                for i, char in enumerate(part or "", start):
+                    for byte in char.encode("utf-8", errors="replace"):
+                        yield byte, (i, i + 1)
+            start += len(part or "")
+
+    def decode(self, ids, special: bool = False) -> str:
+        """The text of ids; `special`: with the special tokens that are among them."""
+        pieces = [
+            bytes([i]) if i < 256 else self.specials[i - 256].encode() * special
+            for i in map(int, ids)
+            if i < self.size
+        ]
+        return b"".join(pieces).decode("utf-8", errors="replace")
 
     @property
-    def files(self) -> dict:
+    def special_tokens(self) -> dict[str, str]:
+        return special_tokens(self.files)
+
+    def apply_chat_template(
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        add_generation_prompt: bool = False,
+        **variables,
+    ) -> str:
+        return render_chat(self, messages, tools, add_generation_prompt, **variables)[0]
+
+    @property
+    def files(self) -> dict[str, bytes]:
         """File name -> content, in the format of `tokenizers`. Bytes are spelled as GPT-2 spells them."""
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         moved = [b for b in range(256) if b not in plain]
@@ -1840,180 +2055,289 @@ def tokenizer_config(eos: str, pad: str, **more) -> bytes:
     ).encode("utf-8")
 
 
-class Tokenizer:
-    """A checkpoint's tokenizer.json, run by the `tokenizers` library; its other files travel along in `files`."""
-
-    def __init__(self, files: dict):
-        from tokenizers import Tokenizer as Backend
-
-        self.files, self.backend = files, Backend.from_str(files["tokenizer.json"].decode("utf-8"))
-        (
-            self.backend.no_truncation(),
-            self.backend.no_padding(),
-        )  # what the file says of them is about some batch
-        self.size = self.backend.get_vocab_size()
-        tokens = special_tokens(files)
-        self.eos_token_id, self.pad_token_id = (
-            self.backend.token_to_id(tokens.get(name) or "") for name in ("eos_token", "pad_token")
-        )
-
-    def encode(self, text: str, pair: str | None = None, special: bool = True) -> list[int]:
-        return self.encoding(text, pair, special).ids
-
-    def batch(self, texts: list):
-        """Ids of texts without specials, on all processors."""
-        texts = [text.encode("utf-8", errors="replace").decode("utf-8") for text in texts]
-        return (
-            encoding.ids
-            for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        )
-
-    def encoding(self, text: str, pair: str | None = None, special: bool = True):
-        """Ids of a text or of two, with `type_ids`, `sequence_ids` (which text; None: special) and `offsets` in it."""
-        text, pair = (
-            one and one.encode("utf-8", errors="replace").decode("utf-8") for one in (text, pair)
-        )
-        return self.backend.encode(text, pair, add_special_tokens=special)
-
-    def decode(self, ids) -> str:
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
-
-
-def special_tokens(files: dict) -> dict:
-    """Name -> text of the special tokens that tokenizer_config.json names (bos_token, eos_token, ...)."""
-    config = json.loads(files.get("tokenizer_config.json", b"{}"))
-    return {
-        key: value.get("content") if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key.endswith("_token")
-    }
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-)
-
-
-def load_tokenizer(folder: str | Path):
+def load_tokenizer(folder: str | Path) -> Tokenizer | ByteTokenizer | None:
     """The tokenizer of a checkpoint folder, or None if it has none. A byte tokenizer of ours needs no library."""
     folder = Path(folder)
-    files = {
-        name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()
-    }
+    files = read_tokenizer_files(folder)
     if "tokenizer.json" not in files:
         return None
     if files["tokenizer.json"] == ByteTokenizer().files["tokenizer.json"]:
-        return ByteTokenizer(
-            {name: content for name, content in files.items() if name != "tokenizer.json"}
-        )
+        del files["tokenizer.json"]
+        return ByteTokenizer(files)
     try:
-        return Tokenizer(files)
+        return Tokenizer(files, read_json(folder / "config.json", {}))
     except ImportError:
         raise Error(
             f"{folder / 'tokenizer.json'}: reading it needs `pip install tokenizers`"
         ) from None
+    except Error as error:
+        raise Error(f"{folder}: {error}") from None
     except Exception as error:  # the library raises plain Exception
         raise Error(f"{folder / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
 
 
-@contextlib.contextmanager
-def bounded(seconds: float = 2, memory: int = 2**29):
-    """Python code within ends with an error after some seconds or, on Linux, where it takes more memory."""
-    end, before, limits = time.monotonic() + seconds, sys.gettrace(), None
-
-    def trace(frame, event, argument):
-        if time.monotonic() > end:
-            raise TimeoutError(f"more than {seconds} seconds")
-        return trace
-
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        limits = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (used + memory, limits[1]))
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-        if limits:
-            resource.setrlimit(resource.RLIMIT_AS, limits)
+# Chat templates are programs that come with a checkpoint. They run in jinja2's sandbox, and there in bounds.
+MAX_TEMPLATE_SECONDS = 2
+MAX_TEMPLATE_VALUE = 2**22  # characters or items of one value
+MAX_TEMPLATE_BITS = 2**12  # of one number
+template_time = threading.local()  # .end: when the template that this thread renders has to be done
 
 
-def chat_prompt(tokenizer, messages: list[dict], answer: bool = True) -> str:
-    """Messages ({"role", "content"}) as text, through the checkpoint's own chat template: in jinja2's sandbox, within
-    bounds of time and size."""
-    files = getattr(tokenizer, "files", {})
-    template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
-    if "chat_template.jinja" in files:
-        template = files["chat_template.jinja"].decode("utf-8", errors="replace")
-    if isinstance(template, list):
-        template = next(
-            (
-                entry.get("template")
-                for entry in template
-                if isinstance(entry, dict) and entry.get("name") == "default"
-            ),
-            None,
-        )
-    require(
-        template,
-        "chat: the checkpoint has no chat_template in tokenizer_config.json and no chat_template.jinja",
-    )
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("*", "**"))
-
-        def call_binop(
-            self, context, operator, left, right
-        ):  # one product of big numbers may take days
-            if operator == "**" or any(
-                isinstance(x, int) and abs(x) > 2**31 for x in (left, right)
-            ):
-                raise SecurityError(f"{operator} of big numbers")
-            return left * right
-
-    def refuse(message):
-        raise TemplateError(message)
-
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(
-        value, ensure_ascii=False, **options
-    )
-    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-    size = 2**20 + 2 * sum(len(str(message)) for message in messages)
+def render_chat(
+    tokenizer,
+    messages: list[dict],
+    tools: list[dict] | None = None,
+    add_generation_prompt: bool = False,
+    chat_template: str | None = None,
+    **variables,
+) -> tuple[str, list[tuple[int, int]]]:
+    """(text, the parts of it from which character to which that stood in {% generation %})."""
+    unsupported = {"tokenize", "continue_final_message", "return_dict", "return_tensors"}
+    for name in unsupported & set(variables):
+        require(not variables[name], f"apply_chat_template: {name} is not supported")
+    require(messages, "messages: expected at least one")
+    for message in messages:
+        require(isinstance(message, dict), f"messages: {str(message)[:60]!r}, expected a dict")
+    for tool in tools or ():
+        require(isinstance(tool, dict), f"tools: {str(tool)[:60]!r}, expected a JSON schema")
+    template = find_chat_template(tokenizer.files, chat_template, tools)
+    names = tokenizer.special_tokens | {"documents": None} | variables
+    names |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+    names = plain_data(names)
+    names["messages"] = [template_message(message) for message in names["messages"]]
+    limit = 2**20 + 8 * len(str(names))
+    template_time.end = time.monotonic() + MAX_TEMPLATE_SECONDS
+    pieces, size, generated = [], 0, []
     try:
         require(
-            isinstance(template, str) and len(template) <= size,
-            f"expected a text of at most {size} characters",
+            isinstance(template, str) and len(template) <= limit,
+            f"expected a text of at most {limit} characters",
         )
-        with bounded():
-            text = environment.from_string(template).render(
-                messages=messages,
-                add_generation_prompt=answer,
-                tools=None,
-                documents=None,
-                **special_tokens(files),
-            )
-        require(len(text) <= size, f"it writes {len(text)} characters, expected at most {size}")
+        for piece in compile_template(template).generate(names):
+            if isinstance(piece, GeneratedText):
+                generated.append((size, size + len(piece)))
+            pieces.append(piece)
+            size += len(piece)
+            require(size <= limit, f"it writes more than {limit} characters")
+            require(time.monotonic() < template_time.end, "it takes too long")
+    except ImportError:
+        raise Error("chat templates need `pip install 'jinja2>=3.1.6'`") from None
     except Exception as error:  # whatever a template's code raises
+        reason = " ".join(str(error).split())[:500]
         raise Error(
-            f"chat: the checkpoint's chat template failed ({type(error).__name__}: {error})"
+            f"chat: the checkpoint's chat template failed ({type(error).__name__}: {reason})"
         ) from None
-    return text
+    return "".join(pieces), generated
+
+
+def find_chat_template(
+    files: dict[str, bytes], chosen: str | None = None, tools: list[dict] | None = None
+):
+    """The template to use of those in the files, as transformers chooses: the one named `chosen` (else it is a template
+    itself), tool_use where there are tools, default."""
+    templates = parse_json_file(files, "tokenizer_config.json").get("chat_template")
+    if isinstance(templates, list):
+        pairs = [entry for entry in templates if isinstance(entry, dict) and "name" in entry]
+        templates = {entry["name"]: entry.get("template") for entry in pairs}
+    found = {
+        name.removeprefix(f"{EXTRA_TEMPLATES}/").removesuffix(".jinja"): content
+        for name, content in files.items()
+        if name.startswith(EXTRA_TEMPLATES)
+    }
+    if "chat_template.jinja" in files:
+        found["default"] = files["chat_template.jinja"]
+    if found:
+        templates = {name: text.decode("utf-8", errors="replace") for name, text in found.items()}
+    if not isinstance(templates, dict):
+        templates = {"default": templates}
+    if chosen is not None:
+        return templates.get(chosen, chosen)
+    if tools is not None and "tool_use" in templates:
+        return templates["tool_use"]
+    require(
+        templates.get("default"),
+        "chat: the checkpoint has no chat_template in tokenizer_config.json and no chat_template.jinja"
+        + (f", only templates named {', '.join(templates)}" if found else ""),
+    )
+    return templates["default"]
+
+
+def plain_data(value):
+    """Copies of what a template may see: JSON's types, whose methods the sandbox knows; of all else its name."""
+    if isinstance(value, dict):
+        return {plain_data(key): plain_data(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [plain_data(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if hasattr(value, "item") and not getattr(value, "shape", None):
+        value = value.item()  # a number of numpy's
+    for kind in (bool, str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return None if value is None else f"<{type(value).__name__}>"
+
+
+def template_message(message: dict) -> dict:
+    """A message as transformers hands it on: without what is null, and with thoughts under the names that are read."""
+    message = {name: value for name, value in message.items() if value is not None}
+    names = [name for name in ("reasoning_content", "thinking", "reasoning") if name in message]
+    if names:
+        thoughts = message[names[0]]
+        message = {"thinking": thoughts} | message | {"reasoning_content": thoughts}
+    return message
+
+
+@functools.lru_cache(maxsize=16)
+def compile_template(template: str):
+    return template_environment().from_string(template)
+
+
+class GeneratedText(str):
+    """What {% generation %} writes."""
+
+
+@functools.lru_cache(maxsize=1)
+def template_environment():
+    """transformers' environment for chat templates; more than its sandbox, each loop, call, filter and operator looks
+    whether there is time left and whether its value would be very large."""
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+    version = tuple(int(part) for part in jinja2.__version__.split(".")[:3] if part.isdigit())
+    if version < (3, 1, 6):  # there are ways out of the sandbox of older ones
+        raise ImportError(jinja2.__version__)
+
+    def check(value, *arguments):
+        """The value, if it is not too large and if what is called with the arguments will not make it so."""
+        if time.monotonic() > template_time.end:
+            raise TimeoutError(f"it takes more than {MAX_TEMPLATE_SECONDS} seconds")
+        lengths = [len(x) for x in (value, *arguments) if isinstance(x, (str, list, tuple, dict))]
+        numbers = [abs(x) for x in arguments if isinstance(x, int)]
+        longest = sorted(lengths)[-2:]
+        if max(lengths + numbers, default=0) > MAX_TEMPLATE_VALUE or math.prod(longest) > 2**30:
+            raise SecurityError("a value is too large")
+        return value
+
+    def check_format(text: str, arguments):
+        """Widths in a format make long texts of short ones."""
+        if re.search(r"\d{7}|\*", text):
+            raise SecurityError("a width in a format")
+        check(text)
+
+    def each(iterable):
+        for item in iterable:
+            yield check(item)
+
+    def bounded(function):
+        @functools.wraps(function)  # keeps what jinja2 notes on it
+        def call(*arguments, **options):
+            check(None, *arguments, *options.values())
+            return check(function(*arguments, **options))
+
+        return call
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("write"), [], [], body).set_lineno(line)
+
+        def write(self, caller):
+            return GeneratedText(caller())
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+        def _parse(self, *source):
+            tree = super()._parse(*source)
+            for node in [*tree.find_all((nodes.For, nodes.Concat))]:
+                if isinstance(node, nodes.For):
+                    node.iter = nodes.Filter(node.iter, "each", [], [], None, None)
+                else:
+                    joined = nodes.Concat(node.nodes)
+                    node.nodes = [nodes.Filter(joined, "check", [], [], None, None)]
+            return tree.set_environment(self)
+
+        def call(self, context, function, *arguments, **options):
+            target = getattr(function, "__self__", None)
+            if isinstance(target, str) and function.__name__ in ("format", "format_map"):
+                check_format(target, arguments)
+            check(target, *arguments, *options.values())
+            return check(super().call(context, function, *arguments, **options))
+
+        def call_binop(self, context, operator, left, right):
+            whole = isinstance(left, int) and isinstance(right, int)
+            if operator == "%" and isinstance(left, str):
+                check_format(left, right)
+            elif operator == "**" and whole:
+                if left.bit_length() * right > MAX_TEMPLATE_BITS:
+                    raise SecurityError("a number is too large")
+            elif operator == "*" and whole:
+                if left.bit_length() + right.bit_length() > MAX_TEMPLATE_BITS:
+                    raise SecurityError("a number is too large")
+            elif operator == "*":
+                count = next((x for x in (left, right) if isinstance(x, int)), 1)
+                items = next((x for x in (left, right) if isinstance(x, (str, list, tuple))), ())
+                if count * len(items) > MAX_TEMPLATE_VALUE:
+                    raise SecurityError("a value is too large")
+            return check(super().call_binop(context, operator, left, right))
+
+    class Namespace(jinja2.utils.Namespace):
+        def __init__(*arguments, **options):
+            self, *arguments = arguments
+            values = dict(*arguments, **options)
+            for name in values:
+                self._check_name(name)
+            jinja2.utils.Namespace.__init__(self, values)
+
+        def __setitem__(self, name, value):
+            self._check_name(name)
+            super().__setitem__(name, value)
+
+        @staticmethod
+        def _check_name(name):
+            if isinstance(name, str) and name.startswith("_"):
+                raise SecurityError(f"a namespace takes no name like {name!r}")
+
+    class Dict:
+        def __call__(self, *arguments, **options):
+            return dict(*arguments, **options)
+
+        def fromkeys(self, *arguments):
+            return dict.fromkeys(*arguments)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(format):
+        return datetime.datetime.now().strftime(format)
+
+    environment = Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.filters = {name: bounded(f) for name, f in environment.filters.items()}
+    environment.filters |= {"each": each, "check": check}
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
+        "dict": Dict(),
+        "namespace": Namespace,
+    }
+    return environment
 
 
 # ---------------------------------------------------------------------------------------------------------------------

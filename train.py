@@ -65,7 +65,6 @@ from tinylm import (
     Transposed,
     __version__,
     all_reduce,
-    chat_prompt,
     check,
     config_from_hf,
     full_tensor,
@@ -78,7 +77,6 @@ from tinylm import (
     require,
     shard_like,
     sources,
-    special_tokens,
     target_labels,
     to_checkpoint,
     tokenizer_config,
@@ -793,7 +791,7 @@ def masked(lm: TinyLM, ids: Tensor, generator: torch.Generator) -> dict:
 def mask_token(lm: TinyLM) -> tuple[str, int]:
     """Text and id of the token that hides another."""
     names = (
-        special_tokens(lm.tokenizer.files).get("mask_token"),
+        lm.tokenizer.special_tokens.get("mask_token"),
         "[MASK]",
         "<mask>",
     )  # BERT's own files do not name it
@@ -1000,7 +998,8 @@ class LanguageModelling(Task):
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompt, whole = (
-                    chat_prompt(lm.tokenizer, messages[: i + n], n == 0) for n in (0, 1)
+                    lm.tokenizer.apply_chat_template(messages[: i + n], None, n == 0)
+                    for n in (0, 1)
                 )
                 require(
                     prompt.startswith(done) and whole.startswith(prompt),

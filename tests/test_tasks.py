@@ -756,7 +756,7 @@ def test_a_byte_model_keeps_its_chat_template(tmp_path):
     (tmp_path / "a" / "chat_template.jinja").write_text(template)
     TinyLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     lm = TinyLM.from_pretrained(tmp_path / "b")
-    assert tinylm.chat_prompt(lm.tokenizer, [dict(role="user", content="hi")]) == "hi"
+    assert lm.tokenizer.apply_chat_template([dict(role="user", content="hi")]) == "hi"
 
 
 @pytest.mark.parametrize(

@@ -497,12 +497,12 @@ def encoder_decoder_graphs(config, stored: Precision) -> list:
             tinylm, "linear", torch.nn.functional.linear
         ):  # a branch takes no operator of our own
             kept = torch.cond(feed["use_cache_branch"], lambda: [x.clone() for x in kept], source)
-        ids, mask = feed["input_ids"], feed["encoder_attention_mask"].bool()[:, None, None, :]
+        ids = feed["input_ids"]
+        encoder_mask = feed["encoder_attention_mask"].bool()[:, None, None, :]
         ones = torch.ones(1, own[0].shape[2] + ids.shape[1], dtype=torch.long)
         cache = Past(own, torch.arange(ones.shape[1])[None, -ids.shape[1] :])
-        logits = lm(
-            ids, ones, cache=cache, context=(list(zip(kept[::2], kept[1::2])), mask)
-        ).float()
+        cross_kv = list(zip(kept[::2], kept[1::2]))
+        logits = lm(ids, ones, cache=cache, cross_kv=cross_kv, encoder_mask=encoder_mask).float()
         present = dict(zip([n for n in outputs if ".decoder." in n], cache.present))
         present |= zip([n for n in outputs if ".encoder." in n], kept)
         return [logits, *map(present.get, outputs)]

@@ -664,9 +664,11 @@ class Block(nn.Module):
         mask: Tensor | None,
         cache=None,
         layer: int = 0,
-        context: tuple | None = None,
+        cross_kv: list | None = None,
+        encoder_mask: Tensor | None = None,
     ) -> Tensor:
-        """x (batch, seq, hidden); `context`: of each layer the keys and values of a source, and the mask of that."""
+        """x (batch, seq, hidden); cross_kv: keys and values of a source, (batch, source, kv_heads * head_dim) each, for
+        every layer; encoder_mask (batch, 1, 1, source), True where the source has a token, None without padding."""
         x = self.add(
             x,
             self.attention,
@@ -677,18 +679,17 @@ class Block(nn.Module):
             cache,
             layer,
         )
-        if context is not None:
-            keys_values, real = context
+        if cross_kv is not None:
             x = self.add(
                 x,
                 self.cross_attention,
                 self.cross_attention_norm,
                 self.cross_attention_output_norm,
                 None,
-                real,
+                encoder_mask,
                 None,
                 layer,
-                keys_values[layer],
+                cross_kv[layer],
             )
         return self.add(x, self.mlp, self.mlp_norm, self.mlp_output_norm)
 
@@ -840,7 +841,8 @@ class Stack(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         cache=None,
-        context: tuple | None = None,
+        cross_kv: list | None = None,
+        encoder_mask: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (batch, seq, hidden) of word embeddings x (batch, seq, embedding_size)."""
         config, seq = self.config, x.shape[1]
@@ -885,7 +887,7 @@ class Stack(nn.Module):
             )
         x = self.embedding_project(self.embedding_dropout(self.embedding_norm(x)))
         for layer, (block, kind) in enumerate(zip(self.layers, config.layer_types)):
-            x = block(x, ropes.get(kind), masks[kind], cache, layer, context)
+            x = block(x, ropes.get(kind), masks[kind], cache, layer, cross_kv, encoder_mask)
         return self.norm(x)
 
     def relative_mask(self, positions: Tensor, keys: Tensor, window: int | None, dtype) -> Tensor:
@@ -981,7 +983,8 @@ class TinyLM(Stack):
         decoder_input_ids: Tensor | None = None,
         *,
         cache=None,
-        context: tuple | None = None,
+        cross_kv: list | None = None,
+        encoder_mask: Tensor | None = None,
         columns: Tensor | None = None,
     ) -> Tensor:
         """What the head says, one tensor: of a language model, masked or not, logits (batch, seq, vocab); of a
@@ -990,10 +993,10 @@ class TinyLM(Stack):
 
         input_ids (batch, seq); attention_mask (batch, seq), 1 for a token and 0 for padding on either side;
         decoder_input_ids (batch, target) behind an encoder; a cache (its own columns only) if the ids continue what it
-        holds; context, what `encode` gave, if the ids are the decoder's; columns (batch, n) to get logits (batch, n,
-        vocab) of those columns alone.
+        holds; cross_kv and encoder_mask, what `encode` gave, if the ids are the decoder's; columns (batch, n) to get
+        logits (batch, n, vocab) of those columns alone.
         """
-        if self.encoder is not None and context is None:
+        if self.encoder is not None and cross_kv is None:
             require(
                 decoder_input_ids is not None,
                 "decoder_input_ids = None, expected ids (batch, target)",
@@ -1003,12 +1006,14 @@ class TinyLM(Stack):
                 f"decoder_input_ids: {len(decoder_input_ids)} rows, "
                 f"expected the {len(input_ids)} of input_ids",
             )
-            context = self.encode(input_ids, attention_mask)
+            cross_kv, encoder_mask = self.encode(input_ids, attention_mask)
             input_ids, attention_mask, decoder_input_ids = decoder_input_ids, None, None
         require(decoder_input_ids is None, "decoder_input_ids: the model has no encoder")
-        name = "input_ids" if context is None else "decoder_input_ids"
+        name = "input_ids" if cross_kv is None else "decoder_input_ids"
         self._fits(input_ids, attention_mask, token_type_ids, cache, name)
-        x = self.states(self.embed(input_ids), attention_mask, token_type_ids, cache, context)
+        x = self.states(
+            self.embed(input_ids), attention_mask, token_type_ids, cache, cross_kv, encoder_mask
+        )
         if self.config.head == "classify":
             columns = pooled_column(input_ids, attention_mask, self.config)
         if columns is not None:
@@ -1023,7 +1028,7 @@ class TinyLM(Stack):
         return logits[:, 0] if self.config.head == "classify" else logits
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple:
-        """What a decoder needs of a source (batch, seq): keys and values for each of its layers, and their mask."""
+        """What a decoder needs of a source (batch, seq): cross_kv and encoder_mask, as `forward` takes them."""
         self._fits(input_ids, attention_mask)
         states = self.encoder.states(self.embed(input_ids), attention_mask)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
@@ -1392,9 +1397,14 @@ class TinyLM(Stack):
 
     def _step(self, state, ids, mask, columns, generation_config, choose):
         """One step, prefill or decode: nothing here waits for the device or changes shape between steps."""
-        logits = self(ids, mask, cache=state.cache, columns=columns, context=state.context)[
-            :, -1
-        ].float()
+        logits = self(
+            ids,
+            mask,
+            cache=state.cache,
+            columns=columns,
+            cross_kv=state.cross_kv,
+            encoder_mask=state.encoder_mask,
+        )[:, -1].float()
         state.take(torch.where(state.done, state.pad, choose(logits, state, generation_config)))
 
 
@@ -1664,7 +1674,10 @@ class DecodeState:
 
         batch, real = len(prompt), mask.bool()
         rows = torch.arange(batch, device=prompt.device)[:, None].expand_as(real)[real]
-        self.cache, self.context = cache, tree_map_only(Tensor, torch.clone, context)
+        self.cache = cache
+        self.cross_kv, self.encoder_mask = tree_map_only(
+            Tensor, torch.clone, context or (None, None)
+        )
         self.ids = new(-1, batch, cache.size[1] + 1)  # by position: prompt and what came after it
         self.ids[rows, count_positions(mask)[0][real]] = prompt[real]
         self.seen = new(False, batch, vocab, dtype=torch.bool)

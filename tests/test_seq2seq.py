@@ -254,7 +254,7 @@ def assert_tokens(ours, case, rows, layout, expected, **generation_config):
 
 
 @every(SOME + DECODERS)
-@pytest.mark.parametrize("knobs", KNOBS, ids=label)
+@pytest.mark.parametrize("generation_config", KNOBS, ids=label)
 def test_tokens_are_those_of_transformers(case, generation_config, ending, theirs):
     """Greedy and beams, each row alone and in a batch that is padded on either side."""
     ours, rows, expected = (
@@ -271,7 +271,7 @@ def test_tokens_are_those_of_transformers(case, generation_config, ending, their
     assert_tokens(ours, case, rows, LAYOUTS["mixed"], expected, **generation_config)
 
 
-@pytest.mark.parametrize("knobs", GRID, ids=label)
+@pytest.mark.parametrize("generation_config", GRID, ids=label)
 def test_grid_of_beam_knobs(generation_config, ending, theirs):
     assert_tokens(
         TinyLM.from_pretrained(ending(BART)),

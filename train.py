@@ -10,9 +10,11 @@ import argparse
 import array
 import codecs
 import contextlib
+import contextvars
 import csv
 import ctypes
 import functools
+import gzip
 import hashlib
 import importlib
 import importlib.util
@@ -29,7 +31,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
@@ -151,6 +153,15 @@ class TrainOptions:
     eval_every: Size | None = option(
         None, "steps between validations and checkpoints; else an epoch's"
     )
+    regression: bool = option(False, "labels are numbers")
+    classes: bool = option(False, "labels are names, numbers with a point too")
+    delimiter: str = option("", "between the columns of a table; by default as its header shows")
+    encoding: str = option(
+        "", "of text files; by default UTF-8, else UTF-16 by its mark, or cp1252"
+    )
+    overwrite: bool = option(False, "train into a folder that holds a run, in its place")
+    tensorboard: bool = option(False, "write events for TensorBoard, too, into --out/tensorboard")
+    quiet: bool = option(False, "print the result only")
     seed: Count = option(0, "of weights, data order and dropout")
     device: str = option("", "cpu, cuda, ...; cuda where there is one")
     bf16: bool = option(False, "bfloat16 autocast on the CPU too (on CUDA it is always on)")
@@ -177,6 +188,13 @@ class TrainOptions:
             ("size", not (self.init and self.size), "no --init, whose size is as it is"),
             ("vocab", not (self.init and self.vocab), "no --init, whose tokens are as they are"),
             ("lora", not self.lora or self.init, "a pretrained model, --init FOLDER"),
+            ("regression", not (self.regression and self.classes), "it or --classes, not both"),
+            (
+                "delimiter",
+                self.delimiter in ("\\t", "tab") or len(self.delimiter) < 2,
+                "one character, or tab",
+            ),
+            ("encoding", is_encoding(self.encoding), "a name that Python knows"),
             ("epochs", self.steps is None or self.epochs is None, "it or --steps, not both"),
         ):
             require(ok, f"{flag(name)} {getattr(self, name)}: expected {expected}")
@@ -199,6 +217,13 @@ class TrainOptions:
             f"of --accumulate {options.accumulate} (times {rank_and_world_size()[1]} processes)",
         )
         return options
+
+
+def is_encoding(name: str) -> bool:
+    try:
+        return not name or bool(codecs.lookup(name))
+    except LookupError:
+        return False
 
 
 def flag(name: str) -> str:
@@ -424,15 +449,11 @@ def as_text(value) -> str:
 
 
 def as_label(value):
-    """A class's name, a list of them, or a number that is no class: one with a decimal point."""
+    """A class's name, a list of them, or a number; `settle_labels` decides between numbers and classes."""
     if isinstance(value, list):
-        return [str(item) for item in value]
+        return [str(item).strip() for item in value]
     if isinstance(value, str):
-        return (
-            float(value)
-            if value.count(".") == 1 and value.replace(".", "").lstrip("-").isdecimal()
-            else value
-        )
+        return value.strip()
     return value if isinstance(value, float) else str(int(value))
 
 
@@ -562,7 +583,7 @@ class MappedText:
                 count += len(ids)
                 file.write(ids.tobytes())
                 if i % 16 == 0 or not left:
-                    print(f"{self.path}: {1 - left / len(self):.0%} tokenised", file=sys.stderr)
+                    note(f"{self.path}: {1 - left / len(self):.0%} tokenised")
             file.write(array.array("i", [count]).tobytes())
 
 
@@ -601,95 +622,614 @@ class Blocks:
         return self.example(self.ids[first : min(first + self.step, self.last) + self.more].long())
 
 
-def records(file: Path):
-    """(place, record) of a file: of jsonl, csv, tsv, of SQuAD's json, or one of a plain text."""
-    if (
-        file.suffix not in (".jsonl", ".csv", ".tsv", ".json")
-        and file.stat().st_size > MMAP_MIN_BYTES
-    ):
-        yield str(file), {"text": MappedText(file)}
-        return
-    content = file.read_text(encoding="utf-8-sig", errors="replace")
-    if file.suffix == ".jsonl":
-        for n, line in enumerate(
-            content.split("\n"), 1
-        ):  # at no other end of line: a string may hold U+2028
-            if line.strip():
-                try:
-                    yield f"{file}, line {n}", json.loads(line)
-                except (ValueError, RecursionError):
-                    raise Error(
-                        f"{file}, line {n}: {line[:60]!r}, expected a JSON object"
-                    ) from None
-    elif file.suffix in (".csv", ".tsv"):
-        csv.field_size_limit(2**31 - 1)
-        table = csv.DictReader(
-            io.StringIO(content, newline=""), delimiter="\t" if file.suffix == ".tsv" else ","
+FORMATS = {  # a file's suffix, in any case and without .gz -> how it is read
+    ".txt": "text",
+    ".md": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "table",
+    ".tsv": "table",
+    ".conll": "conll",
+    ".conllu": "conll",
+    ".iob": "conll",
+    ".parquet": "arrow",
+    ".arrow": "arrow",
+}
+NOT_READ = {  # suffix -> what to do about it
+    ".xlsx": "a workbook, save its sheet as .csv",
+    ".xls": "a workbook, save its sheet as .csv",
+    ".ods": "a workbook, save its sheet as .csv",
+    ".pkl": "a pickle, which can run code; write the table with to_parquet or to_csv",
+    ".pickle": "a pickle, which can run code; write the table with to_parquet or to_csv",
+    ".zip": "an archive, unpack it first",
+    ".tar": "an archive, unpack it first",
+    ".tgz": "an archive, unpack it first",
+    ".bz2": "compressed, unpack it or use .gz",
+    ".xz": "compressed, unpack it or use .gz",
+    ".zst": "compressed, unpack it or use .gz",
+}
+NO_DATA = re.compile(  # files that lie beside data and are none
+    r"(readme|licen[cs]e|copying|changelog|contributing|citation)(\.\w+)?|cache-.*"
+    r"|(metadata|state|dataset_dict|dataset_infos?)\.json",
+    re.IGNORECASE,
+)
+SPLIT_NAME = re.compile(  # of a file without its suffix, or of a folder
+    r"(train|validation|valid|val|dev|test)(ing|set|data|split)?([^a-z].*)?", re.IGNORECASE
+)
+SPLITS = {"train": "train", "test": "test"}  # all other names of splits mean validation
+MAX_CLASSES_OF_NUMBERS = 20  # 0.0, 1.0, ... of so many values at most are classes
+
+
+def suffix_of(file: Path) -> str:
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def data_files(folder: Path) -> dict[str, list[Path]]:
+    """Split (train, validation, test) -> a folder's files, sorted by name. Hidden files and what is no data are left
+    out; a file belongs to the split that its name, or that of a folder around it, begins with."""
+    splits = {}
+    for file in sorted(folder.rglob("*")):
+        parts = file.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if suffix_of(file) not in FORMATS or hidden or NO_DATA.fullmatch(file.name):
+            continue
+        if file.is_dir():
+            continue
+        stem = file.name.partition(".")[0]
+        names = (SPLIT_NAME.fullmatch(part) for part in (stem, *reversed(parts[:-1])))
+        name = next((match[1].lower() for match in names if match), "train")
+        splits.setdefault(SPLITS.get(name, "validation"), []).append(file)
+    return splits
+
+
+def class_folder(file: Path, root: Path) -> str | None:
+    """The folder of a text below the root that is no split's: pos/1.txt, train/neg/2.txt."""
+    parts = [part for part in file.relative_to(root).parts[:-1] if not SPLIT_NAME.fullmatch(part)]
+    return parts[-1] if parts else None
+
+
+def decode_text(data: bytes, file, encoding: str, said: list) -> str:
+    """A file's bytes as text with \\n at the ends of lines: in the encoding given; else by its byte order mark, in
+    UTF-8, or in cp1252, which is said once. Raises Error for what is no text."""
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError) as error:
+            raise Error(f"{file}: not readable as gzip ({error})") from None
+    marks = {codecs.BOM_UTF8: "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    marked = next((name for mark, name in marks.items() if data.startswith(mark)), None)
+    if not encoding and not marked:
+        require(
+            b"\0" not in data,
+            f"{file}: binary (a NUL byte at {data.find(bytes(1))}), expected text; of UTF-16 say --encoding utf-16",
         )
-        for record in table:
-            require(None not in record, f"{file}, line {table.line_num}: more fields than columns")
-            yield f"{file}, line {table.line_num}", record
-    elif file.suffix == ".json":
-        for article in read_json(file).get("data", ()):
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    yield (
-                        f"{file}, question {question.get('id')}",
-                        question | {"context": paragraph["context"]},
-                    )
+    try:
+        text = data.decode(encoding or marked or "utf-8")
+    except UnicodeError as error:
+        require(not encoding and not marked, f"{file}: not {encoding or marked} ({error})")
+        text = decode_cp1252(data, file, error)
+        if not any("cp1252" in line for line in said):
+            said.append(f"{file}: not UTF-8, read as cp1252 (--encoding names another)")
+    require("\0" not in text, f"{file}: binary (a NUL character), expected text")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode_cp1252(data: bytes, file, error: UnicodeError) -> str:
+    """Text of Western Europe; bytes that it does not have, and control characters, are no text."""
+    with contextlib.suppress(UnicodeError):
+        text = data.decode("cp1252")
+        if not re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]", text):
+            return text
+    raise Error(f"{file}: neither UTF-8 nor cp1252 ({error}), expected text; --encoding names it")
+
+
+def is_mappable(file: Path) -> bool:
+    """Is it a large file of plain UTF-8, as far as its first part shows?"""
+    if file.stat().st_size <= MMAP_MIN_BYTES:
+        return False
+    with open(file, "rb") as opened:
+        head = opened.read(min(MMAP_MIN_BYTES, 2**26))
+    if head.startswith((codecs.BOM_UTF8, b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
+        return False
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeError:
+        return False
+    return True
+
+
+def read_records(
+    path, task: str = "", split: str = "train", delimiter: str = "", encoding: str = ""
+) -> Iterator[dict]:
+    """The records of a file, of a folder's files of one split, or of standard input ("-"), as dicts of columns.
+
+    A plain text is one record with the column `text`. A task for which rows have columns reads .txt as CoNLL, and files
+    with other suffixes as tables. Raises Error for a file that is not what its name says.
+    """
+    options = TrainOptions(task=task or "lm", delimiter=delimiter, encoding=encoding)
+    files, root = [Path(path)], Path(path)
+    if root.is_dir():
+        files = data_files(root).get(split, [])
+    for file in files:
+        for _, record in file_records(file, options, root, [], guess=not task):
+            yield record
+
+
+def file_records(file: Path, options: TrainOptions, root: Path, said: list, guess: bool = False):
+    """Yield (place, record) of a file, for an error to name the place. `guess`: no task says what a text is."""
+    suffix, name = suffix_of(file), "standard input" if str(file) == "-" else str(file)
+    require(suffix not in NOT_READ, f"{name}: {NOT_READ.get(suffix)}")
+    kind, plain = FORMATS.get(suffix), options.task in ("lm", "mlm")
+    if kind == "arrow":
+        yield from arrow_records(file, suffix)
+        return
+    if name != "standard input" and kind in ("text", None) and plain and not options.encoding:
+        if is_mappable(file):
+            yield name, {"text": MappedText(file)}
+            return
+    data = sys.stdin.buffer.read() if name == "standard input" else file.read_bytes()
+    require(
+        data[:4] not in (b"PK\3\4", b"PAR1") and data[:2] != b"\x80\x05",
+        f"{name}: binary, expected text; its suffix does not say what it is",
+    )
+    text = decode_text(data, name, options.encoding, said)
+    if kind is None:
+        kind = "text" if plain else "table"
+        if looks_like_json_lines(text):
+            kind = "json"
+    if kind == "text":
+        tagged = looks_like_conll(text) if guess else options.task == "tokens"
+        kind = "conll" if tagged else "table" if options.delimiter else "text"
+    if kind == "json":
+        yield from json_records(name, text, lines=suffix != ".json")
+    elif kind == "table":
+        yield from table_records(name, text, options.delimiter, "\t" if suffix == ".tsv" else ",")
+    elif kind == "conll":
+        yield from conll_records(name, text, universal=suffix == ".conllu")
     else:
-        yield str(file), {"text": content}
+        label = class_folder(file, root) if file != root else None
+        yield name, {"text": text} | ({"label": label} if label else {})
 
 
-def read_rows(path: Path, options: TrainOptions) -> list:
-    """Rows of a file or, sorted by name, of a folder's files, with the roles that the task needs.
+def looks_like_json_lines(text: str) -> bool:
+    first = text.lstrip().partition("\n")[0]
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def looks_like_conll(text: str) -> bool:
+    """Do all of the first lines end with a tag (O, B-ORG, ...)?"""
+    lines = [line.split() for line in text.split("\n")[:200] if line.strip()][:100]
+    tags = [line[-1] for line in lines if len(line) > 1]
+    tagged = all(re.fullmatch(r"O|[BIESLU]-\S+", tag) for tag in tags)
+    return len(tags) > 1 and len(tags) == len(lines) and tagged
+
+
+def json_records(name: str, text: str, lines: bool):
+    """Records of a JSON file, or of one object in each line; each of the two is read under the other's suffix too."""
+    if not lines or text.lstrip().startswith("["):
+        try:
+            content = json.loads(text) if text.strip() else []
+        except RecursionError:
+            raise Error(f"{name}: nested too deeply, expected records") from None
+        except ValueError as error:
+            if not looks_like_json_lines(text):
+                raise Error(f"{name}: not readable as JSON ({error})") from None
+        else:
+            for n, record in enumerate(json_rows(name, content), 1):
+                yield f"{name}, record {n}", record
+            return
+    for n, line in enumerate(
+        text.split("\n"), 1
+    ):  # at no other end of line: a string may hold U+2028
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                raise Error(f"{name}, line {n}: {line[:60]!r}, expected a JSON object") from None
+            yield f"{name}, line {n}", record
+
+
+def json_rows(name: str, content) -> list:
+    """The records in a JSON file: a list of them, alone or as an object's only list; SQuAD's articles; what pandas
+    writes with orient columns, index, split or table; lists by column."""
+    if isinstance(content, list):
+        if content and isinstance(content[0], dict) and "paragraphs" in content[0]:
+            return squad_rows(name, content)
+        return [{"text": item} if isinstance(item, str) else item for item in content]
+    require(isinstance(content, dict), f"{name}: expected a list of records")
+    if {"columns", "data"} <= set(content):  # pandas: split
+        return [dict(zip(content["columns"], values)) for values in content["data"]]
+    lists = [value for value in content.values() if isinstance(value, list)]
+    of_records = [value for value in lists if value and isinstance(value[0], dict)]
+    if "data" in content or len(of_records) == 1 and len(lists) == 1:
+        rows = content.get("data", *of_records) if "data" in content else of_records[0]
+        require(isinstance(rows, list), f"{name}: data: expected a list of records")
+        return json_rows(name, rows)
+    if content and len(lists) == len(content):  # lists by column
+        require(len(set(map(len, lists))) == 1, f"{name}: expected lists of equal lengths")
+        return [dict(zip(content, values)) for values in zip(*lists)]
+    inner = [value for value in content.values() if isinstance(value, dict)]
+    if content and len(inner) == len(content):  # pandas: index, or columns
+        by_index = all(key.isdecimal() for key in content) or len(content) > len(inner[0])
+        if by_index and not all(key.isdecimal() for key in inner[0]):
+            return inner
+        return [{column: content[column].get(key) for column in content} for key in inner[0]]
+    return [content]
+
+
+def squad_rows(name: str, articles: list) -> list:
+    try:
+        return [
+            question | {"context": paragraph["context"]}
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Error(f"{name}: expected SQuAD's json: data, paragraphs, qas ({error!r})") from None
+
+
+def table_records(name: str, text: str, delimiter: str, usual: str):
+    """Records of a table with a header, by default divided as its header shows."""
+    text, delimiter = text.lstrip("\n"), {"\\t": "\t", "tab": "\t"}.get(delimiter, delimiter)
+    header = text.partition("\n")[0]
+    if not delimiter:
+        delimiter = usual if usual in header else max(",;\t|", key=header.count)
+    spaced = delimiter + " " in header  # then spaces behind a delimiter mean nothing
+    quoting = csv.QUOTE_MINIMAL
+    if delimiter == "\t" and not is_quoted(text):
+        quoting = csv.QUOTE_NONE
+    csv.field_size_limit(2**31 - 1)
+    table = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        strict=True,
+        quoting=quoting,
+        skipinitialspace=spaced,
+    )
+    columns, first = None, 1
+    try:
+        for values in table:
+            place, first = f"{name}, line {table.line_num}", table.line_num + 1
+            if columns is None:
+                columns = [column.strip() for column in values]
+            elif values:
+                require(len(values) <= len(columns), f"{place}: more fields than columns")
+                yield place, dict.fromkeys(columns) | dict(zip(columns, values))
+    except csv.Error as error:
+        raise Error(
+            f"{name}, line {first}: a quote that is not closed or doubled ({error})"
+        ) from None
+
+
+def is_quoted(text: str) -> bool:
+    """Is a table with tabs to be read with quotes (as spreadsheets write it) rather than without?"""
+    try:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
+        return len({len(row) for row in rows if row}) == 1
+    except csv.Error:
+        return False
+
+
+def conll_records(name: str, text: str, universal: bool):
+    """A sentence's words and tags: the first and last columns of its lines (of CoNLL-U the second and the fourth), with
+    an empty line between sentences."""
+    words, tags = [], []
+    for n, line in enumerate([*text.split("\n"), ""], 1):
+        fields = line.rstrip().split("\t") if "\t" in line.strip() else line.split()
+        if not fields or fields == [""] or fields[0] == "-DOCSTART-":
+            if words:
+                yield f"{name}, line {n}", {"tokens": words, "tags": tags}
+            words, tags = [], []
+        elif universal:
+            if fields[0].isdecimal():  # no comment, no part of a word
+                require(len(fields) > 3, f"{name}, line {n}: expected the columns of CoNLL-U")
+                words.append(fields[1])
+                tags.append(fields[3])
+        else:
+            require(
+                len(fields) > 1, f"{name}, line {n}: {line[:60]!r}, expected a word and its tag"
+            )
+            words.append(fields[0])
+            tags.append(fields[-1])
+
+
+def arrow_records(file: Path, suffix: str):
+    """Records of .parquet, or of .arrow as `datasets` saves it; its classes by their names."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise Error(f"{file}: needs `pip install pyarrow`") from None
+    try:
+        if suffix == ".parquet":
+            opened = pyarrow.parquet.ParquetFile(file)
+            schema, batches = opened.schema_arrow, opened.iter_batches()
+        else:
+            batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
+            schema = batches.schema
+        names, n = class_names(schema), 0
+        for batch in batches:
+            for record in batch.to_pylist():
+                n += 1
+                yield (
+                    f"{file}, row {n}",
+                    {
+                        column: with_names(value, names.get(column))
+                        for column, value in record.items()
+                    },
+                )
+    except (pyarrow.ArrowException, OSError) as error:
+        raise Error(f"{file}: not readable ({str(error).splitlines()[0]})") from None
+
+
+def class_names(schema) -> dict:
+    """Column -> names of its classes, as `datasets` notes them in a schema."""
+    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    found = {}
+    for column, feature in noted.get("info", {}).get("features", {}).items():
+        feature = feature[0] if isinstance(feature, list) else feature
+        feature = feature.get("feature", feature)
+        if feature.get("_type") == "ClassLabel":
+            found[column] = feature["names"]
+    return found
+
+
+def with_names(value, names: list | None):
+    """A class's name in place of its number; -1 stands for none."""
+    if names is None or value is None:
+        return value
+    if isinstance(value, list):
+        return [with_names(item, names) for item in value]
+    return names[value] if value >= 0 else None
+
+
+class Incomplete(Exception):
+    """A row that nothing can be learnt from, and why."""
+
+
+def read_rows(
+    path, options: TrainOptions, splits: tuple = ("train",), said: list | None = None
+) -> list[dict]:
+    """Rows, with the roles that the task needs, of a file, of a folder's files of the first of the splits that it has,
+    of standard input ("-"), or of records in memory. Rows where something is empty are left out. What there is to say
+    of it goes to stderr, or to the list `said`.
 
     Raises Error where a column is missing or has something else in it.
     """
-    suffixes = (".txt", ".md", ".jsonl", ".csv", ".tsv", ".json")
-    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes) if path.is_dir() else [path]
-    require(files, f"{path}: no {', '.join(suffixes)} file in this folder")
-    rows = []
-    for file in files:
+    name, rows, dropped, columns = "rows", [], Counter(), {}
+    lines = [] if said is None else said
+    if isinstance(path, (str, Path)):
+        name, path = str(path), Path(path)
+        files = [path]
+        if path.is_dir():
+            found = data_files(path)
+            split = next((split for split in splits if split in found), splits[0])
+            require(
+                found.get(split),
+                f"{path}: no {', '.join(FORMATS)} file {'in this folder' if not found else f'to {split} on'}",
+            )
+            files = found[split]
+            more = ", ..." if len(files) > 3 else ""
+            names = ", ".join(str(file.relative_to(path)) for file in files[:3])
+            lines.append(
+                f"{path}: {counted(len(files), 'file')} of the {split} split ({names}{more})"
+            )
+        records = itertools.chain.from_iterable(
+            file_records(file, options, path, lines) for file in files
+        )
+    else:
+        records = ((f"row {n}", record) for n, record in enumerate(path, 1))
+    for place, record in records:
         try:
-            rows += [read_row(where, record, options) for where, record in records(file)]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise Error(
-                f"{file}: expected SQuAD's json: data, paragraphs, qas ({error!r})"
-            ) from None
-    require(rows, f"{path}: no rows")
-    require(
-        len({"messages" in row for row in rows}) == 1,
-        f"{path}: texts and messages, expected one kind",
+            columns = columns or choose_columns(place, from_instruction(record, options), options)
+            rows.append(read_row(place, record, options))
+        except Incomplete as reason:
+            dropped[str(reason)] += 1
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
+    require(rows, f"{name}: no rows" + (f"; dropped: {reasons}" if dropped else ""))
+    chats = {"messages" in row for row in rows}
+    require(len(chats) == 1, f"{name}: texts and messages, expected one kind")
+    used = ", ".join(
+        f"{role} = {column}" if role != column else role for role, column in columns.items()
     )
+    left_out = f"; {counted(dropped.total(), 'row')} dropped: {reasons}" if dropped else ""
+    lines.append(f"{name}: {counted(len(rows), 'row')}, columns {used}{left_out}")
+    if "label" in rows[0]:
+        lines += settle_labels(name, rows, options)
+    for line in lines if said is None else ():
+        note(line)
     return rows
 
 
-def read_row(where: str, record, options: TrainOptions) -> dict:
-    require(isinstance(record, dict), f"{where}: {str(record)[:60]!r}, expected an object")
-    columns, row = {str(name).lower(): name for name in record}, {}
+def is_folder(data) -> bool:
+    return isinstance(data, (str, Path)) and Path(data).is_dir()
+
+
+def counted(number: int, name: str) -> str:
+    return f"{number:,} {name}{'s' * (number != 1)}"
+
+
+def read_splits(data, options: TrainOptions, said: list) -> tuple[list, list]:
+    """Rows to train on, and those to validate on: of --val, of the data's own validation split, or the last tenth."""
+    if isinstance(data, dict):  # splits in memory
+        require("train" in data, "data: expected a split `train`")
+        rows = read_rows(data["train"], options, said=said)
+        held = data.get("validation")
+    else:
+        rows = read_rows(data, options, said=said)
+        splits = data_files(Path(data)) if is_folder(data) else {}
+        held = data if "validation" in splits else None
+        if "test" in splits:
+            said.append(f"{data}: its test split is not read (`tinylm eval` reads it)")
+    held = options.val or held
+    if held is None:
+        return split_rows(rows)
+    if "label" in rows[0]:  # are numbers there what they are here
+        numbers = isinstance(rows[0]["label"], float)
+        options = replace(options, regression=numbers, classes=not numbers)
+    splits = ("validation", "test", "train") if options.val else ("validation",)
+    return rows, read_rows(held, options, splits, said)
+
+
+def lookup(record: dict, column: str):
+    """A column's value; of nested ones, `translation.en`, that of a name in it. Raises KeyError."""
+    if column in record:
+        return record[column]
+    value = record
+    for name in column.split("."):
+        value = value[name] if isinstance(value, dict) else None
+    return value
+
+
+def column_names(record: dict) -> list[str]:
+    """All columns; nested ones by their dotted names."""
+    names = []
+    for name, value in record.items():
+        nested = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        names += [f"{name}.{key}" for key in value] if nested and value else [str(name)]
+    return names
+
+
+def choose_columns(place: str, record, options: TrainOptions) -> dict[str, str]:
+    """Role -> the column that has it, for the roles of the task."""
+    require(isinstance(record, dict), f"{place}: {str(record)[:60]!r}, expected an object")
+    columns, chosen = {str(name).lower(): name for name in record}, {}
     for role in TASKS[options.task].roles:
-        option, names, read, kind = ROLES[role]
-        given = getattr(options, option, "")
-        column = (
-            given
-            if given
-            else next((columns[name] for name in names.split() if name in columns), None)
-        )
-        if column is None and (role in OPTIONAL or "messages" in row):
-            continue
-        require(
-            column in record,
-            f"{where}: no column {given or ' or '.join(names.split())} for the {role} (columns: "
-            f"{', '.join(map(str, record))[:200]})",
-        )
+        option, names, _, _ = ROLES[role]
+        column = getattr(options, option, "")
+        if column:
+            column = find_column(record, columns, column)
+        else:
+            column = next((columns[name] for name in names.split() if name in columns), None)
+        if column is not None:
+            chosen[role] = column
+        elif role not in OPTIONAL and "messages" not in chosen:
+            raise Error(f"{place}: {missing_column(record, role, getattr(options, option, ''))}")
+    return chosen
+
+
+def find_column(record: dict, columns: dict, name: str) -> str | None:
+    """A column as its record spells it: exactly, nested, or in another case."""
+    with contextlib.suppress(KeyError):
+        lookup(record, name)
+        return name
+    return columns.get(name.lower())
+
+
+def missing_column(record: dict, role: str, given: str) -> str:
+    option, names, _, _ = ROLES[role]
+    columns = column_names(record)
+    text = f"no column {given or ' or '.join(names.split())} for the {role} (columns: {', '.join(columns)[:200]})"
+    if option and not given:
+        text += f"; {flag(option)} names it"
+    if all(" " in name or not name.isidentifier() for name in columns):
+        text += "; is the first line a header?"
+    return text
+
+
+def from_instruction(record, options: TrainOptions):
+    """alpaca's instruction, input and output as what they mean: a source and its target, or a chat of two turns."""
+    if not isinstance(record, dict) or options.text or options.target:
+        return record
+    columns = {str(name).lower(): value for name, value in record.items()}
+    asked = next((name for name in ("instruction", "prompt") if name in columns), None)
+    said = next((name for name in ("output", "response", "completion") if name in columns), None)
+    if not asked or not said or {"messages", "conversations"} & set(columns):
+        return record
+    source, answer = (columns[asked], columns.get("input")), columns[said]
+    if not all(isinstance(text, (str, type(None))) for text in (*source, answer)):
+        return record
+    source = "\n\n".join(text for text in source if text)
+    if options.task == "seq2seq":
+        return {"source": source, "target": answer}
+    if options.task == "lm" and "text" not in columns:
+        turns = {"system": columns.get("system"), "user": source, "assistant": answer}
+        messages = [dict(role=role, content=text) for role, text in turns.items() if text]
+        return {"messages": messages if source and answer else None}
+    return record
+
+
+def read_row(place: str, record, options: TrainOptions) -> dict:
+    """Role -> value. Raises Incomplete for a row where one is empty, Error for one of another kind."""
+    row, record = {}, from_instruction(record, options)
+    for role, column in choose_columns(place, record, options).items():
+        value, (_, _, read, kind) = lookup(record, column), ROLES[role]
+        nothing = value is None or isinstance(value, float) and math.isnan(value)
+        if isinstance(value, str) or role in ("messages", "words") and not nothing:
+            nothing = not (value.strip() if isinstance(value, str) else value)
+        if nothing and role != "pair":
+            raise Incomplete(f"{column} is empty")
         try:
-            row[role] = read(record[column])
+            row[role] = read(value)
         except (TypeError, ValueError, KeyError):
-            raise Error(
-                f"{where}: {column} = {str(record[column])[:60]!r}, expected {kind}"
-            ) from None
+            hint = ""
+            if isinstance(value, dict) and read is as_text:
+                names = ", ".join(f"{column}.{name}" for name in value)
+                hint = f"; {flag(ROLES[role][0] or 'text')} names one of {names}"
+            raise Error(f"{place}: {column} = {str(value)[:60]!r}, expected {kind}{hint}") from None
+    if "answer" in row:
+        row["answer"] = find_answers(row["context"], row["answer"])
     return row
+
+
+def find_answers(context: str, answers: list) -> list:
+    """Answers, each with where it stands in the context. Raises Incomplete if none stands there."""
+    found = []
+    for text, start in answers:
+        if start is None or context[start : start + len(text)] != text:
+            start = context.find(text)
+        if start >= 0:
+            found.append((text, start))
+    if answers and not found:
+        raise Incomplete("the answer does not stand in its context")
+    return found
+
+
+def settle_labels(name: str, rows: list, options: TrainOptions) -> list[str]:
+    """Make the labels of one kind, in place: names of classes, lists of them, or numbers. Numbers with a decimal point
+    are no classes, but for 0.0, 1.0, ... of a few values; --regression and --classes decide otherwise. Returns what
+    there is to say of it."""
+    labels = [row["label"] for row in rows]
+    if any(isinstance(label, list) for label in labels):
+        require(not options.regression, f"{name}: lists of labels, expected numbers (--regression)")
+        return []
+    numbers = [as_number(label) for label in labels]
+    points = [isinstance(label, float) or "." in label for label in labels]
+    decimal = any(number is not None and point for number, point in zip(numbers, points))
+    if options.regression or decimal and not options.classes:
+        for label, number in zip(labels, numbers):
+            what = (
+                "--regression"
+                if options.regression
+                else "a number as others; --classes takes all as names"
+            )
+            require(number is not None, f"{name}: label {label!r}, expected {what}")
+    whole = all(number is not None and number.is_integer() for number in numbers)
+    few = len(set(numbers)) <= MAX_CLASSES_OF_NUMBERS
+    regression = options.regression or decimal and not options.classes and not (whole and few)
+    for row, label, number in zip(rows, labels, numbers):
+        if regression:
+            row["label"] = number
+        elif decimal and number is not None and number.is_integer():
+            row["label"] = str(int(number))
+        else:
+            row["label"] = str(label)
+    if decimal and not regression and not options.classes:
+        return [f"{name}: labels like 0.0 are taken as classes; --regression takes them as numbers"]
+    return []
+
+
+def as_number(label) -> float | None:
+    if isinstance(label, float):
+        return label
+    return (
+        float(label) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", label, re.I) else None
+    )
 
 
 def split_rows(rows: list, share: float = VAL_FRACTION) -> tuple[list, list]:
@@ -726,9 +1266,11 @@ def text_example(lm: TinyLM, block: int, text: str, pair: str | None = None) -> 
         part: [c for c, p in enumerate(encoding.sequence_ids) if p == part] for part in (None, 0, 1)
     }
     texts = [columns[0], columns[1]]
-    for _ in range(len(encoding.ids) - limit(lm, block)):
+    over = len(encoding.ids) - limit(lm, block)
+    for _ in range(over):
         max(texts, key=len).pop()
-    return columns_example(lm, encoding, sorted(columns[None] + texts[0] + texts[1]), 0)
+    example = columns_example(lm, encoding, sorted(columns[None] + texts[0] + texts[1]), 0)
+    return example | {"cut": over > 0}
 
 
 def columns_example(lm: TinyLM, encoding, kept: list, part: int) -> dict:
@@ -864,7 +1406,7 @@ class Task:
     def figures(self, lm: TinyLM, examples: list, batch: int) -> dict:
         """Name -> figure; the first one chooses the best checkpoint."""
         total = weight = 0.0
-        for i, indices in enumerate(similar(examples, batch)):
+        for i, indices in enumerate(watch(similar(examples, batch), "evaluating")):
             inputs = collate(lm.eval(), [examples[j] for j in indices], seed=i)
             with torch.no_grad():
                 total += loss_sum(lm, inputs).item()
@@ -881,7 +1423,7 @@ class Task:
         """A function of a random generator that gives an epoch's examples; of None, it gives all of them in order."""
         examples = [
             example | {"row": row, "number": number}
-            for number, row in enumerate(rows)
+            for number, row in enumerate(watch(rows, "tokenising"))
             for example in self.examples(lm, row, block)
         ]
         return lambda generator: examples
@@ -904,7 +1446,7 @@ def similar(examples: list, batch: int) -> list:
 def outputs(lm: TinyLM, examples: list, batch: int, max_new_tokens: int | None = None) -> list:
     """What the head says of each example, on the CPU and without padding; of a language model the text it writes."""
     found, ends = [None] * len(examples), lm.ends()
-    for indices in similar(examples, batch):
+    for indices in watch(similar(examples, batch), "evaluating"):
         inputs = collate(lm.eval(), [examples[i] for i in indices])
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         if lm.config.head == "lm":
@@ -1010,7 +1552,8 @@ class LanguageModelling(Task):
                 asked, said = (lm.tokenizer.encode(text, special=False) for text in texts)
                 ids, labels, done = ids + asked + said, labels + [-100] * len(asked) + said, whole
         require(ids, f"messages: {str(messages)[:60]!r} has nothing that the assistant says")
-        yield {"input_ids": ids[: limit(lm, block)], "labels": labels[: limit(lm, block)]}
+        size = limit(lm, block)
+        yield {"input_ids": ids[:size], "labels": labels[:size], "cut": len(ids) > size}
 
 
 class MaskFilling(LanguageModelling):
@@ -1569,6 +2112,43 @@ def peak_flops(device) -> float | None:
     return per_cycle and per_cycle * said.multi_processor_count * said.clock_rate * 1e3
 
 
+QUIET = contextvars.ContextVar("QUIET", default=False)  # --quiet: nothing on stderr
+
+
+def note(text: str, end: str = "\n"):
+    """A line on stderr, from the first process only."""
+    if rank_and_world_size()[0] == 0 and not QUIET.get():
+        clear = "\r\x1b[K" * sys.stderr.isatty()
+        print(clear + text, end=end, file=sys.stderr, flush=True)
+
+
+def watch(items: Iterable, what: str, total: int | None = None) -> Iterator:
+    """The items, and after two seconds how many of them are done: a live line on a terminal, elsewhere one now and
+    then."""
+    total = len(items) if total is None else total
+    live = sys.stderr.isatty()
+    begin, shown = time.monotonic(), -math.inf
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - begin > 2 and now - shown > (0.2 if live else 10):
+            shown = now
+            left = (now - begin) / max(done, 1) * (total - done)
+            bar = "█" * (20 * done // max(total, 1))
+            note(
+                f"{what} {done / max(total, 1):4.0%} |{bar:<20}| {clock(left)} to go",
+                "" if live else "\n",
+            )
+        yield item
+    if live and shown > 0:
+        note("", "")
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
 class Progress:
     """A live line on a terminal; elsewhere a plain one now and then. The loss is fetched only when a line is due."""
 
@@ -1576,26 +2156,212 @@ class Progress:
         self.steps, self.first, self.tokens, self.live = steps, first, 0, sys.stderr.isatty()
         self.begin, self.shown, self.peak = time.monotonic(), -math.inf, peak_flops(lm.device)
         self.flops = 6 * sum(p.numel() for name, p in lm.named_parameters() if "_embed" not in name)
+        self.warm = None
 
     def line(self, step: int, loss: Tensor, lr: float, tokens: int):
         now, self.tokens = time.monotonic(), self.tokens + tokens
+        self.estimate(step, now)
         if now - self.shown > (0.2 if self.live else 10) or step == self.steps:
             self.shown, spent = now, now - self.begin
-            eta = int(spent / (step - self.first) * (self.steps - step))
-            speed = f"{self.tokens / spent:,.0f} tok/s"
+            eta = spent / (step - self.first) * (self.steps - step)
+            speed = f"{self.speed():,.0f} tok/s"
             if (
                 self.peak
             ):  # model flops utilisation (Chowdhery et al. 2022), without attention's own products
-                speed += f"  MFU {self.tokens / spent * self.flops / self.peak:.1%}"
-            self.note(
-                f"step {step}/{self.steps}  loss {loss.item():.3f}  lr {lr:.2e}  {speed}  ETA {eta // 60}:"
-                f"{eta % 60:02d}",
+                speed += f"  MFU {self.speed() * self.flops / self.peak:.1%}"
+            note(
+                f"step {step}/{self.steps}  loss {loss.item():.3f}  lr {lr:.2e}  {speed}  ETA {clock(eta)}",
                 "" if self.live else "\n",
             )
 
-    def note(self, text: str, end: str = "\n"):
-        if rank_and_world_size()[0] == 0:
-            print("\r\x1b[K" * self.live + text, end=end, file=sys.stderr, flush=True)
+    def speed(self) -> float:
+        """Tokens in a second."""
+        return self.tokens / max(time.monotonic() - self.begin, 1e-9)
+
+    def estimate(self, step: int, now: float):
+        """Say once how long a long run will take, by its fifth to second steps: the first one compiles and warms up."""
+        if step == self.first + 1:
+            self.warm = now
+        if step == self.first + 5:
+            left = (now - self.warm) / 4 * (self.steps - step)
+            if left > 60:
+                note(
+                    f"{self.steps - step:,} steps to go will take about {clock(left)} without validations"
+                )
+
+
+class RunRecord:
+    """The figures of a run: lines of metrics.jsonl, TensorBoard's events, the model card in `best`. Only the first
+    process writes. Of a former run's record nothing is lost before this one has saved a checkpoint."""
+
+    def __init__(self, out: Path, step: int, options: TrainOptions):
+        self.file, self.rows, self.writer = out / "metrics.jsonl", [], None
+        self.first = rank_and_world_size()[0] == 0
+        if (
+            step and self.file.exists()
+        ):  # what a killed run wrote behind its last checkpoint is done again
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+            rows = (json.loads(line) for line in lines if line.endswith("}"))
+            self.rows = [row for row in rows if row["step"] <= step]
+        self.seconds = self.rows[-1]["seconds"] if self.rows else 0.0
+        self.written = None  # rows in the file; None: it is still the former one
+        self.begin = time.monotonic()
+        if options.tensorboard and self.first:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise Error("--tensorboard needs `pip install tensorboard`") from None
+            self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def spent(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self.seconds + time.monotonic() - self.begin
+
+    def add(self, step: int, figures: dict):
+        self.rows.append({"step": step, "seconds": round(self.spent(), 3)} | figures)
+        validation = figures.get("validation", {})
+        scalars = {name: value for name, value in figures.items() if name != "validation"}
+        scalars |= {f"validation/{name}": value for name, value in validation.items()}
+        for name, value in scalars.items() if self.writer else ():
+            self.writer.add_scalar(name.replace(" ", "_"), value, step)
+        if self.written is not None:
+            self.flush()
+
+    def flush(self):
+        """Write what is not yet in the file; at first all of it."""
+        if not self.first:
+            return
+        rows = self.rows[self.written or 0 :]
+        with open(self.file, "w" if self.written is None else "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        self.written = len(self.rows)
+        if self.writer:
+            self.writer.flush()
+
+
+def loss_curve(rows: list[dict]) -> str:
+    """The losses of a run's record as an SVG picture: of training, and of validation where that is a loss."""
+    width, height, left, bottom = 640, 320, 60, 30
+    curves = {"training": [(row["step"], row["loss"]) for row in rows if "loss" in row]}
+    named = [(row["step"], row.get("validation", {}).get("nats/token")) for row in rows]
+    curves["validation"] = [(step, value) for step, value in named if value is not None]
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        return ""
+    last = max(step for step, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+
+    def place(step: int, loss: float) -> str:
+        x = left + (width - left - 10) * step / last
+        y = 10 + (height - bottom - 10) * (high - loss) / max(high - low, 1e-9)
+        return f"{x:.1f},{y:.1f}"
+
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<path d="M{left},10V{height - bottom}H{width - 10}" fill="none" stroke="black"/>',
+        f'<text x="{left - 5}" y="20" text-anchor="end">{high:.3g}</text>',
+        f'<text x="{left - 5}" y="{height - bottom}" text-anchor="end">{low:.3g}</text>',
+        f'<text x="{width - 10}" y="{height - 10}" text-anchor="end">step {last}</text>',
+    ]
+    for (name, curve), colour, y in zip(curves.items(), ("#999999", "#d62728"), (24, 40)):
+        every = max(len(curve) // 400, 1)
+        shown = " ".join(place(*point) for point in curve[::every])
+        if shown:
+            lines.append(
+                f'<polyline points="{shown}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+            )
+            lines.append(
+                f'<text x="{width - 20}" y="{y}" fill="{colour}" text-anchor="end">{name}</text>'
+            )
+    return "\n".join([*lines, "</svg>", ""])
+
+
+AUTO_CLASSES = {  # task -> transformers' class, the hub's name of the task
+    "lm": ("AutoModelForCausalLM", "text-generation"),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "text2text-generation"),
+    "classify": ("AutoModelForSequenceClassification", "text-classification"),
+    "tokens": ("AutoModelForTokenClassification", "token-classification"),
+    "qa": ("AutoModelForQuestionAnswering", "question-answering"),
+    "mlm": ("AutoModelForMaskedLM", "fill-mask"),
+}
+
+
+def model_card(lm: TinyLM, options: TrainOptions, notes: dict, described: list[str]) -> str:
+    """README.md as the hub reads it: front matter, data, options, figures, how to load it."""
+    auto, tag = AUTO_CLASSES[options.task]
+    stock = lm.config.model_type != "tinylm"
+    default = TrainOptions(task=options.task, init=options.init, lora=options.lora).filled()
+    shown = {
+        name: value
+        for name, value in asdict(options).items()
+        if value not in (None, "", False) and name not in NOT_OF_THE_RUN
+    }
+    figures = notes.get("figures") or {}
+    front = ["---", f"pipeline_tag: {tag}", "tags:", "- tinylm"]
+    if stock:
+        front.insert(1, "library_name: transformers")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", options.init) and not Path(options.init).exists():
+        front.append(f"base_model: {options.init}")
+    start = f"fine-tuned from `{options.init}`" if options.init else "trained from scratch"
+    lines = [
+        *front,
+        "---",
+        "",
+        f"# A {lm.config.model_type} for {tag.replace('-', ' ')}",
+        "",
+        f"{sum(p.numel() for p in lm.parameters()):,} parameters, {start} with tinylm.",
+        "",
+        "## Data",
+        "",
+        *(f"- {line}" for line in described),
+        "",
+        "## Figures",
+        "",
+        f"After step {notes.get('best_step', notes['step'])}, on what was held back:"
+        if figures
+        else "Nothing was held back.",
+        "",
+    ]
+    if figures:
+        lines += ["| figure | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in figures.items()] + [""]
+    lines += ["![loss](loss.svg)", "", "## Options", "", "| option | value |", "|---|---|"]
+    lines += [
+        f"| {flag(name)} | {value}{'' if value == getattr(default, name) else ' (given)'} |"
+        for name, value in shown.items()
+    ]
+    lines += ["", "## How to load it", "", "```python"]
+    if stock:
+        lines += [
+            f"from transformers import {auto}, AutoTokenizer",
+            "",
+            f'model = {auto}.from_pretrained(".")',
+            'tokenizer = AutoTokenizer.from_pretrained(".")',
+            "```",
+            "",
+            "```python",
+        ]
+    lines += ["from tinylm import TinyLM", "", 'model = TinyLM.from_pretrained(".")', "```", ""]
+    use = 'sample . --prompt "..."' if options.task == "lm" else 'run . "..."'
+    return "\n".join([*lines, "```sh", f"tinylm {use}", "```", ""])
+
+
+NOT_OF_THE_RUN = {"out", "overwrite", "quiet", "tensorboard"}  # options that change nothing learnt
+MAY_CHANGE = NOT_OF_THE_RUN | {  # of a run that goes on
+    "steps",
+    "epochs",
+    "eval_every",
+    "patience",
+    "device",
+    "compile",
+}
+REMEMBERED = ("task", *COLUMNS, "block", "regression", "classes")
+
+
+def remembered(folder) -> dict:
+    """What `eval` and `run` need of the training of a checkpoint: its task, columns and --block; {} of another's."""
+    return read_json(Path(folder) / "tinylm_training.json", {})
 
 
 def save(
@@ -1615,6 +2381,8 @@ def save(
             tensors, notes = {}, notes | {"shards": save_shards(folder, tensors, lm.device)}
         if rank_and_world_size()[0] == 0:
             lm.save_pretrained(folder)
+            said = {name: getattr(options, name) for name in REMEMBERED}
+            write_json(folder / "tinylm_training.json", said)
         else:
             lm.state_dict()  # in which all processes take part
         if options.lora:
@@ -1724,42 +2492,48 @@ def load_shards(path: Path, owner: Callable) -> dict:
 
 
 def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
-    """Train on `data` (see `read_rows`) from scratch or from `options.init`; or go on where `options.out`/last stopped:
-    bit for bit the run that was not interrupted, since data order and dropout depend on seed and step alone."""
-    asked, options, out, task = (
-        asdict(options),
-        options.filled(),
-        Path(options.out),
-        TASKS[options.task],
-    )
-    notes = load_resume_metadata(out / "last") if resume else None
+    """Train on `data` (a path, or rows: see `read_rows`; {"train": rows, "validation": rows}) from scratch or from
+    `options.init`; or go on where `options.out`/last stopped: bit for bit the run that was not interrupted, since data
+    order and dropout depend on seed and step alone.
+
+    Raises Error for data or options that do not fit, and where `options.out` holds a run that is not to go on.
+    """
+    quiet = QUIET.set(options.quiet)
+    try:
+        return train_model(data, options, resume)
+    finally:
+        QUIET.reset(quiet)
+
+
+def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
+    asked, options, out = asdict(options), options.filled(), Path(options.out)
+    task, said = TASKS[options.task], []
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file, expected a folder")
-    rows, held = (
-        read_rows(Path(data), options),
-        read_rows(Path(options.val), options) if options.val else None,
-    )
-    hashed = hashlib.sha256(repr((rows, held)).encode("utf-8", errors="replace")).hexdigest()
-    for name, value in notes["options"].items() if resume else ():
-        require(
-            name == "out" or asked.get(name) == value,
-            f"--resume: {flag(name)} was {value}, not {asked.get(name)}, in the run to go on with",
-        )
+    if not isinstance(data, (str, Path, dict)):
+        data = list(data)
+    notes = load_resume_metadata(out / "last") if resume else None
+    held_run = [path for path in (out / "last", out / "best") if (path / "config.json").exists()]
     require(
-        not resume or notes["data"] == hashed,
-        "--resume: the data is not that of the run to go on with",
+        resume or options.overwrite or not held_run,
+        f"--out {out}: holds a run; expected --resume to go on with it, --overwrite to replace it, or another --out",
     )
-    if held is None:
-        rows, held = split_rows(rows)
+    rows, held = read_splits(data, options, said)
+    hashed = hashlib.sha256(repr((rows, held)).encode("utf-8", errors="replace")).hexdigest()
+    if resume:
+        check_resume(notes, asked, hashed)
     named = [
         {role: row[role] for role in ("label", "tags") if role in row} for row in held
     ]  # some may be there only
+    said.append(describe_rows(rows, held, options))
     lm = build_model(rows + named, options, resume)
     optimizer = make_optimizer(lm, options)
     batches = Batches(lm, task.epochs(lm, rows, options.block), options)
     require(
-        batches.per_epoch, f"{data}: expected more than --block {options.block} tokens to train on"
+        batches.per_epoch,
+        f"{data if isinstance(data, (str, Path)) else 'data'}: expected more than --block {options.block} tokens to train on",
     )
     held = task.epochs(lm, held, options.block)(None) if held else []
+    said += describe_cuts(options, batches.epoch(None), held)
     weights = (
         class_weights(lm.config, batches.epoch(None)).to(lm.device)
         if options.class_weights
@@ -1768,24 +2542,90 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     steps = options.steps or math.ceil(options.epochs * batches.per_epoch)
     if resume:
         restore(lm, optimizer, out / "last", notes)
+        notes["options"] = asked
     notes = notes or dict(options=asked, data=hashed, step=0, best=None, stale=0)
     if options.compile:
         lm.compile(fullgraph=True)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.set_flush_denormal(True)  # a CPU takes a hundred times as long over them
     keep_memory()
-    progress = Progress(lm, steps, notes["step"])
-    total, trained = (
-        sum(p.numel() for p in lm.parameters() if p.requires_grad >= least)
-        for least in (False, True)
-    )
-    progress.note(
+    parameters = [*lm.parameters()]
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    for line in said:
+        note(line)
+    note(
         f"{total:,} parameters, {trained:,} of them trained; {batches.per_epoch:,} batches to train on, "
         f"{len(held):,} sequences held back; {lm.device}"
     )
     with locked(out) if rank_and_world_size()[0] == 0 else contextlib.nullcontext():
-        train_steps(lm, optimizer, batches, held, weights, steps, notes, options, progress)
+        record = RunRecord(out, notes["step"], options)
+        if notes["step"] >= steps:
+            note(f"{out}: this run is finished; --resume --steps N with N above {steps} goes on")
+        train_steps(lm, optimizer, batches, held, weights, steps, notes, options, record, said)
+    figures = notes.get("figures") or {}
+    if rank_and_world_size()[0] == 0:
+        result = "  ".join(f"{value:.4f} {name}" for name, value in figures.items())
+        result = (
+            f"{result or 'nothing was held back'}; {notes['step']} steps in {clock(record.spent())}"
+        )
+        print(f"{out / 'best'}: {result}", flush=True)
     return lm.eval()
+
+
+def check_resume(notes: dict, asked: dict, hashed: str):
+    """Refuse to go on with other options or other data."""
+    for name, value in notes["options"].items():
+        require(
+            name in MAY_CHANGE or asked.get(name) == value,
+            f"--resume: {flag(name)} was {value}, not {asked.get(name)}, in the run to go on with",
+        )
+    require(notes["data"] == hashed, "--resume: the data is not that of the run to go on with")
+
+
+def describe_rows(rows: list, held: list, options: TrainOptions) -> str:
+    """The task, the rows, and what there is to learn. Raises Error where that is one class only."""
+    every, task = rows + held, options.task
+    text = f"{task}: {len(rows):,} rows to train on, {len(held):,} to validate on"
+    labels = [row["label"] for row in every if "label" in row]
+    tags = [tag for row in every for tag in row.get("tags", ())]
+    if labels and isinstance(labels[0], float):
+        return f"{text}; regression, from {min(labels):g} to {max(labels):g}"
+    if labels or tags:
+        several = any(isinstance(label, list) for label in labels)
+        lists = (label if isinstance(label, list) else [label] for label in labels)
+        counts = Counter(tags or itertools.chain.from_iterable(lists))
+        require(
+            several or len(counts) > 1,
+            f"--task {task}: one {'tag' if tags else 'class'} only ({', '.join(counts)}), expected two or more",
+        )
+        shown = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(20))
+        more = f", and {len(counts) - 20} more" if len(counts) > 20 else ""
+        text += f"; {len(counts)} {'tags' if tags else 'labels' if several else 'classes'}: {shown}{more}"
+        cases = {}
+        for name in counts:
+            cases.setdefault(name.lower(), []).append(name)
+        alike = [" and ".join(names) for names in cases.values() if len(names) > 1]
+        if alike:
+            text += f"; they differ in case only: {', '.join(alike)}"
+        return text
+    if "messages" in rows[0]:
+        return f"{task}: {len(rows):,} conversations to train on, {len(held):,} to validate on"
+    if set(rows[0]) == {"text"}:
+        sizes = (sum(len(row["text"]) for row in part) for part in (rows, held))
+        return "{}: {:,} characters to train on, {:,} to validate on".format(task, *sizes)
+    return text
+
+
+def describe_cuts(options: TrainOptions, *parts) -> list[str]:
+    """How many texts are longer than a block."""
+    examples = [example for part in parts if isinstance(part, list) for example in part]
+    cut = sum(example.get("cut", False) for example in examples)
+    if not cut:
+        return []
+    return [
+        f"{cut:,} of {len(examples):,} texts are longer than --block {options.block} and are cut"
+    ]
 
 
 def keep_memory():
@@ -1796,16 +2636,27 @@ def keep_memory():
 
 
 def train_steps(
-    lm, optimizer, batches, held, weights, steps: int, notes: dict, options: TrainOptions, progress
+    lm,
+    optimizer,
+    batches: Batches,
+    held: list,
+    weights: Tensor | None,
+    steps: int,
+    notes: dict,
+    options: TrainOptions,
+    record: RunRecord,
+    described: list[str],
 ):
     """The loop, from the step that the notes name to the last, or to an interruption."""
-    every, last = options.eval_every or min(batches.per_epoch, steps), Path(options.out) / "last"
+    every, out = options.eval_every or min(batches.per_epoch, steps), Path(options.out)
+    best, last = out / "best", out / "last"
     peaks, stop = [group["lr"] for group in optimizer.param_groups], False
+    rank, world = rank_and_world_size()
+    progress = Progress(lm, steps, notes["step"])
+    log_every = max(steps // 1000, 16 if lm.device.type == "cuda" else 1)
     with interruptible() as interrupted:
         while notes["step"] < steps and not (stop or 0 < options.patience <= notes["stale"]):
-            torch.manual_seed(
-                options.seed * 1_000_003 + notes["step"] + 2**40 * rank_and_world_size()[0]
-            )
+            torch.manual_seed(options.seed * 1_000_003 + notes["step"] + 2**40 * rank)
             scale, batch = lr_multiplier(notes["step"], steps, options), batches.draw(notes["step"])
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * scale
@@ -1820,36 +2671,50 @@ def train_steps(
                 loss_spike_threshold(notes),
             )
             notes["step"] += 1
-            due = notes["step"] % every == 0 or notes["step"] == steps
-            if due or notes["step"] % 16 == 0 or not loss.is_cuda:  # a look at a GPU waits for it
-                check_loss(loss.item(), notes, progress)
-                stop = bool(
-                    all_reduce(
-                        loss.new_tensor(interrupted.is_set()), rank_and_world_size()[1], "MAX"
-                    )
-                )
-            progress.line(
-                notes["step"],
-                loss,
-                options.lr * scale,
-                batch["input_ids"].numel() * rank_and_world_size()[1],
+            step = notes["step"]
+            due = step % every == 0 or step == steps
+            logged = due or step % log_every == 0
+            if logged or step % 16 == 0 or not loss.is_cuda:  # a look at a GPU waits for it
+                check_loss(loss.item(), notes)
+                flag_set = loss.new_tensor(interrupted.is_set())
+                stop = bool(all_reduce(flag_set, world, "MAX"))
+            progress.line(step, loss, options.lr * scale, batch["input_ids"].numel() * world)
+            row = (
+                dict(loss=loss.item(), lr=options.lr * scale, adam_lr=options.adam_lr * scale)
+                if logged
+                else {}
             )
+            row |= {"tokens_per_second": round(progress.speed())} if logged else {}
             if due:
-                validate(lm, held, notes, options, progress)
+                better, figures = validate(lm, held, notes, options)
+                row |= {"validation": figures} if figures else {}
+                if better:
+                    save(best, lm, options)
+            if row:
+                record.add(step, row)
             if due or stop:
                 save(last, lm, options, optimizer, notes)
+                record.flush()
+                write_card(best, lm, options, notes, record, described)
     if notes["step"] < steps:
-        progress.note(
-            f"stopped at step {notes['step']}: "
-            + (
-                f"{last} is saved; --resume goes on"
-                if stop
-                else f"no better validation in the last {notes['stale']}"
-            )
-        )
+        reason = f"{last} is saved; --resume goes on" if stop else ""
+        reason = reason or f"no better validation in the last {notes['stale']}"
+        note(f"stopped at step {notes['step']}: {reason}")
 
 
-def check_loss(loss: float, notes: dict, progress: Progress):
+def write_card(folder: Path, lm, options: TrainOptions, notes: dict, record: RunRecord, described):
+    """The model card and its picture, beside the best checkpoint."""
+    if not record.first or not folder.is_dir():
+        return
+    card, curve = model_card(lm, options, notes, described), loss_curve(record.rows)
+    try:
+        for name, text in {"README.md": card, "loss.svg": curve}.items():
+            write_file(folder / name, lambda path, text=text: path.write_text(text, "utf-8"))
+    except OSError as error:
+        raise Error(f"{folder}: no model card written ({error})") from None
+
+
+def check_loss(loss: float, notes: dict):
     """Stop at a loss that is no number, before anything is saved; say when one jumped, which changed nothing."""
     step = notes["step"]
     require(
@@ -1858,7 +2723,7 @@ def check_loss(loss: float, notes: dict, progress: Progress):
         "number (try a lower --lr and --adam-lr)",
     )
     if loss > loss_spike_threshold(notes):
-        progress.note(
+        note(
             f"step {step}: the loss jumped from about {notes['usual']:.3f} to {loss:.3f}; left out"
         )
     notes["usual"] = 0.9 * notes.get("usual", loss) + 0.1 * loss
@@ -1869,30 +2734,29 @@ def loss_spike_threshold(notes: dict) -> float:
     return 2 * notes.get("usual", math.inf) + 1
 
 
-def validate(lm: TinyLM, held: list, notes: dict, options: TrainOptions, progress: Progress):
-    """Score what was held back, keep the best, show a sample of what a decoder writes."""
-    better, task = True, TASKS[options.task]
+def validate(lm: TinyLM, held: list, notes: dict, options: TrainOptions) -> tuple[bool, dict]:
+    """Score what was held back; is it the best so far, and the figures. Shows a sample of what a decoder writes."""
+    better, task, figures = True, TASKS[options.task], {}
     if held:
         figures = task.figures(lm, held, options.batch)
         name, figure = next(iter(figures.items()))
         better = notes["best"] is None or (
             figure < notes["best"] if name in LOWER_IS_BETTER else figure > notes["best"]
         )
-        notes |= dict(best=figure, stale=0) if better else dict(stale=notes["stale"] + 1)
-        progress.note(
-            f"step {notes['step']}  validation "
-            + "  ".join(f"{figure:.4f} {name}" for name, figure in figures.items())
-            + "  best" * better
-        )
-    if better:
-        save(Path(options.out) / "best", lm, options)
-    if options.task == "lm" and held and rank_and_world_size()[1] == 1:
+        if better:
+            notes |= dict(best=figure, stale=0, figures=figures, best_step=notes["step"])
+        else:
+            notes["stale"] += 1
+        shown = "  ".join(f"{figure:.4f} {name}" for name, figure in figures.items())
+        note(f"step {notes['step']}  validation {shown}" + "  best" * better)
+    if options.task == "lm" and held and rank_and_world_size()[1] == 1 and not QUIET.get():
         text = lm.tokenizer.decode(held[0]["input_ids"][:1])
         with contextlib.suppress(Error):  # e.g. of so many tokens: it is only a sample
             text += "".join(
                 lm.eval().stream(text, 120, temperature=0.8, top_p=0.95, seed=notes["step"])
             )
-        progress.note("  | " + text.replace("\n", "\n  | "))
+        note("  | " + text.replace("\n", "\n  | "))
+    return better, figures
 
 
 @contextlib.contextmanager
@@ -1921,8 +2785,9 @@ def interruptible():
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped beside this file
 
 
-def add_options(parser, owner, *names: str, **defaults):
-    """Fields of a dataclass, or those named, as options of a command. What is not said is not there."""
+def add_options(parser, owner, *names: str, shown: dict | None = None, **defaults):
+    """Fields of a dataclass, or those named, as options of a command. What is not said is not there. `shown`: defaults
+    that the help names and that are filled in later."""
     for f in fields(owner):
         if f.name in names or not names:
             hint = get_type_hints(owner)[f.name]
@@ -1935,16 +2800,18 @@ def add_options(parser, owner, *names: str, **defaults):
                 else dict(type=kind, metavar=f.name.upper())
             )
             default = defaults.get(f.name, f.default)
-            shown = "" if default in (None, "", False) else f" (default: {default})"
+            default = (shown or {}).get(f.name) if default is None else default
+            note_of_default = "" if default in (None, "", False) else f" (default: {default})"
             parser.add_argument(
                 flag(f.name),
                 default=defaults.get(f.name, argparse.SUPPRESS),
-                help=f.metadata.get("help", "") + shown,
+                help=f.metadata.get("help", "") + note_of_default,
                 **kind,
             )
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
+    """The command line; `defaults`: what is shown as TrainOptions' own, where those depend on the task and the start."""
     parser = argparse.ArgumentParser(
         prog="tinylm", description="A whole language-model library in one file."
     )
@@ -1954,8 +2821,11 @@ def make_parser() -> argparse.ArgumentParser:
     sub = commands.add_parser(
         "train", help="train a model from scratch, or fine-tune one, for a task"
     )
-    sub.add_argument("data", help="text, jsonl, csv, tsv or SQuAD's json, or a folder of these")
-    add_options(sub, TrainOptions)
+    sub.add_argument(
+        "data",
+        help=".txt, .jsonl, .json, .csv, .tsv, .parquet, CoNLL, each .gz too; a folder of these; or - for standard input",
+    )
+    add_options(sub, TrainOptions, shown=defaults)
     sub.add_argument(
         "--resume", action="store_true", help="go on where --out/last stopped, with its options"
     )
@@ -1963,7 +2833,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("eval", help="the figures of a checkpoint's task on data")
     sub.add_argument("folder", help="a checkpoint")
     sub.add_argument("data", help="as for train")
-    add_options(sub, TrainOptions, *COLUMNS, "batch", "block", "device")
+    add_options(sub, TrainOptions, *COLUMNS, "delimiter", "encoding", "batch", "block", "device")
     sub.add_argument("--json", action="store_true", help="print them as JSON")
 
     sub = commands.add_parser(
@@ -2021,7 +2891,7 @@ def main(argv: list | None = None) -> int:
         return export_command().main(argv[1:])
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:  # `train.py my.txt`
         argv = ["train", *argv]
-    parser = make_parser()
+    parser = make_parser(defaults_of(argv) if {"-h", "--help"} & set(argv) else None)
     known, more = parser.parse_known_args(argv)
     options = vars(known)
     if more and (
@@ -2046,22 +2916,37 @@ def main(argv: list | None = None) -> int:
     return 0
 
 
+def defaults_of(argv: list[str]) -> dict:
+    """What a training with these arguments takes where they say nothing."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--task", default="lm")
+    parser.add_argument("--init", default="")
+    parser.add_argument("--lora", default="0")
+    said, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    try:
+        options = TrainOptions(task=said.task, init=said.init, lora=int(said.lora))
+    except ValueError:
+        options = TrainOptions()
+    return asdict(options.filled())
+
+
 def export_command():
     """export.py, which lies beside this file, in a clone or as installed."""
     return importlib.import_module(".export" if __package__ else "export", __package__)
 
 
 def run_train(options: dict):
-    data, resume, last = (
-        options.pop("data"),
-        options.pop("resume"),
-        Path(options.get("out", TrainOptions.out)) / "last",
-    )
+    data, resume = options.pop("data"), options.pop("resume")
+    last = Path(options.get("out", TrainOptions.out)) / "last"
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts != "0":  # torchrun begins again after a fault
         resume |= (last / "training.safetensors").exists()
+        options |= {"overwrite": True}
     if resume:  # what is not said again is as it was
-        options = load_resume_metadata(last)["options"] | options
+        before = load_resume_metadata(last)["options"] | dict(quiet=False, overwrite=False)
+        if {"steps", "epochs"} & set(options):  # either takes the other's place
+            before |= dict(steps=None, epochs=None)
+        options = before | options
     options = TrainOptions(**options)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # under torchrun
         cuda = usable_device(options.device).type == "cuda"
@@ -2092,8 +2977,11 @@ def run_eval(options: dict):
     lm, as_json, data = opened(options), options.pop("json"), options.pop("data")
     name = task_of(lm.config)
     require(name in TRAINABLE, f"{lm.folder}: expected a model with a task's head")
-    options, task = TrainOptions(task=name, **options).filled(), TASKS[name]
-    examples = task.epochs(lm, read_rows(Path(data), options), options.block)(None)
+    known = remembered(lm.folder) | dict(regression=lm.config.problem_type == "regression")
+    known |= dict(task=name, classes=not known["regression"])
+    options, task = TrainOptions(**known | options).filled(), TASKS[name]
+    rows = read_rows(data, options, ("test", "validation", "train"))
+    examples = task.epochs(lm, rows, options.block)(None)
     require(len(examples), f"{data}: nothing to evaluate")
     figures = task.report(lm, examples, options.batch)
     print(

@@ -88,7 +88,7 @@ def test_killed_at_any_write_it_goes_on_to_the_same_curve(text, whole, tmp_path,
         monkeypatch.setattr(tinylm, "write_file", write_file)
         going_on = (out / "last" / "training.safetensors").exists()
         try:
-            assert run_train(text, out, *["--resume"] * going_on) == 0
+            assert run_train(text, out, "--resume" if going_on else "--overwrite") == 0
             break
         except Killed:
             kills += 1
@@ -116,7 +116,7 @@ def test_killed_by_the_system_it_goes_on_to_the_same_curve(text, whole, tmp_path
             text,
             "--out",
             out,
-            *(["--resume"] if going_on else OPTIONS),
+            *(["--resume"] if going_on else [*OPTIONS, "--overwrite"]),
         ]
         run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         next(line for line in run.stderr if re.search("validation", line))
@@ -125,9 +125,8 @@ def test_killed_by_the_system_it_goes_on_to_the_same_curve(text, whole, tmp_path
         run.communicate()
         if (out / "last" / "training.safetensors").exists():
             TinyLM.from_pretrained(out / "last")
-    assert (
-        run_train(text, out, *["--resume"] * (out / "last" / "training.safetensors").exists()) == 0
-    )
+    going_on = (out / "last" / "training.safetensors").exists()
+    assert run_train(text, out, "--resume" if going_on else "--overwrite") == 0
     for file in whole.rglob("*.safetensors"):
         assert same_files(file, out / file.relative_to(whole)), file
 
@@ -144,7 +143,7 @@ def test_a_full_disk_keeps_what_was_saved(text, tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[0] // 2, limits[1]))
     try:
-        assert run_train(text, out) == 1
+        assert run_train(text, out, "--overwrite") == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err.splitlines()[-1]
@@ -162,7 +161,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(text, tmp_path, capsys, mon
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        assert run_train(text, out) == 1
+        assert run_train(text, out, "--overwrite") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert str(out / "best") in error and "Permission denied" in error
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -81,8 +81,9 @@ def test_training_reports_and_improves(trained):
 def test_nothing_is_pickled(trained):
     out, _ = trained
     files = [path for path in out.rglob("*") if path.is_file()]
-    assert {path.parent.name for path in files} == {"best", "last"}
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja", ".txt"}
+    assert {path.parent for path in files} == {out, out / "best", out / "last"}
+    known = {".json", ".safetensors", ".jinja", ".txt", ".jsonl", ".md", ".svg"}
+    assert {path.suffix for path in files} <= known
 
 
 @pytest.mark.parametrize("which", ["best", "last"])

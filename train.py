@@ -69,6 +69,7 @@ from tinylm import (
     all_reduce,
     check,
     config_from_hf,
+    find_checkpoint,
     full_tensor,
     fused_sizes,
     label_weight,
@@ -2049,8 +2050,9 @@ def dropouts(config: Config, p: float | None) -> dict:
     )
 
 
-def load_for_finetuning(folder: Path, rows: list, options: TrainOptions) -> TinyLM:
-    """A checkpoint in fp32, with the task's head and the rows' labels."""
+def load_for_finetuning(name, rows: list, options: TrainOptions) -> TinyLM:
+    """A checkpoint in fp32, a folder's or the hub's, with the task's head and the rows' labels."""
+    folder = find_checkpoint(name)
     head, file = TASKS[options.task].head, folder / "config.json"
     head = "config" if head == "lm" else head  # no language model begins with a head at random
     config = config_from_hf(read_json(file), str(file), head)
@@ -2074,7 +2076,7 @@ def build_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
     """The model, new or opened, with what is to be trained of it."""
     folder = options.init or Path(options.out) / "last"
     lm = (
-        load_for_finetuning(Path(folder), rows, options)
+        load_for_finetuning(folder, rows, options)
         if options.init or resume
         else new_model(rows, options)
     )
@@ -2130,9 +2132,9 @@ def watch(items: Iterable, what: str, total: int | None = None) -> Iterator:
     begin, shown = time.monotonic(), -math.inf
     for done, item in enumerate(items):
         now = time.monotonic()
-        if now - begin > 2 and now - shown > (0.2 if live else 10):
+        if done and now - begin > 2 and now - shown > (0.2 if live else 10):
             shown = now
-            left = (now - begin) / max(done, 1) * (total - done)
+            left = (now - begin) / done * (total - done)
             bar = "█" * (20 * done // max(total, 1))
             note(
                 f"{what} {done / max(total, 1):4.0%} |{bar:<20}| {clock(left)} to go",

@@ -2299,22 +2299,21 @@ def template_environment():
                     raise SecurityError("a value is too large")
             return check(super().call_binop(context, operator, left, right))
 
+    def check_name(name):
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace takes no name like {name!r}")
+
     class Namespace(jinja2.utils.Namespace):
         def __init__(*arguments, **options):
-            self, *arguments = arguments
+            self, *arguments = arguments  # so that `self` can be an option
             values = dict(*arguments, **options)
             for name in values:
-                self._check_name(name)
+                check_name(name)
             jinja2.utils.Namespace.__init__(self, values)
 
         def __setitem__(self, name, value):
-            self._check_name(name)
-            super().__setitem__(name, value)
-
-        @staticmethod
-        def _check_name(name):
-            if isinstance(name, str) and name.startswith("_"):
-                raise SecurityError(f"a namespace takes no name like {name!r}")
+            check_name(name)
+            jinja2.utils.Namespace.__setitem__(self, name, value)
 
     class Dict:
         def __call__(self, *arguments, **options):

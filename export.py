@@ -18,7 +18,6 @@ import ast
 import contextlib
 import copy
 import itertools
-import json
 import logging
 import math
 import os
@@ -47,7 +46,7 @@ from onnxlm import (
     OnnxLM,
     Session,
     first_line,
-    run_inputs,
+    run_lines,
     stream_text,
 )
 from tinylm import Error, require
@@ -1387,15 +1386,11 @@ def run_export(argv: list) -> int:
     print(f"[{time.monotonic() - begin:5.1f} s] wrote {options.out}", flush=True)
     if options.onnx:
         lm = OnnxLM(options.out, precisions[0])
-        if lm.job == "generate" and not lm.encoder:
+        if lm.task == "lm":
             sampled = {} if options.prompt else {"temperature": 0.7, "seed": 1}
             show(lm, options.prompt or "ROMEO:", options.max_new_tokens, **sampled)
         elif options.prompt:
-            print(
-                json.dumps(
-                    run_inputs(lm, [options.prompt], options.max_new_tokens)[0], ensure_ascii=False
-                )
-            )
+            run_lines(lm, [options.prompt], max_new_tokens=options.max_new_tokens)
     return 0
 
 

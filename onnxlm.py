@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import datetime
 import functools
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import time
 from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -129,11 +131,8 @@ class OnnxLM:
             f"precision = {precision!r}, expected one of {', '.join(SUFFIXES)}",
         )
         self.folder = Path(folder)
-        said = {
-            key: value
-            for key, value in self._json("generation_config.json").items()
-            if value is not None
-        }
+        generation_config = read_json(self.folder / "generation_config.json", {})
+        said = {key: value for key, value in generation_config.items() if value is not None}
         self.config = read_json(self.folder / "config.json") | said
         stems = (
             ("encoder_model", "decoder_model_merged")
@@ -175,21 +174,13 @@ class OnnxLM:
         }
         self.shared = "shared_cache" in self.session.notes
         self.vocab_size = self.config["vocab_size"]
+        self.max_length = (self.encoder or self.session).limit
+        self.task = task_of(self.config, self.folder)
 
     @functools.cached_property
     def tokenizer(self):
         """`encode(text)` and `decode(ids)` of the folder's tokenizer.json."""
         return load_tokenizer(self.folder)
-
-    @property
-    def job(self) -> str:
-        """What the model is for, a key of JOBS, read off its graph's outputs."""
-        (name, shape), *_ = self.session.outputs.items()
-        if self.past or name != "logits":
-            return {"start_logits": "qa", "last_hidden_state": "embed"}.get(name, "generate")
-        return (
-            "classify" if len(shape) == 2 else "fill" if shape[-1] == self.vocab_size else "tokens"
-        )
 
     def source(self, input_ids, mask) -> dict:
         """What the decoder's graph takes of a source (batch, source): hidden states and mask."""
@@ -395,27 +386,12 @@ class OnnxLM:
                 return
             input_ids, mask = token[:, None], longest[:, : seq + count + 1]
 
-    def run(self, texts, pairs=None, batch: int = 32, **options) -> list:
-        """What the model is for: for each text (and its pair: of a question the context) what `tinylm.py run` says of
-        it, a list of {"label", "score"}, {"entity_group", "word", "score", "start", "end"}, {"answer", "score",
-        "start", "end"}, {"token_str", "score", "sequence"}, {"embedding"} or {"generated_text"}; the latter
-        greedy, unless the options, those of `decode`, say otherwise. Runs in batches of texts of like length."""
-        pairs = [None] * len(texts) if pairs is None else pairs
-        require(
-            len(pairs) == len(texts),
-            f"pairs: {len(pairs)} of them, expected the {len(texts)} of texts",
-        )
-        job, results = JOBS[self.job], {}
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]) - len(pairs[i] or ""))
-        for at in range(0, len(order), batch):
-            rows = order[at : at + batch]
-            results |= zip(
-                rows, job(self, [texts[i] for i in rows], [pairs[i] for i in rows], **options)
-            )
-        return [results[i] for i in range(len(texts))]
+    def forward(self, input_ids, attention_mask, token_type_ids=None) -> np.ndarray:
+        return self(input_ids, attention_mask, token_type_ids)
 
-    def _json(self, name: str) -> dict:
-        return read_json(self.folder / name) if (self.folder / name).exists() else {}
+    def run(self, texts, pairs=None, batch: int = 32, **options) -> list[list[dict]]:
+        """What the model is for, of each text: see `run` below; options as of the task's function."""
+        return run(self, texts, pairs, batch, **options)
 
     def _prompt(self, input_ids) -> np.ndarray:
         """What a decoder behind an encoder begins with, (batch, 1)."""
@@ -448,174 +424,232 @@ class OnnxLM:
         return input_ids.astype(np.int64), mask.astype(np.int64)
 
 
-# ---- what a model is for: (lm, texts, pairs) -> for each a list of dicts, as tinylm's commands give it ---------------
+# ---- after the logits: what a model's outputs mean, for OnnxLM and, through an adapter, for a model in torch ---------
+# A `model` has forward(ids, mask, types) -> array, generate(ids, mask, **options) -> ids, tokenizer, config (a dict as in
+# config.json), max_length, folder (or None) and task. A task's function takes (model, texts, pairs, **options) and yields
+# a list of dicts for each text, the likeliest first.
 
-LONGEST = 512  # tokens that are read, where the model has no limit of its own
-
-
-def read(lm: OnnxLM, encodings: list) -> tuple:
-    """What the model says of encodings, and their mask (batch, longest), padded on the right."""
-    empty, fills = (
-        ([*lm.ends(), 0][:1], [1], [0]),
-        (max(lm.config.get("pad_token_id") or 0, 0), 0, 0),
-    )
-    parts = [(e.ids, e.attention_mask, e.type_ids) if e.ids else empty for e in encodings]
-    width = max(len(ids) for ids, *_ in parts)
-    rows = [
-        [part + [fill] * (width - len(part)) for part, fill in zip(row, fills)] for row in parts
-    ]
-    ids, mask, types = (np.array(part) for part in zip(*rows))
-    return lm(ids, mask, types if lm.config.get("type_vocab_size", 0) > 1 else None), mask
+LONGEST = 512  # tokens of a text that are read, where nothing says another limit
 
 
-def encodings(lm: OnnxLM, texts, pairs, limit: int = LONGEST, stride: int | None = None) -> list:
-    """Of texts, or of pairs, cut to `limit` ids; with a stride only the second one is cut, into windows that share so
-    many ids, and those after the first are its `overflowing`."""
-    backend, how = (
-        lm.tokenizer.backend,
-        {} if stride is None else dict(stride=stride, strategy="only_second"),
-    )
-    backend.enable_truncation(min(lm.session.limit, limit), **how)
-    try:
-        return backend.encode_batch(
-            [text if pair is None else (text, pair) for text, pair in zip(texts, pairs)]
+class Window(NamedTuple):
+    """Tokens of a text, or of a pair, that a model reads at once: lists with one entry for each."""
+
+    ids: list
+    type_ids: list
+    sequence_ids: list  # which text it is of, 0 or 1; None of a special one
+    offsets: list  # (start, end) in its text
+    cut: bool = False  # is the text longer than what the window has of it?
+
+
+def encode_windows(
+    tokenizer, text: str, pair: str | None = None, limit: int = LONGEST, stride: int | None = None
+) -> list[Window]:
+    """A text, or two, between specials in at most `limit` tokens: cut at the end, of two texts first of the longer one;
+    with a stride the second one is divided into windows that share so many tokens."""
+    encoding = tokenizer.encoding(text, pair)
+    columns: dict = {None: [], 0: [], 1: []}
+    for column, part in enumerate(encoding.sequence_ids):
+        columns[part].append(column)
+    special, first, second = columns.values()
+    room = limit - len(special)
+    if len(encoding.ids) <= limit:
+        kept = [range(len(encoding.ids))]
+    elif stride is None:
+        shorter, longer = sorted((first, second), key=len)
+        shorter = shorter[: max(room, 0) // 2] if len(shorter) > room // 2 else shorter
+        kept = [special + shorter + longer[: max(room - len(shorter), 0)]]
+    else:
+        room -= len(first)
+        require(
+            room > stride, f"{text[:60]!r}: leaves no room for the text behind it in {limit} tokens"
         )
-    except Exception as error:  # the library raises plain Exception
-        raise Error(f"tokenizer: {first_line(error)}") from None
-    finally:
-        backend.no_truncation()
+        starts = range(0, max(len(second) - stride, 1), room - stride)
+        kept = [special + first + second[start : start + room] for start in starts]
+    lists = encoding.ids, encoding.type_ids, encoding.sequence_ids, encoding.offsets
+    windows = [[[values[c] for c in sorted(columns)] for values in lists] for columns in kept]
+    return [Window(*window, cut=len(encoding.ids) > limit) for window in windows]
 
 
-def labels(lm: OnnxLM) -> list:
-    names = lm.config.get("id2label") or {}
-    return [names.get(str(i), f"LABEL_{i}") for i in range(lm.session.outputs["logits"][-1])]
+def pad(windows: list, model) -> tuple:
+    """Ids, mask and types (batch, longest) of windows, padded on the right."""
+    empty = np.ravel(model.config.get("eos_token_id") or 0)[:1].tolist()
+    shape = len(windows), max(len(window.ids or empty) for window in windows)
+    ids = np.full(shape, max(model.config.get("pad_token_id") or 0, 0))
+    mask, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for row, window in enumerate(windows):
+        tokens = window.ids or empty  # of a text of no tokens, where a tokenizer has no specials
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+        types[row, : len(window.type_ids)] = window.type_ids
+    return ids, mask, types if (model.config.get("type_vocab_size") or 0) > 1 else None
 
 
-def classify(lm: OnnxLM, texts, pairs):
-    """A share of one, a share each (multi-label, or one label), or the number itself; the best first."""
-    names, kind = labels(lm), lm.config.get("problem_type")
-    score = (
-        softmax
-        if len(names) > 1 and kind != "multi_label_classification"
-        else lambda x: 1 / (1 + np.exp(-x))
-    )
-    logits, _ = read(lm, encodings(lm, texts, pairs))
-    for row in logits if kind == "regression" else score(logits):
-        yield [{"label": names[i], "score": float(row[i])} for i in np.argsort(-row, kind="stable")]
+def like_lengths(windows: list, batch: int):
+    """Indices of windows in batches of like length, the longest first."""
+    order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
+    return [order[at : at + batch] for at in range(0, len(order), batch)]
 
 
-def tag(lm: OnnxLM, texts, pairs):
-    """Entities: neighbouring tokens of one kind (B- begins another), with the mean of their scores."""
-    names, found = labels(lm), encodings(lm, texts, pairs)
-    for text, encoding, p in zip(texts, found, softmax(read(lm, found)[0])):
-        groups, last = [], None
-        for i in (i for i, part in enumerate(encoding.sequence_ids) if part is not None):
-            name = names[p[i].argmax()]
-            kind = name[2:] if name[:2] in ("B-", "I-") else name
-            if kind != last or name[:2] == "B-":
-                groups.append((kind, []))
-            groups[-1][1].append(i)
-            last = kind
-        spans = [
-            (
-                kind,
-                p[places].max(-1).mean(),
-                encoding.offsets[places[0]][0],
-                encoding.offsets[places[-1]][1],
+def read(model, windows: list, batch: int = 32) -> list:
+    """The model's output for each window, without padding: of a classifier (labels,), else (tokens, ...)."""
+    outputs: list = [None] * len(windows)
+    for rows in like_lengths(windows, batch):
+        ids, mask, types = pad([windows[i] for i in rows], model)
+        found = model.forward(ids, mask, types)
+        for i, output, count in zip(rows, found, mask.sum(1)):
+            outputs[i] = output[:count] if found.ndim == 3 else output
+    return outputs
+
+
+def read_texts(model, texts, pairs, limit: int = LONGEST) -> tuple:
+    """Each text (and its pair) as one window, and the model's outputs for them."""
+    limit = min(model.max_length, limit)
+    windows = [encode_windows(model.tokenizer, *both, limit)[0] for both in zip(texts, pairs)]
+    return windows, read(model, windows)
+
+
+def label_names(config: dict, count: int) -> list:
+    names = config.get("id2label") or {}
+    return [names.get(str(i), f"LABEL_{i}") for i in range(count)]
+
+
+def label_scores(logits, config: dict) -> np.ndarray:
+    """Of logits (..., labels): probabilities that sum to one, one for each (of several labels, or of a single one), or
+    the numbers themselves."""
+    kind = config.get("problem_type")
+    if kind == "regression":
+        return logits
+    if kind == "multi_label_classification" or logits.shape[-1] == 1:
+        return 1 / (1 + np.exp(-logits))
+    return softmax(logits)
+
+
+def classify(model, texts, pairs, limit: int = LONGEST):
+    """All labels with their scores."""
+    for logits in read_texts(model, texts, pairs, limit)[1]:
+        scores, names = label_scores(logits, model.config), label_names(model.config, len(logits))
+        order = np.argsort(-scores, kind="stable")
+        yield [{"label": names[i], "score": float(scores[i])} for i in order]
+
+
+def tag(model, texts, pairs, limit: int = LONGEST):
+    """Entities: neighbouring tokens of one kind, with the mean of their scores."""
+    for text, window, logits in zip(texts, *read_texts(model, texts, pairs, limit)):
+        columns = [c for c, part in enumerate(window.sequence_ids) if part is not None]
+        names, scores = label_names(model.config, logits.shape[-1]), softmax(logits)[columns]
+        entities = []
+        for kind, first, end in tag_spans([names[i] for i in scores.argmax(-1)]):
+            start, stop = window.offsets[columns[first]][0], window.offsets[columns[end - 1]][1]
+            entities.append(
+                {
+                    "entity_group": kind,
+                    "word": text[start:stop].strip(),
+                    "score": float(scores[first:end].max(-1).mean()),
+                    "start": start,
+                    "end": stop,
+                }
             )
-            for kind, places in groups
-            if kind != "O"
-        ]
-        yield [
-            dict(
-                entity_group=kind,
-                word=text[start:end].strip(),
-                score=float(score),
-                start=start,
-                end=end,
-            )
-            for kind, score, start, end in spans
-        ]
+        yield entities
 
 
-def answer(lm: OnnxLM, texts, pairs, longest: int = 30, window: int = 384):
-    """The likeliest span of whole words in any window of the context. Its score is the probability of its first column
-    times that of its last, among the context's columns and the first one, which stands for none."""
+def tag_spans(tags: list) -> list:
+    """(kind, first, behind the last) of each run of tags of one kind but O; B- begins another."""
+    kinds = [tag[2:] if tag[:2] in ("B-", "I-") else tag for tag in tags]
+    starts = [
+        i for i in range(len(tags)) if i == 0 or kinds[i] != kinds[i - 1] or tags[i][:2] == "B-"
+    ]
+    ends = [*starts[1:], len(tags)]
+    return [(kinds[start], start, end) for start, end in zip(starts, ends) if kinds[start] != "O"]
+
+
+def answer(model, texts, pairs, limit: int = 384):
+    """The likeliest span in any window of the context."""
     for question, context in zip(texts, pairs):
         require(context, f"{question[:60]!r}: expected a context, its pair")
-        room = min(lm.session.limit, window) - len(encodings(lm, [question], [""])[0].ids)
-        require(room > 1, f"question {question[:60]!r}: leaves no room for the context")
-        (first,) = encodings(lm, [question], [context], window, min(128, room // 2))
-        windows, best = [first, *first.overflowing], None
-        for encoding, logits in zip(windows, read(lm, windows)[0]):
-            parts = encoding.sequence_ids + [None] * (len(logits) - len(encoding.ids))
-            inside = np.array([part == 1 for part in parts])
-            shown = inside | (np.arange(len(inside)) == 0)
-            begins, ends = softmax(np.where(shown, logits.T, -np.inf)) * inside
-            spans = np.tril(np.triu(np.outer(begins, ends)), longest - 1)
-            i, j = np.unravel_index(spans.argmax(), spans.shape)
-            if best is None or spans[i, j] > best["score"]:
-                start, end = (
-                    (encoding.offsets[i][0], encoding.offsets[j][1]) if inside[i] else (0, 0)
-                )
-                while 0 < start < end and context[start - 1 : start + 1].isalnum():
-                    start -= 1
-                while start < end < len(context) and context[end - 1 : end + 1].isalnum():
-                    end += 1
-                best = {
-                    "answer": context[start:end].strip(),
-                    "score": float(spans[i, j]),
-                    "start": start,
-                    "end": end,
-                }
-        yield [best]
+        windows = question_windows(model.tokenizer, question, context, min(model.max_length, limit))
+        yield [best_span(context, windows, read(model, windows))]
 
 
-def fill(lm: OnnxLM, texts, pairs, top_k: int = 5):
-    """The likeliest tokens in the place of each <mask> (or what the tokenizer calls it)."""
-    token, known = (
-        lm._json("tokenizer_config.json").get("mask_token"),
-        lm.tokenizer.backend.token_to_id,
+def question_windows(tokenizer, question: str, context: str, limit: int) -> list[Window]:
+    """A question before each part of its context; the parts share up to 128 tokens."""
+    room = limit - len(tokenizer.encode(question, ""))
+    require(
+        room > 1, f"question {question[:60]!r}: leaves no room for the context in {limit} tokens"
     )
-    names = (
-        token["content"] if isinstance(token, dict) else token,
-        "[MASK]",
-        "<mask>",
-    )  # BERT's own does not name it
-    name = next((name for name in names if name and known(name) is not None), None)
-    require(name, f"{lm.folder / 'tokenizer_config.json'}: no mask_token")
-    mask = known(name)
-    found = encodings(lm, [text.replace("<mask>", name) for text in texts], pairs)
-    for text, encoding, row in zip(texts, found, read(lm, found)[0]):
-        ids, places = encoding.ids, [i for i, id in enumerate(encoding.ids) if id == mask]
-        require(places, f"{text[:60]!r}: expected {name} or <mask> in it")
-        likely = [
-            (at, i, p[i])
-            for at, p in zip(places, softmax(row[places]))
-            for i in np.argsort(-p, kind="stable")[:top_k]
-        ]
-        yield [
-            {
-                "token_str": lm.tokenizer.decode([i]),
-                "score": float(score),
-                "sequence": lm.tokenizer.decode(ids[:at] + [i] + ids[at + 1 :]),
-            }
-            for at, i, score in likely
-        ]
+    return encode_windows(tokenizer, question, context, limit, min(128, room // 2))
 
 
-POOLINGS = {  # of sentence-transformers: states (batch, seq, hidden) and their mask (batch, seq, 1) -> vectors
-    "pooling_mode_cls_token": lambda x, mask: x[:, 0],
-    "pooling_mode_mean_tokens": lambda x, mask: (x * mask).sum(1) / mask.sum(1),
-    "pooling_mode_max_tokens": lambda x, mask: np.where(mask, x, -np.inf).max(1),
-    "pooling_mode_mean_sqrt_len_tokens": lambda x, mask: (x * mask).sum(1) / mask.sum(1) ** 0.5,
-    "pooling_mode_lasttoken": lambda x, mask: x[np.arange(len(x)), mask[..., 0].sum(1) - 1],
+def best_span(context: str, windows: list, outputs: list, longest: int = 30) -> dict:
+    """The likeliest span of whole words, of at most `longest` tokens. Its score is the probability of its first column
+    times that of its last, among the context's columns and the first one, which stands for none."""
+    best = {"answer": "", "score": -1.0, "start": 0, "end": 0}
+    for window, logits in zip(windows, outputs):
+        inside = np.array([part == 1 for part in window.sequence_ids])
+        shown = inside.copy()
+        shown[0] = True
+        begins, ends = softmax(np.where(shown, logits.T, -np.inf)) * inside
+        scores = np.tril(np.triu(np.outer(begins, ends)), longest - 1)
+        first, last = np.unravel_index(scores.argmax(), scores.shape)
+        if scores[first, last] <= best["score"]:
+            continue
+        start, end = (
+            (window.offsets[first][0], window.offsets[last][1]) if inside[first] else (0, 0)
+        )
+        while 0 < start < end and context[start - 1 : start + 1].isalnum():
+            start -= 1
+        while start < end < len(context) and context[end - 1 : end + 1].isalnum():
+            end += 1
+        text, score = context[start:end].strip(), float(scores[first, last])
+        best = {"answer": text, "score": score, "start": start, "end": end}
+    return best
+
+
+def mask_token(tokenizer) -> tuple[str, int]:
+    """Text and id of the token that hides another."""
+    backend = getattr(tokenizer, "backend", None)  # bytes have none
+    named = tokenizer.special_tokens.get("mask_token")
+    for name in (named, "[MASK]", "<mask>"):  # BERT's own files do not name it
+        token = backend.token_to_id(name) if backend and name else None
+        if token is not None:
+            return name, token
+    raise Error("tokenizer_config.json: no mask_token")
+
+
+def fill_mask(model, texts, pairs, top_k: int = 5, limit: int = LONGEST):
+    """The likeliest tokens in the place of each <mask> (or what the tokenizer calls it)."""
+    name, mask = mask_token(model.tokenizer)
+    texts = [text.replace("<mask>", name) for text in texts]
+    for text, window, logits in zip(texts, *read_texts(model, texts, pairs, limit)):
+        require(mask in window.ids, f"{text[:60]!r}: expected {name} or <mask> in it")
+        found = []
+        for column in np.flatnonzero(np.array(window.ids) == mask):
+            scores = softmax(logits[column])
+            for token in np.argsort(-scores, kind="stable")[:top_k].tolist():
+                ids = [*window.ids[:column], token, *window.ids[column + 1 :]]
+                found.append(
+                    {
+                        "token_str": model.tokenizer.decode([token]),
+                        "score": float(scores[token]),
+                        "sequence": model.tokenizer.decode(ids),
+                    }
+                )
+        yield found
+
+
+POOLINGS = {  # of sentence-transformers: states (tokens, hidden) -> a vector
+    "pooling_mode_cls_token": lambda x: x[0],
+    "pooling_mode_mean_tokens": lambda x: x.mean(0),
+    "pooling_mode_max_tokens": lambda x: x.max(0),
+    "pooling_mode_mean_sqrt_len_tokens": lambda x: x.sum(0) / len(x) ** 0.5,
+    "pooling_mode_lasttoken": lambda x: x[-1],
 }
 
 
-def embed(lm: OnnxLM, texts, pairs):
+def embed(model, texts, pairs):
     """Vectors as the files of sentence-transformers say: pooled (else the mean), normalised if modules.json has it."""
-    pooling, file = lm._json("1_Pooling/config.json"), lm.folder / "modules.json"
+    folder = model.folder or Path(os.devnull)
+    pooling, file = read_json(folder / "1_Pooling/config.json", {}), folder / "modules.json"
     modules = re.findall(
         r"sentence_transformers[\w.]*\.(\w+)", file.read_text("utf-8") if file.exists() else ""
     )
@@ -623,36 +657,102 @@ def embed(lm: OnnxLM, texts, pairs):
         set(modules) <= {"Transformer", "Pooling", "Normalize"},
         f"{file}: {', '.join(modules)}, expected no more than Transformer, Pooling and Normalize",
     )
-    chosen = [pool for name, pool in POOLINGS.items() if pooling.get(name)] or [
-        POOLINGS["pooling_mode_mean_tokens"]
-    ]
+    chosen = [pool for name, pool in POOLINGS.items() if pooling.get(name)]
     require(
-        any(map(pooling.get, POOLINGS)) or not pooling,
-        f"{lm.folder / '1_Pooling/config.json'}: expected one of {', '.join(POOLINGS)}",
+        chosen or not pooling,
+        f"{folder / '1_Pooling/config.json'}: expected one of {', '.join(POOLINGS)}",
     )
-    longest = lm._json("sentence_bert_config.json").get("max_seq_length") or LONGEST
-    states, mask = read(lm, encodings(lm, texts, pairs, longest))
-    vectors = np.concatenate(
-        [pool(states, mask[..., None]).astype(np.float32) for pool in chosen], -1
-    )
-    if "Normalize" in modules:
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-    yield from ([{"embedding": vector.tolist()}] for vector in vectors)
+    chosen = chosen or [POOLINGS["pooling_mode_mean_tokens"]]
+    limit = read_json(folder / "sentence_bert_config.json", {}).get("max_seq_length") or LONGEST
+    for states in read_texts(model, texts, pairs, limit)[1]:
+        vector = np.concatenate([pool(states.astype(np.float32)) for pool in chosen])
+        if "Normalize" in modules:
+            vector = vector / max(np.linalg.norm(vector), 1e-12)
+        yield [{"embedding": vector.tolist()}]
 
 
-def write(lm: OnnxLM, texts, pairs, **options):
-    for encoding in encodings(lm, texts, pairs, 2**31):
-        yield [{"generated_text": "".join(lm.stream(encoding.ids, **options))}]
+def write(model, texts, pairs, **options):
+    """What follows a text, or what is written of a source; greedy unless the options of `generate` say otherwise."""
+    limit = model.max_length if model.task == "seq2seq" else 2**31
+    windows = [encode_windows(model.tokenizer, text, None, limit)[0] for text in texts]
+    for text in write_windows(model, windows, len(windows), **options):
+        yield [{"generated_text": text}]
 
 
-JOBS = {
+def write_windows(model, windows: list, batch: int, **options) -> list[str]:
+    """The text that the model writes after each window, or of it."""
+    texts: list = [None] * len(windows)
+    ends = options.get("eos_token_id", model.config.get("eos_token_id"))
+    ends = set(() if ends is None else np.ravel(ends).tolist())
+    for rows in like_lengths(windows, batch):
+        ids, mask, _ = pad([windows[i] for i in rows], model)
+        start = 1 if model.task == "seq2seq" else ids.shape[1]
+        for i, new in zip(rows, model.generate(ids, mask, **options)[:, start:].tolist()):
+            new = [*itertools.takewhile(lambda token: token not in ends, new)]
+            prompt = [] if model.task == "seq2seq" else windows[i].ids
+            before = model.tokenizer.decode(prompt)  # a decoder may strip a text's first space
+            text = model.tokenizer.decode(prompt + new)[len(before) :]
+            for string in stop_strings(options.get("stop")):
+                text = text.partition(string)[0]
+            texts[i] = text
+    return texts
+
+
+TASKS = {
+    "lm": write,
+    "seq2seq": write,
     "classify": classify,
     "tokens": tag,
     "qa": answer,
-    "fill": fill,
+    "mlm": fill_mask,
     "embed": embed,
-    "generate": write,
 }
+PAIRS = ("classify", "qa")  # tasks that read two texts
+ARCHITECTURES = {  # end of a class's name in transformers -> task
+    "ForSequenceClassification": "classify",
+    "ForTokenClassification": "tokens",
+    "ForQuestionAnswering": "qa",
+    "ForQuestionAnsweringSimple": "qa",
+    "ForMaskedLM": "mlm",
+    "ForCausalLM": "lm",
+    "LMHeadModel": "lm",
+    "Model": "embed",
+}
+
+
+def task_of(config: dict, folder: Path | None = None) -> str:
+    """What a model is for, a key of TASKS, by its config.json; with sentence-transformers' modules.json to embed."""
+    if folder and (folder / "modules.json").exists():
+        return "embed"
+    if config.get("is_encoder_decoder"):
+        return "seq2seq"
+    if config.get("model_type") == "tinylm":
+        return config.get("head", "lm") or "embed"
+    name = (config.get("architectures") or [""])[0]
+    return next((task for end, task in ARCHITECTURES.items() if name.endswith(end)), "lm")
+
+
+def run(model, texts, pairs=None, batch: int = 32, **options) -> list:
+    """A list of dicts for each text (and its pair: of a question the context), the likeliest first: {"label", "score"},
+    {"entity_group", "word", "score", "start", "end"}, {"answer", "score", "start", "end"}, {"token_str", "score",
+    "sequence"}, {"embedding"} or {"generated_text"}. Runs in batches of texts of like length."""
+    texts = list(texts)
+    pairs = [None] * len(texts) if pairs is None else list(pairs)
+    require(
+        len(pairs) == len(texts), f"pairs: {len(pairs)} of them, expected the {len(texts)} of texts"
+    )
+    require(
+        is_number_in(batch, 1, 2**31, Integral), f"batch = {batch!r}, expected a positive number"
+    )
+    results: dict = {}
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]) - len(pairs[i] or ""))
+    for at in range(0, len(order), batch):
+        rows = order[at : at + batch]
+        found = TASKS[model.task](
+            model, [texts[i] for i in rows], [pairs[i] for i in rows], **options
+        )
+        results.update(zip(rows, found))
+    return [results[i] for i in range(len(texts))]
 
 
 # Tokenizers and chat templates: mirrored in tinylm.py
@@ -1258,54 +1358,81 @@ def stream_text(tokenizer, tokens, stop: tuple = (), prompt=()):
         yield rest
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, missing: dict | None = None) -> dict:
+    """The object in a file; without the file what is given in its place."""
+    if missing is not None and not path.exists():
+        return missing
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Error(f"{path}: not readable as JSON ({error})") from None
 
 
-def run_folder(argv: list) -> int:
-    parser = argparse.ArgumentParser(
-        prog="onnxlm",
-        description="Run an exported folder on texts, without torch: a line of JSON for each.",
-    )
-    parser.add_argument("folder", help="what the export wrote")
+def add_run_options(parser: argparse.ArgumentParser):
+    """What `onnxlm.py FOLDER` and `train.py run FOLDER` take."""
+    parser.add_argument("folder", help="a model's folder")
     parser.add_argument(
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="texts; a second one to classify, or a question's "
-        "context, stands behind a tab; by default the lines of standard input",
+        help="texts; a second one to classify, or a question's context, stands behind a tab; "
+        "without any, or for a -, the lines of standard input",
     )
-    parser.add_argument("--precision", choices=SUFFIXES, default="fp32")
+    parser.add_argument("--context", help="the text in which all questions find their answer")
+    parser.add_argument("--batch", type=int, default=32, help="texts at a time (default: 32)")
+    parser.add_argument("--json", action="store_true", help="an object per line")
     parser.add_argument("--max-new-tokens", type=int, help="of a model that writes")
-    options = parser.parse_intermixed_args(argv)
-    inputs = options.inputs or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
-    results = run_inputs(OnnxLM(options.folder, options.precision), inputs, options.max_new_tokens)
-    for text, result in zip(inputs, results):
-        print(json.dumps({"input": text, "output": result}, ensure_ascii=False), flush=True)
-    return 0
 
 
-def run_inputs(lm: OnnxLM, inputs: list, max_new_tokens: int | None) -> list:
-    """What the model says of each; behind a tab stands a second text to classify, or a question's context."""
-    parts = [
-        text.partition("\t") if lm.job in ("classify", "qa") else (text, "", "") for text in inputs
+def run_lines(model, inputs, context=None, batch: int = 32, json: bool = False, **options):
+    """Print a line for each input: what the model says of it, the likeliest first, with scores."""
+    two = model.task in PAIRS
+    require(context is None or two, "--context: the model reads one text alone")
+    if model.task not in ("lm", "seq2seq"):
+        options.pop("max_new_tokens", None)
+    lines = (line.rstrip("\r\n") for line in sys.stdin)
+    inputs = itertools.chain.from_iterable(
+        (line for line in lines if line.strip()) if text == "-" else [text]
+        for text in inputs or ["-"]
+    )
+    while some := list(itertools.islice(inputs, max(batch, 1))):
+        parts = [text.partition("\t") if two and not context else (text, "", "") for text in some]
+        pairs = [context or pair or None for *_, pair in parts]
+        results = run(model, [text for text, *_ in parts], pairs, batch, **options)
+        for text, found in zip(some, results):
+            line = "  ".join(map(plain_line, found[:5]))
+            print(json_line(input=text, output=found) if json else line, flush=True)
+
+
+def json_line(**values) -> str:
+    return json.dumps(values, ensure_ascii=False)
+
+
+def plain_line(result: dict) -> str:
+    """What a result says, and its score; or its numbers."""
+    words = [
+        value for name, value in result.items() if isinstance(value, str) and name != "sequence"
     ]
-    more = {"max_new_tokens": max_new_tokens} if lm.job == "generate" else {}
-    return lm.run([text for text, *_ in parts], [pair or None for *_, pair in parts], **more)
+    words += [f"{result['score']:.4f}"] if "score" in result else []
+    return " ".join(words) if words else json.dumps(*result.values())
 
 
 def main(argv: list | None = None) -> int:
     """`onnxlm.py FOLDER INPUT...`; an Error is one line on stderr and exit code 1."""
+    parser = argparse.ArgumentParser(
+        prog="onnxlm", description="Run an exported folder on texts, without torch."
+    )
+    add_run_options(parser)
+    parser.add_argument("--precision", choices=SUFFIXES, default="fp32")
+    options = vars(parser.parse_intermixed_args(argv))
     try:
-        return run_folder(sys.argv[1:] if argv is None else argv)
+        run_lines(OnnxLM(options.pop("folder"), options.pop("precision")), **options)
     except KeyboardInterrupt:
         return 130
     except (Error, OSError) as error:
         print(f"onnxlm: error: {first_line(error)}", file=sys.stderr)
         return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ try:
 except ImportError:  # Windows, where nothing locks a folder
     fcntl = None
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -48,6 +49,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import onnxlm
+from onnxlm import Window, best_span, encode_windows, mask_token, question_windows, tag_spans
 from tinylm import (
     FAMILIES,
     LIMITED,
@@ -69,6 +72,7 @@ from tinylm import (
     all_reduce,
     check,
     config_from_hf,
+    config_to_hf,
     find_checkpoint,
     full_tensor,
     fused_sizes,
@@ -103,7 +107,7 @@ def option(default, help: str):
 class TrainOptions:
     """Options of `tinylm.py train`; the command line is made of these fields. None is what `TASKS` and `STARTS` say."""
 
-    task: Literal[TRAINABLE] = option("lm", "lm, classify, tokens, qa, seq2seq or mlm")
+    task: Literal[(*TASKS,)] = option("lm", "lm, classify, tokens, qa, seq2seq or mlm")
     init: str = option("", "checkpoint to fine-tune; without one, a model from scratch")
     out: str = option("out", "folder for the checkpoints `best` and `last`")
     val: str = option(
@@ -1261,29 +1265,15 @@ def limit(lm: TinyLM, block: int) -> int:
 
 
 def text_example(lm: TinyLM, block: int, text: str, pair: str | None = None) -> dict:
-    """A text, or two, between specials: as much as fits, cut at the end of the longer text."""
-    encoding = lm.tokenizer.encoding(text, pair)
-    columns = {
-        part: [c for c, p in enumerate(encoding.sequence_ids) if p == part] for part in (None, 0, 1)
-    }
-    texts = [columns[0], columns[1]]
-    over = len(encoding.ids) - limit(lm, block)
-    for _ in range(over):
-        max(texts, key=len).pop()
-    example = columns_example(lm, encoding, sorted(columns[None] + texts[0] + texts[1]), 0)
-    return example | {"cut": over > 0}
+    """A text, or two, between specials: as much as fits."""
+    (window,) = encode_windows(lm.tokenizer, text, pair, limit(lm, block))
+    return window_example(lm, window) | {"cut": window.cut}
 
 
-def columns_example(lm: TinyLM, encoding, kept: list, part: int) -> dict:
-    """Some columns of an encoding; `offsets` are their places in one of its texts, None elsewhere."""
-    example = {
-        "input_ids": [encoding.ids[c] for c in kept] or [*lm.ends(), 0][:1],
-        "offsets": [
-            encoding.offsets[c] if encoding.sequence_ids[c] == part else None for c in kept
-        ],
-    }
+def window_example(lm: TinyLM, window: Window) -> dict:
+    example = {"input_ids": window.ids or [*lm.ends(), 0][:1], "window": window}
     if lm.config.type_vocab_size > 1:
-        example["token_type_ids"] = [encoding.type_ids[c] for c in kept] or [0]
+        example["token_type_ids"] = window.type_ids or [0]
     return example
 
 
@@ -1326,23 +1316,11 @@ def masked(lm: TinyLM, ids: Tensor, generator: torch.Generator) -> dict:
     chosen &= ~special
     other = torch.randint(lm.tokenizer.size, ids.shape, generator=generator)
     shown = torch.where(
-        dice < 0.8, torch.full_like(ids, mask_token(lm)[1]), torch.where(dice < 0.9, other, ids)
+        dice < 0.8,
+        torch.full_like(ids, mask_token(lm.tokenizer)[1]),
+        torch.where(dice < 0.9, other, ids),
     )
     return {"input_ids": torch.where(chosen, shown, ids), "labels": ids.masked_fill(~chosen, -100)}
-
-
-def mask_token(lm: TinyLM) -> tuple[str, int]:
-    """Text and id of the token that hides another."""
-    names = (
-        lm.tokenizer.special_tokens.get("mask_token"),
-        "[MASK]",
-        "<mask>",
-    )  # BERT's own files do not name it
-    backend = getattr(lm.tokenizer, "backend", None)
-    found = [(name, backend.token_to_id(name)) for name in names if backend and name]
-    found = [(name, token) for name, token in found if token is not None]
-    require(found, "tokenizer_config.json: no mask_token")
-    return found[0]
 
 
 class Batches:
@@ -1383,26 +1361,41 @@ class Batches:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tasks: how a row becomes examples, how what a model's head says answers it, and how good that is.
+# Tasks: how a row becomes examples, and how good a model is at them. What its outputs mean is said by onnxlm.py.
 # ---------------------------------------------------------------------------------------------------------------------
+class TorchRunner:
+    """A TinyLM as `onnxlm.run` takes it: numpy in, numpy out."""
+
+    def __init__(self, lm: TinyLM, folder: Path | None = None):
+        self.lm, self.tokenizer, self.folder = lm.eval(), lm.tokenizer, folder
+        said = {key: value for key, value in lm.generation_config.items() if value is not None}
+        self.config = config_to_hf(lm.config) | said
+        self.max_length = limit(lm, 2**31)
+        self.task = onnxlm.task_of(self.config, folder)
+
+    @torch.no_grad()
+    def forward(self, ids, mask, types=None) -> np.ndarray:
+        arrays = (
+            None if x is None else torch.from_numpy(x).to(self.lm.device)
+            for x in (ids, mask, types)
+        )
+        return self.lm(*arrays).float().cpu().numpy()
+
+    def generate(self, ids, mask, **options) -> np.ndarray:
+        arrays = (torch.from_numpy(x).to(self.lm.device) for x in (ids, mask))
+        return self.lm.generate(*arrays, **options).cpu().numpy()
+
+
 class Task:
     """What is common: each row makes its own examples; a model is as good as its loss is low."""
 
     head, family = None, "bert"  # of a model from scratch
-    inputs, roles = (
-        ("text",),
-        (),
-    )  # of a row: what a line given to `run` has, what there is to learn from
+    inputs, roles = ("text",), ()  # of a row: what the model reads, what there is to learn from
     scratch, init = {}, {}  # what differs from STARTS
-    longest = 512  # tokens of a text that `run` reads, where the model has no limit of its own
 
     def examples(self, lm: TinyLM, row: dict, block: int):
         """Yield the examples of a row: one, or a window at a time of a long text."""
         yield text_example(lm, block, *(row[name] for name in self.inputs if name in row))
-
-    def answer(self, lm: TinyLM, windows: list) -> list:
-        """A list of dicts, the likeliest first, from the windows (example, what the head says of it) of a row."""
-        return [{"generated_text": text} for _, text in windows]
 
     def figures(self, lm: TinyLM, examples: list, batch: int) -> dict:
         """Name -> figure; the first one chooses the best checkpoint."""
@@ -1429,13 +1422,6 @@ class Task:
         ]
         return lambda generator: examples
 
-    def answers(self, lm: TinyLM, examples: list, batch: int, **options) -> list:
-        """The answer to each row of the examples."""
-        rows = {}
-        for example, said in zip(examples, outputs(lm, examples, batch, **options)):
-            rows.setdefault(example["number"], []).append((example, said))
-        return [self.answer(lm, windows) for windows in rows.values()]
-
 
 def similar(examples: list, batch: int) -> list:
     """Indices of examples in batches of similar length, the longest first."""
@@ -1443,29 +1429,13 @@ def similar(examples: list, batch: int) -> list:
     return [order[i : i + batch] for i in range(0, len(order), batch)]
 
 
-@torch.no_grad()
-def outputs(lm: TinyLM, examples: list, batch: int, max_new_tokens: int | None = None) -> list:
-    """What the head says of each example, on the CPU and without padding; of a language model the text it writes."""
-    found, ends = [None] * len(examples), lm.ends()
+def outputs(lm: TinyLM, examples: list, batch: int) -> list:
+    """What the head says of each example, as an array without padding."""
+    runner, found = TorchRunner(lm), [None] * len(examples)
     for indices in watch(similar(examples, batch), "evaluating"):
-        inputs = collate(lm.eval(), [examples[i] for i in indices])
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        if lm.config.head == "lm":
-            new = lm.generate(ids, mask, max_new_tokens=max_new_tokens)[
-                :, 1 if lm.encoder else ids.shape[1] :
-            ].tolist()
-            said = [
-                lm.tokenizer.decode(itertools.takewhile(lambda token: token not in ends, row))
-                for row in new
-            ]
-        else:
-            said = lm(ids, mask, inputs.get("token_type_ids")).float().cpu()
-        for i, one in zip(indices, said):
-            found[i] = (
-                one
-                if lm.config.head in ("lm", "classify")
-                else one[: len(examples[i]["input_ids"])]
-            )
+        windows = [examples[i]["window"] for i in indices]
+        for i, output in zip(indices, onnxlm.read(runner, windows, batch)):
+            found[i] = output
     return found
 
 
@@ -1477,7 +1447,7 @@ SCRATCH = dict(
 class LanguageModelling(Task):
     """Texts one after the other, with end-of-text between them; or chats, where the assistant's words are learnt."""
 
-    head, family, roles, longest = "lm", "qwen3", ("messages", "text"), 2**31
+    head, family, roles = "lm", "qwen3", ("messages", "text")
     scratch = dict(eval_every=250)
 
     def epochs(self, lm, rows, block):
@@ -1560,38 +1530,14 @@ class LanguageModelling(Task):
 class MaskFilling(LanguageModelling):
     """Texts one after the other, where some tokens are to be guessed."""
 
-    head, family, roles, longest, scratch = (
-        "mlm",
-        "bert",
-        ("text",),
-        512,
-        SCRATCH | dict(dropout=0.0),
-    )
-
-    def examples(self, lm, row, block):
-        yield text_example(lm, block, row["text"].replace("<mask>", mask_token(lm)[0]))
-
-    def answer(self, lm, windows):
-        """The five likeliest tokens in the place of each mask."""
-        ((example, logits),) = windows
-        ids, (name, mask) = example["input_ids"], mask_token(lm)
-        require(mask in ids, f"{example['row']['text'][:60]!r}: expected {name} or <mask> in it")
-        return [
-            dict(
-                token_str=lm.tokenizer.decode([token]),
-                score=score,
-                sequence=lm.tokenizer.decode(ids[:c] + [token] + ids[c + 1 :]),
-            )
-            for c in range(len(ids))
-            if ids[c] == mask
-            for score, token in zip(*(x.tolist() for x in logits[c].softmax(-1).topk(5)))
-        ]
+    head, family, roles = "mlm", "bert", ("text",)
+    scratch = SCRATCH | dict(dropout=0.0)
 
 
 class Writing(Task):
     """Translation, summarisation: a source and what to write of it."""
 
-    head, family, inputs, roles, longest = "lm", "t5", ("source",), ("source", "target"), 2**31
+    head, family, inputs, roles = "lm", "t5", ("source",), ("source", "target")
     scratch = SCRATCH | dict(dropout=0.1)
 
     def examples(self, lm, row, block):
@@ -1606,12 +1552,12 @@ class Writing(Task):
 
     def report(self, lm, examples, batch):
         """Perplexity; and BLEU and ROUGE of what the model writes, each if its library is installed."""
-        figures, true = (
-            self.figures(lm, examples, batch),
-            [example["row"]["target"] for example in examples],
-        )
+        figures = self.figures(lm, examples, batch)
+        true = [example["row"]["target"] for example in examples]
         bleu, rouge = (importlib.util.find_spec(name) for name in ("sacrebleu", "rouge_score"))
-        said = outputs(lm, examples, batch) if bleu or rouge else []
+        windows, said = [example["window"] for example in examples], []
+        if bleu or rouge:
+            said = onnxlm.write_windows(TorchRunner(lm), windows, batch)
         if bleu:
             import sacrebleu
 
@@ -1655,39 +1601,25 @@ class Classification(Task):
             example["labels"] = label_id(lm, label)
         yield example
 
-    def answer(self, lm, windows):
-        ((_, logits),) = windows
-        problem, alone = lm.config.problem_type, lm.config.num_labels == 1
-        alone |= problem == "multi_label_classification"
-        scores = (
-            logits if problem == "regression" else logits.sigmoid() if alone else logits.softmax(-1)
-        )
-        return [
-            {"label": lm.config.id2label[i], "score": score}
-            for score, i in zip(*(x.tolist() for x in scores.sort(descending=True)))
-        ]
-
     def figures(self, lm, examples, batch):
         """Accuracy, and the mean of the F1 of each class that occurs."""
-        logits, problem = torch.stack(outputs(lm, examples, batch)), lm.config.problem_type
-        labels = torch.tensor([example["labels"] for example in examples])
+        logits, problem = np.stack(outputs(lm, examples, batch)), lm.config.problem_type
+        labels = np.array([example["labels"] for example in examples])
         if problem == "regression":
-            pair = torch.stack((logits.flatten(), labels.flatten()))
+            said = logits.flatten()
             return {
-                "mean squared error": F.mse_loss(*pair).item(),
-                "correlation": pair.corrcoef()[0, 1].item(),
+                "mean squared error": float(((said - labels) ** 2).mean()),
+                "correlation": float(np.corrcoef(said, labels)[0, 1]),
             }
         if problem == "multi_label_classification":
             said, true = logits > 0, labels > 0
         else:
-            said, true = (
-                F.one_hot(classes, lm.config.num_labels).bool()
-                for classes in (logits.argmax(-1), labels)
-            )
+            classes = np.arange(lm.config.num_labels)
+            said, true = logits.argmax(-1)[:, None] == classes, labels[:, None] == classes
         counts = zip(*(part.sum(0).tolist() for part in (said & true, said, true)))
         scores = [f1(*count) for count in counts if any(count)]
         return {
-            "accuracy": (said == true).all(-1).float().mean().item(),
+            "accuracy": float((said == true).all(-1).mean()),
             "macro F1": sum(scores) / max(len(scores), 1),
         }
 
@@ -1752,8 +1684,10 @@ class Tagging(Task):
             [i for i, word in enumerate(words) for _ in word + " "],
             {},
         )  # word -> its first column
-        for c, offset in enumerate(example["offsets"]):
-            if offset and offset[1] > offset[0]:  # a token may begin with the space before it
+        window = example["window"]
+        for c, offset in enumerate(window.offsets):
+            # a token may begin with the space before it
+            if window.sequence_ids[c] is not None and offset[1] > offset[0]:
                 first.setdefault(word_at[offset[1] - 1], c)
         if tags is not None:
             example |= {"first": first, "labels": [-100] * len(example["input_ids"])}
@@ -1761,32 +1695,13 @@ class Tagging(Task):
                 example["labels"][c] = label_id(lm, tags[word])
         yield example
 
-    def answer(self, lm, windows):
-        """Entities: neighbouring tokens of one kind, with the mean of their scores."""
-        ((example, logits),) = windows
-        columns = [c for c, offset in enumerate(example["offsets"]) if offset]
-        scores, tags = logits.softmax(-1)[columns].max(-1)
-        found, places = [], [example["offsets"][c] for c in columns]
-        for kind, first, end in spans([lm.config.id2label[int(tag)] for tag in tags]):
-            start, stop = places[first][0], places[end - 1][1]
-            found.append(
-                dict(
-                    entity_group=kind,
-                    word=example["row"]["words"][start:stop].strip(),
-                    score=scores[first:end].mean().item(),
-                    start=start,
-                    end=stop,
-                )
-            )
-        return found
-
     def figures(self, lm, examples, batch):
         pairs, counts = [], Counter()
         for example, logits in zip(examples, outputs(lm, examples, batch)):
             said = [lm.config.id2label[int(logits[c].argmax())] for c in example["first"].values()]
             true = [example["row"]["tags"][word] for word in example["first"]]
             pairs += zip(said, true)
-            said, true = set(spans(said)), set(spans(true))
+            said, true = set(tag_spans(said)), set(tag_spans(true))
             counts.update(right=len(said & true), said=len(said), true=len(true))
         return {
             "entity F1": f1(*(counts[name] for name in ("right", "said", "true"))),
@@ -1794,92 +1709,47 @@ class Tagging(Task):
         }
 
 
-def spans(tags: list) -> list:
-    """(kind, first, behind the last) of each run of tags of one kind; B- begins another."""
-    kinds = [tag[2:] if tag[:2] in ("B-", "I-") else tag for tag in tags]
-    starts = [
-        i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1] or tags[i][:2] == "B-"
-    ]
-    return [
-        (kinds[i], i, end) for i, end in zip(starts, [*starts[1:], len(kinds)]) if kinds[i] != "O"
-    ]
-
-
 class QuestionAnswering(Task):
     """Questions whose answer stands in a context; a long one is read in windows that overlap. The label of a window
     without the answer is its first column twice."""
 
     head, inputs, roles = "qa", ("question", "context"), ("question", "context", "answer")
-    scratch, init, longest = SCRATCH, dict(lr=3e-4, epochs=6), 384
+    scratch, init = SCRATCH, dict(lr=3e-4, epochs=6)
 
     def examples(self, lm, row, block):
-        encoding = lm.tokenizer.encoding(row["question"], row["context"])
-        inside = [c for c, part in enumerate(encoding.sequence_ids) if part == 1]
-        before = [c for c in range(len(encoding.ids)) if not inside or c < inside[0]]
-        after = [c for c in range(len(encoding.ids)) if inside and c > inside[-1]]
-        room = limit(lm, block) - len(before) - len(after)
-        require(
-            room > 1,
-            f"question {row['question'][:60]!r}: too long for a context behind it in {block} tokens",
-        )
-        shared = min(128, room // 2)
-        for first in range(0, max(len(inside) - shared, 1), room - shared):
-            example = columns_example(
-                lm, encoding, before + inside[first : first + room] + after, 1
-            )
-            yield example | (
-                {"labels": self.columns(example["offsets"], row)} if "answer" in row else {}
-            )
+        length = limit(lm, block)
+        for window in question_windows(lm.tokenizer, row["question"], row["context"], length):
+            labels = {"labels": self.columns(window, row)} if "answer" in row else {}
+            yield window_example(lm, window) | labels
 
-    def columns(self, offsets: list, row: dict) -> list:
+    def columns(self, window: Window, row: dict) -> list:
         """First and last column of a row's first answer, if the window has the whole of it."""
         text, start = row["answer"][0] if row["answer"] else ("", -1)
         start = row["context"].find(text) if start is None else start
-        places = [(c, *offset) for c, offset in enumerate(offsets) if offset]
-        inside = [c for c, first, last in places if last > start and first < start + len(text)]
-        whole = (
-            start >= 0 and inside and places[0][1] <= start and start + len(text) <= places[-1][2]
-        )
+        end = start + len(text)
+        places = [
+            (c, *offset)
+            for c, (part, offset) in enumerate(zip(window.sequence_ids, window.offsets))
+            if part == 1
+        ]
+        inside = [c for c, first, last in places if last > start and first < end]
+        whole = start >= 0 and inside and places[0][1] <= start and end <= places[-1][2]
         return [inside[0], inside[-1]] if whole else [0, 0]
 
-    def answer(self, lm, windows):
-        """The likeliest one of all windows. Its score is the probability of its first column times that of its last,
-        among the context's columns and the first one, which stands for none."""
-        found = []
-        for example, logits in windows:
-            context, offsets = example["row"]["context"], example["offsets"]
-            inside = torch.tensor([offset is not None for offset in offsets])
-            shown = inside.clone()
-            shown[0] = True
-            p = logits.masked_fill(~shown[:, None], -math.inf).softmax(0) * inside[:, None]
-            scores = (p[:, :1] * p[:, 1]).triu().tril(29)  # of at most 30 tokens
-            first, last = divmod(int(scores.argmax()), len(offsets))
-            (start, _), (_, end) = offsets[first] or (0, 0), offsets[last] or (0, 0)
-            while 0 < start < end and context[start - 1 : start + 1].isalnum():  # whole words
-                start -= 1
-            while start < end < len(context) and context[end - 1 : end + 1].isalnum():
-                end += 1
-            found.append(
-                dict(
-                    answer=context[start:end].strip(),
-                    score=scores[first, last].item(),
-                    start=start,
-                    end=end,
-                )
-            )
-        return [max(found, key=lambda answer: answer["score"])]
-
     def figures(self, lm, examples, batch):
-        rows = {example["number"]: example["row"] for example in examples}.values()
-        pairs = [
-            (found["answer"], [text for text, _ in row["answer"]] or [""])
-            for (found,), row in zip(self.answers(lm, examples, batch), rows)
-        ]
-        scores = {"span F1": overlap, "exact match": lambda said, text: plain(said) == plain(text)}
-        return {
-            name: sum(max(score(said, text) for text in true) for said, true in pairs) / len(pairs)
-            for name, score in scores.items()
-        }
+        rows, windows, logits = {}, {}, {}
+        for example, output in zip(examples, outputs(lm, examples, batch)):
+            number = example["number"]
+            rows[number] = example["row"]
+            windows.setdefault(number, []).append(example["window"])
+            logits.setdefault(number, []).append(output)
+        f1s, exact = [], []
+        for number, row in rows.items():
+            said = best_span(row["context"], windows[number], logits[number])["answer"]
+            true = [text for text, _ in row["answer"]] or [""]
+            f1s.append(max(overlap(said, text) for text in true))
+            exact.append(max(plain(said) == plain(text) for text in true))
+        return {"span F1": sum(f1s) / len(f1s), "exact match": sum(exact) / len(exact)}
 
 
 def plain(text: str) -> list:
@@ -1898,50 +1768,6 @@ def overlap(said: str, true: str) -> float:
     )
 
 
-class Embedding(Task):
-    """A vector for each text, as the files of sentence-transformers say: pooled, and normalised where modules.json has
-    it; without files, the mean."""
-
-    poolings = {  # name -> states (seq, hidden) as one vector
-        "pooling_mode_cls_token": lambda states: states[0],
-        "pooling_mode_mean_tokens": lambda states: states.mean(0),
-        "pooling_mode_max_tokens": lambda states: states.amax(0),
-        "pooling_mode_mean_sqrt_len_tokens": lambda states: states.sum(0) / len(states) ** 0.5,
-        "pooling_mode_lasttoken": lambda states: states[-1],
-    }
-
-    def examples(self, lm, row, block):
-        said = read_json(lm.folder / "sentence_bert_config.json", {})
-        yield text_example(lm, said.get("max_seq_length") or block, row["text"])
-
-    def answer(self, lm, windows):
-        ((_, states),) = windows
-        said, file = read_json(lm.folder / "1_Pooling/config.json", {}), lm.folder / "modules.json"
-        modules = re.findall(
-            r"sentence_transformers[\w.]*\.(\w+)", file.read_text("utf-8") if file.exists() else ""
-        )
-        require(
-            set(modules) <= {"Transformer", "Pooling", "Normalize"},
-            f"{file}: {', '.join(modules)}, expected no "
-            "more than Transformer, Pooling and Normalize",
-        )
-        chosen = [pool for name, pool in self.poolings.items() if said.get(name)]
-        require(
-            chosen or not said,
-            f"{lm.folder / '1_Pooling/config.json'}: expected one of {', '.join(self.poolings)}",
-        )
-        vector = torch.cat(
-            [pool(states) for pool in chosen or [self.poolings["pooling_mode_mean_tokens"]]]
-        )
-        return [
-            {
-                "embedding": (
-                    F.normalize(vector, dim=0) if "Normalize" in modules else vector
-                ).tolist()
-            }
-        ]
-
-
 TASKS = dict(
     lm=LanguageModelling(),
     mlm=MaskFilling(),
@@ -1949,9 +1775,7 @@ TASKS = dict(
     tokens=Tagging(),
     qa=QuestionAnswering(),
     seq2seq=Writing(),
-    embed=Embedding(),
 )
-TRAINABLE = tuple(name for name, task in TASKS.items() if task.head)
 LOWER_IS_BETTER = ("nats/token", "mean squared error")  # figures of which less is better
 
 
@@ -2841,14 +2665,8 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     sub = commands.add_parser(
         "run", help="whatever a checkpoint's head is for: labels, answers, texts, embeddings"
     )
-    sub.add_argument("folder", help="a checkpoint")
-    sub.add_argument(
-        "inputs", nargs="*", help="texts; without any, or for a -, the lines of standard input"
-    )
-    sub.add_argument("--context", help="the text in which all questions find their answer")
-    add_options(sub, GenerationConfig, "max_new_tokens")
-    add_options(sub, TrainOptions, "batch", "device", batch=32)
-    sub.add_argument("--json", action="store_true", help="an object per line")
+    onnxlm.add_run_options(sub)
+    add_options(sub, TrainOptions, "device")
 
     for name, text, defaults in (
         ("sample", "continue a prompt", dict(max_new_tokens=300, temperature=0.8, top_p=0.95)),
@@ -2910,7 +2728,7 @@ def main(argv: list | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         COMMANDS[options.pop("command")](options)
-    except (Error, OSError) as error:
+    except (Error, onnxlm.Error, OSError) as error:
         print(f"tinylm: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -2978,7 +2796,7 @@ def opened(options: dict) -> TinyLM:
 def run_eval(options: dict):
     lm, as_json, data = opened(options), options.pop("json"), options.pop("data")
     name = task_of(lm.config)
-    require(name in TRAINABLE, f"{lm.folder}: expected a model with a task's head")
+    require(name in TASKS, f"{lm.folder}: expected a model with a task's head")
     known = remembered(lm.folder) | dict(regression=lm.config.problem_type == "regression")
     known |= dict(task=name, classes=not known["regression"])
     options, task = TrainOptions(**known | options).filled(), TASKS[name]
@@ -2994,57 +2812,9 @@ def run_eval(options: dict):
 
 
 def run_run(options: dict):
-    """A line for each input: what the head says, the likeliest first, with scores. A tab divides a question from its
-    context, a text from its pair."""
-    lm, context, as_json, batch = (
-        opened(options),
-        options["context"],
-        options["json"],
-        options["batch"],
-    )
-    require(batch > 0, f"--batch {batch}: expected a positive number")
-    require(
-        context is None or len(TASKS[task_of(lm.config)].inputs) > 1,
-        "--context: the model reads one text alone",
-    )
-    task, lines = TASKS[task_of(lm.config)], (line.rstrip("\r\n") for line in sys.stdin)
-    texts = itertools.chain.from_iterable(
-        lines if text == "-" else [text] for text in options["inputs"] or ["-"]
-    )
-    while some := list(itertools.islice(texts, batch)):
-        rows = [
-            dict(
-                zip(
-                    task.inputs,
-                    [text, context] if context else text.split("\t", len(task.inputs) - 1),
-                )
-            )
-            for text in some
-        ]
-        for text, row in zip(some, rows):
-            require(
-                "context" in row or task.head != "qa",
-                f"{text[:60]!r}: expected --context, or the question, a tab and the context",
-            )
-        examples = Task.epochs(task, lm, rows, task.longest)(None)
-        for text, found in zip(
-            some, task.answers(lm, examples, batch, max_new_tokens=options.get("max_new_tokens"))
-        ):
-            print(
-                json.dumps({"input": text, "output": found}, ensure_ascii=False)
-                if as_json
-                else "  ".join(map(answer_line, found[:5])),
-                flush=True,
-            )
-
-
-def answer_line(answer: dict) -> str:
-    """What an answer says, and its score; or its numbers."""
-    texts = [
-        value for name, value in answer.items() if isinstance(value, str) and name != "sequence"
-    ]
-    texts += [f"{answer['score']:.4f}"] if "score" in answer else []
-    return " ".join(texts) if texts else json.dumps(*answer.values())
+    """A line for each input: what the head says, the likeliest first, with scores."""
+    lm = opened(options)
+    onnxlm.run_lines(TorchRunner(lm, lm.folder), **options)
 
 
 def run_sample(options: dict):

@@ -185,7 +185,7 @@ def test_run_says_what_the_command_of_tinylm_says(name, folder, exported, capsys
     capsys.readouterr()
     assert train.main(["run", str(out), *inputs, "--json", "--max-new-tokens", "20"]) == 0
     theirs = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert onnxlm.main([str(out), *inputs, "--max-new-tokens", "20"]) == 0
+    assert onnxlm.main([str(out), *inputs, "--json", "--max-new-tokens", "20"]) == 0
     ours = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(ours) == 2 and all(row["output"] for row in ours)
     for row, other in zip(ours, theirs, strict=True):
@@ -241,7 +241,7 @@ def test_a_tab_divides_only_what_has_two_parts(exported, capsys, monkeypatch):
     _, onnx_lm, out = exported("electra-tokens")
     text = "w5 w6\tw7\x0cw8"
     monkeypatch.setattr(sys, "stdin", io.StringIO(text + "\n\nw9\n"))
-    assert onnxlm.main([str(out)]) == 0
+    assert onnxlm.main([str(out), "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["input"] for line in lines] == [text, "w9"]
     assert [line["output"] for line in lines] == onnx_lm.run([text, "w9"])

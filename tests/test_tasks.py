@@ -407,10 +407,17 @@ def test_long_contexts_answer_from_any_window(body, tmp_path):
     row = dict(question="Where?", context=context, answer=[("Bonn", context.index("Bonn"))])
     examples = [*train.TASKS["qa"].examples(lm, row, 64)]
     assert len(examples) > 5 and all(len(example["input_ids"]) <= 64 for example in examples)
-    seen = {c for example in examples for span in example["offsets"] if span for c in range(*span)}
+    windows = [example["window"] for example in examples]
+    seen = {
+        c
+        for window in windows
+        for part, span in zip(window.sequence_ids, window.offsets)
+        if part == 1
+        for c in range(*span)
+    }
     assert all(c in seen for c, char in enumerate(context) if char != " ")
     found = [
-        (example["offsets"][first][0], example["offsets"][last][1])
+        (example["window"].offsets[first][0], example["window"].offsets[last][1])
         for example in examples
         for first, last in [example["labels"]]
         if first

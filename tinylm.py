@@ -2377,12 +2377,26 @@ class Unused(Name):
     """Of a module that only travels along, and is zero where it is not stored."""
 
 
-PLAIN = lambda value, _: value  # noqa: E731 (how most fields of a config read, and are written)
-DECODER_HEADS = {
-    "lm": ({"head.out": "lm_head"}, {}),
-    "classify": ({"head.out": "score"}, {}),
-    None: ({}, {}),
-}
+def name_map(*texts: str) -> dict[str, str]:
+    """Our names -> theirs, of words `ours=theirs`, or of one word where both are the same. The last one counts."""
+    words = (word.partition("=") for text in texts for word in text.split())
+    return {ours: theirs if sign else ours for ours, sign, theirs in words}
+
+
+def tensor_map(prefix: str, layer: str, *texts: str, inside: type = Name) -> dict:
+    """Our modules -> a tuple of theirs, fused along the rows in ours, of words `ours=theirs+theirs`.
+
+    Theirs stand behind the prefix, and those of a layer behind `layer` too, with {} for its number.
+    """
+    table = {}
+    for ours, theirs in name_map(*texts).items():
+        kind, place = Name, prefix
+        if ours.startswith("layers."):
+            ours, kind, place = ours.replace("layers", "layers.{}", 1), inside, prefix + layer
+        table[ours] = tuple(kind(place + name) for name in theirs.split("+") if name)
+    return table
+
+
 CLASS = {  # head -> end of its class's name
     "lm": "ForCausalLM",
     "mlm": "ForMaskedLM",
@@ -2391,6 +2405,13 @@ CLASS = {  # head -> end of its class's name
     "qa": "ForQuestionAnswering",
     None: "Model",
 }
+LM_ONLY = {"lm": ({"head.out": "lm_head"}, {})}
+DECODER_HEADS = LM_ONLY | {"classify": ({"head.out": "score"}, {}), None: ({}, {})}
+
+
+def nothing(_) -> dict:
+    """What most families read, and write, beside their table of fields."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -2398,88 +2419,670 @@ class Family:
     """One `model_type`. Tables are read one way to load and the other way to save."""
 
     stem: str  # of its classes' names
-    tensors: dict  # our module -> theirs, or a tuple of theirs fused along the rows
-    fields: dict  # our config field -> their key, or (key, how it reads, is written)
-    heads: dict = field(
-        default_factory=lambda: DECODER_HEADS
-    )  # head -> (its rows of the table, its config fields)
+    tensors: dict  # as from tensor_map
+    fields: dict  # our config field -> their key
+    heads: dict = field(default_factory=lambda: DECODER_HEADS)  # head -> (rows, config fields)
     prefix: str = "model."  # of the body's tensors, where there is a head
-    fixed: dict = field(
-        default_factory=dict
-    )  # our config fields which the family always has, or how they follow
-    defaults: dict = field(
-        default_factory=dict
-    )  # their key -> what transformers takes where config.json is silent
-    only: dict = field(
-        default_factory=dict
-    )  # their key -> the one value supported, where None will not do
-    drop: tuple = (
-        "model.layers.{}.self_attn.rotary_emb.inv_freq",
-    )  # their tensors that carry nothing
-    copies: dict = field(
-        default_factory=dict
-    )  # their tensors that some writers store beside ours of equal values
-    aliases: dict = field(
-        default_factory=dict
-    )  # a second name of a key -> the key, which it overrides
+    fixed: dict = field(default_factory=dict)  # our config fields which the family always has
+    defaults: dict = field(default_factory=dict)  # their key -> what transformers takes without it
+    only: dict = field(default_factory=dict)  # their key -> the one value that is supported
+    read: Callable[[dict], dict] = (
+        nothing  # a config.json with defaults -> more of our config fields
+    )
+    write: Callable[[Config], dict] = nothing  # and back
+    drop: tuple = ("model.layers.{}.self_attn.rotary_emb.inv_freq",)  # tensors that carry nothing
+    copies: dict = field(default_factory=dict)  # their tensor -> ours that it repeats, if stored
+    aliases: dict = field(default_factory=dict)  # a second name of a key -> the key
     unstored_head_is_tied: bool = False  # whatever config.json says of it
-    classes: dict = field(
-        default_factory=dict
-    )  # head -> end of its class's name, where it is not that of CLASS
+    classes: dict = field(default_factory=dict)  # head -> end of its class's name, if not CLASS's
 
     def __post_init__(self):
-        vars(self).update(
-            fields={
-                ours: entry if isinstance(entry, tuple) else (entry, PLAIN, PLAIN)
-                for ours, entry in self.fields.items()
-            },
-            heads={
-                head: (tensor_map("", "", rows, {}), more)
-                for head, (rows, more) in self.heads.items()
-            },
-        )
+        heads = {}
+        for head, (rows, fields_of_head) in self.heads.items():
+            names = {n: (x if isinstance(x, Name) else Name(x),) for n, x in rows.items()}
+            heads[head] = names, fields_of_head
+        vars(self)["heads"] = heads
 
     def architecture(self, head) -> str:
         return self.stem + (CLASS | self.classes)[head]
 
     def head_of(self, architecture: str | None):
         """The head of a class of transformers. One we do not know counts as the language model, where there is one."""
-        found = [head for head in self.heads if self.architecture(head) == architecture]
+        for head in self.heads:
+            if self.architecture(head) == architecture:
+                return head
+        known = ", ".join(map(self.architecture, self.heads))
         require(
-            found or architecture is None or "lm" in self.heads,
-            f"config: architectures = {architecture!r} is "
-            f"not supported (supported: {', '.join(map(self.architecture, self.heads))}); name a head to open its "
-            "body",
+            architecture is None or "lm" in self.heads,
+            f"config: architectures = {architecture!r} is not supported (supported: {known}); "
+            "name a head to open its body",
         )
-        return [*found, "lm" if "lm" in self.heads else None][0]
+        return "lm" if "lm" in self.heads else None
 
 
-def identity_map(names: str) -> dict:
-    return {name: name for name in names.split()}
-
-
-NEUTRAL = dict(
-    qk_norm=None,
-    **dict.fromkeys(
-        (  # where Config's default is an architecture or a size of its own
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
-    ),
+# ---- Decoders ----
+FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings hidden_act
+    tie_word_embeddings attention_dropout bos_token_id eos_token_id pad_token_id problem_type """
+ROTARY = FIELDS + "num_key_value_heads head_dim rope_theta rope_scaling norm_eps=rms_norm_eps "
+BIASES = "attention_bias attention_output_bias=attention_bias "
+LLAMA = """
+    embed=embed_tokens
+    norm=norm
+    layers.attention_norm=input_layernorm
+    layers.attention.qkv=self_attn.q_proj+self_attn.k_proj+self_attn.v_proj
+    layers.attention.q_norm=self_attn.q_norm
+    layers.attention.k_norm=self_attn.k_norm
+    layers.attention.o=self_attn.o_proj
+    layers.mlp_norm=post_attention_layernorm
+    layers.mlp.gate_up=mlp.gate_proj+mlp.up_proj
+    layers.mlp.down=mlp.down_proj
+"""
+SANDWICH = """
+    layers.attention_output_norm=post_attention_layernorm
+    layers.mlp_output_norm=post_feedforward_layernorm
+"""
+GPT2 = """
+    embed=wte
+    position_embed=wpe
+    norm=ln_f
+    layers.attention_norm=ln_1
+    layers.attention.qkv=attn.c_attn
+    layers.attention.o=attn.c_proj
+    layers.mlp_norm=ln_2
+    layers.mlp.up=mlp.c_fc
+    layers.mlp.down=mlp.c_proj
+"""
+LLAMA_DEFAULTS = dict(tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+QWEN_DEFAULTS = dict(
+    tie_word_embeddings=False,
+    max_position_embeddings=32768,
+    sliding_window=4096,
+    use_sliding_window=False,
+    max_window_layers=28,
+    num_key_value_heads=32,
 )
-# Fields of config.json that no class of transformers computes with, or none of those of the rows below.
+GEMMA_DEFAULTS = dict(head_dim=256, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+GEMMA_FIXED = dict(norm_offset=1.0, scale_embedding=True)
+
+
+def llama_like(*changes: str) -> dict:
+    """Llama's tensors, but for some."""
+    return tensor_map("model.", "layers.{}.", LLAMA, *changes)
+
+
+def read_gemma(raw: dict) -> dict:
+    """The first files say "gelu" and mean its approximation."""
+    return {"hidden_act": "gelu_pytorch_tanh"} if raw["hidden_act"] == "gelu" else {}
+
+
+def gemma(stem: str, fields: str, defaults: dict, **rest) -> Family:
+    """Gemma 2 and later."""
+    usual = dict(
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=256,
+        sliding_window=4096,
+        num_key_value_heads=4,
+    )
+    common = "hidden_act=hidden_activation sliding_window layer_types query_pre_attn_scalar final_logit_softcapping"
+    return Family(
+        stem,
+        llama_like("layers.mlp_norm=pre_feedforward_layernorm", SANDWICH),
+        name_map(ROTARY, BIASES, common, fields),
+        defaults=GEMMA_DEFAULTS | usual | defaults,
+        only=dict(hidden_act="gelu_pytorch_tanh"),
+        **rest,
+    )
+
+
+FAMILIES = {
+    "qwen3": Family(
+        "Qwen3",
+        llama_like(),
+        name_map(ROTARY, BIASES, "sliding_window layer_types"),
+        fixed=dict(qk_norm="head"),
+        defaults=QWEN_DEFAULTS | dict(head_dim=128),
+    ),
+    "llama": Family(
+        "Llama",
+        llama_like(),
+        name_map(ROTARY, BIASES, "mlp_bias"),
+        defaults=LLAMA_DEFAULTS | dict(max_position_embeddings=2048),
+    ),
+    "mistral": Family(
+        "Mistral",
+        llama_like(),
+        name_map(ROTARY, "sliding_window"),
+        defaults=LLAMA_DEFAULTS
+        | dict(max_position_embeddings=131072, sliding_window=4096, num_key_value_heads=8),
+    ),
+    "qwen2": Family(
+        "Qwen2",
+        llama_like(),
+        name_map(ROTARY, "sliding_window layer_types"),
+        fixed=dict(attention_bias=True, attention_output_bias=False),
+        defaults=QWEN_DEFAULTS,
+    ),
+    "gemma": Family(
+        "Gemma",
+        llama_like(),
+        name_map(ROTARY, BIASES),
+        fixed=GEMMA_FIXED,
+        defaults=GEMMA_DEFAULTS
+        | dict(
+            hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192, num_key_value_heads=16
+        ),
+        only=dict(hidden_activation="gelu_pytorch_tanh"),
+        read=read_gemma,
+    ),
+    "gemma2": gemma(
+        "Gemma2",
+        "attn_logit_softcapping",
+        fixed=GEMMA_FIXED | dict(norm_position="sandwich"),
+        defaults=dict(
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+            max_position_embeddings=8192,
+            sliding_window_pattern=2,
+        ),
+    ),
+    "gemma3_text": gemma(
+        "Gemma3",
+        "rope_local_base_freq",
+        fixed=GEMMA_FIXED | dict(norm_position="sandwich", qk_norm="head"),
+        heads=LM_ONLY,
+        defaults=dict(
+            max_position_embeddings=131072,
+            rope_theta=1e6,
+            rope_local_base_freq=1e4,
+            sliding_window_pattern=6,
+        ),
+    ),
+    "gpt2": Family(
+        "GPT2",
+        tensor_map("transformer.", "h.{}.", GPT2, inside=Transposed),
+        name_map(
+            FIELDS,
+            """hidden_size=n_embd num_hidden_layers=n_layer num_attention_heads=n_head intermediate_size=n_inner
+            norm_eps=layer_norm_epsilon max_position_embeddings=n_positions hidden_act=activation_function
+            attention_dropout=attn_pdrop hidden_dropout=resid_pdrop embedding_dropout=embd_pdrop""",
+        ),
+        prefix="transformer.",
+        aliases=name_map(
+            """hidden_size=n_embd max_position_embeddings=n_positions num_attention_heads=n_head
+            num_hidden_layers=n_layer"""
+        ),
+        classes={"lm": "LMHeadModel"},
+        fixed=dict(
+            norm="layer", position="learned", gated=False, attention_bias=True, mlp_bias=True
+        ),
+        defaults=dict(
+            n_positions=1024,
+            layer_norm_epsilon=1e-5,
+            activation_function="gelu_new",
+            attn_pdrop=0.1,
+            resid_pdrop=0.1,
+            embd_pdrop=0.1,
+            bos_token_id=50256,
+            eos_token_id=50256,
+        ),
+        only=dict(scale_attn_weights=True),
+        drop=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"),
+    ),
+    "phi3": Family(
+        "Phi3",
+        llama_like("layers.attention.qkv=self_attn.qkv_proj layers.mlp.gate_up=mlp.gate_up_proj"),
+        name_map(
+            ROTARY,
+            """sliding_window partial_rotary_factor hidden_dropout=resid_pdrop
+            embedding_dropout=embd_pdrop""",
+        ),
+        defaults=LLAMA_DEFAULTS
+        | dict(
+            rms_norm_eps=1e-5, max_position_embeddings=4096, eos_token_id=32000, pad_token_id=32000
+        ),
+        only=dict(rope_scaling=None),
+    ),
+    "olmo2": Family(
+        "Olmo2",
+        llama_like("layers.attention_norm= layers.mlp_norm=", SANDWICH),
+        name_map(ROTARY, BIASES),
+        LM_ONLY,
+        fixed=dict(norm_position="output", qk_norm="full"),
+        defaults=dict(
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+            max_position_embeddings=2048,
+            eos_token_id=50279,
+            pad_token_id=1,
+        ),
+    ),
+    "starcoder2": Family(
+        "Starcoder2",
+        llama_like("layers.mlp.up=mlp.c_fc layers.mlp.down=mlp.c_proj"),
+        name_map(
+            ROTARY,
+            """sliding_window norm_eps=norm_epsilon attention_bias=use_bias attention_output_bias=use_bias
+            mlp_bias=use_bias hidden_dropout=residual_dropout embedding_dropout""",
+        ),
+        fixed=dict(norm="layer", gated=False),
+        defaults=dict(
+            use_bias=True,
+            norm_epsilon=1e-5,
+            hidden_act="gelu_pytorch_tanh",
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            bos_token_id=50256,
+            eos_token_id=50256,
+        ),
+        only=dict(
+            activation_function="gelu",
+            layer_norm_epsilon=1e-5,
+            mlp_type="default",
+            norm_type="layer_norm",
+            scale_attn_weights=True,
+        ),
+    ),
+}
+
+# ---- Encoders: one body and five heads, under the names of each family ----
+ENCODER = dict(
+    causal=False,
+    norm="layer",
+    norm_position="post",
+    final_norm=False,
+    embedding_norm=True,
+    position="learned",
+    gated=False,
+    attention_bias=True,
+    mlp_bias=True,
+)
+EMBEDDINGS = """
+    embed=embeddings.word_embeddings
+    position_embed=embeddings.position_embeddings
+    type_embed=embeddings.token_type_embeddings
+    embedding_norm=embeddings.LayerNorm
+    embedding_project=embeddings_project
+"""
+BERT = """
+    layers.attention.qkv=attention.self.query+attention.self.key+attention.self.value
+    layers.attention.o=attention.output.dense
+    layers.attention_norm=attention.output.LayerNorm
+    layers.mlp.up=intermediate.dense
+    layers.mlp.down=output.dense
+    layers.mlp_norm=output.LayerNorm
+"""
+DISTILBERT = """
+    layers.attention.qkv=attention.q_lin+attention.k_lin+attention.v_lin
+    layers.attention.o=attention.out_lin
+    layers.attention_norm=sa_layer_norm
+    layers.mlp.up=ffn.lin1
+    layers.mlp.down=ffn.lin2
+    layers.mlp_norm=output_layer_norm
+"""
+BERT_FIELDS = name_map(
+    FIELDS,
+    """type_vocab_size norm_eps=layer_norm_eps attention_dropout=attention_probs_dropout_prob
+    hidden_dropout=hidden_dropout_prob embedding_dropout=hidden_dropout_prob head_dropout=classifier_dropout""",
+)
+BERT_DEFAULTS = dict(
+    hidden_act="gelu",
+    max_position_embeddings=512,
+    type_vocab_size=2,
+    pad_token_id=0,
+    layer_norm_eps=1e-12,
+    hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+)
+TIED = dict(tie_word_embeddings=True)
+ABSOLUTE = dict(position_embedding_type="absolute")
+SAME = "hidden_act"  # the activation of a head that has the layers' own
+
+
+def dense_head(act: str, rows: str, norm: bool = False) -> tuple:
+    """A head that has a dense layer, an activation and (masked language models) a norm before its output."""
+    return name_map(rows), dict(head_act=act, head_norm=norm)
+
+
+def encoder_heads(mlm: tuple, classify: tuple, bare: tuple = ({}, {})) -> dict:
+    heads = {
+        "mlm": mlm,
+        "classify": classify,
+        "tokens": ({"head.out": "classifier"}, {}),
+        "qa": ({"head.out": "qa_outputs"}, {}),
+    }
+    biased = {head: (rows, fields | {"head_bias": True}) for head, (rows, fields) in heads.items()}
+    return {None: bare} | biased
+
+
+def unused_pooler(name: str) -> tuple:
+    return {"head.dense": Unused(name)}, dict(head_act="tanh")
+
+
+def read_roberta(raw: dict) -> dict:
+    """Its table of positions begins with unused rows, up to that of the pad id."""
+    offset = raw["pad_token_id"] + 1
+    positions = raw["max_position_embeddings"] - offset
+    return dict(position_offset=offset, max_position_embeddings=positions)
+
+
+def write_roberta(config: Config) -> dict:
+    return {"max_position_embeddings": config.max_position_embeddings + config.position_offset}
+
+
+def roberta(stem: str) -> Family:
+    return Family(
+        stem,
+        tensor_map("roberta.", "encoder.layer.{}.", EMBEDDINGS, BERT),
+        BERT_FIELDS,
+        encoder_heads(
+            dense_head(
+                "gelu",
+                """head.dense=lm_head.dense head.norm=lm_head.layer_norm head.out=lm_head.decoder
+                head.out.bias=lm_head.bias""",
+                norm=True,
+            ),
+            dense_head("tanh", "head.dense=classifier.dense head.out=classifier.out_proj"),
+            unused_pooler("roberta.pooler.dense"),
+        ),
+        "roberta.",
+        fixed=ENCODER,
+        defaults=BERT_DEFAULTS | dict(pad_token_id=1, bos_token_id=0, eos_token_id=2),
+        only=TIED | ABSOLUTE,
+        read=read_roberta,
+        write=write_roberta,
+        copies={"lm_head.decoder.bias": "head.out.bias"},
+        drop=("roberta.embeddings.position_ids",),
+    )
+
+
+FAMILIES |= {
+    "bert": Family(
+        "Bert",
+        tensor_map("bert.", "encoder.layer.{}.", EMBEDDINGS, BERT),
+        BERT_FIELDS,
+        encoder_heads(
+            dense_head(
+                SAME,
+                """head.dense=cls.predictions.transform.dense head.norm=cls.predictions.transform.LayerNorm
+                head.out=cls.predictions.decoder head.out.bias=cls.predictions.bias""",
+                norm=True,
+            ),
+            dense_head("tanh", "head.dense=bert.pooler.dense head.out=classifier"),
+            unused_pooler("bert.pooler.dense"),
+        ),
+        "bert.",
+        fixed=ENCODER,
+        defaults=BERT_DEFAULTS,
+        only=TIED | ABSOLUTE,
+        copies={"cls.predictions.decoder.bias": "head.out.bias"},
+        drop=(
+            "bert.embeddings.position_ids",
+            "cls.seq_relationship.weight",
+            "cls.seq_relationship.bias",
+        ),
+    ),
+    "roberta": roberta("Roberta"),
+    "xlm-roberta": roberta("XLMRoberta"),
+    "distilbert": Family(
+        "DistilBert",
+        tensor_map("distilbert.", "transformer.layer.{}.", EMBEDDINGS, DISTILBERT),
+        name_map(
+            FIELDS,
+            """hidden_size=dim num_hidden_layers=n_layers num_attention_heads=n_heads intermediate_size=hidden_dim
+            hidden_act=activation hidden_dropout=dropout embedding_dropout=dropout head_dropout=seq_classif_dropout""",
+        ),
+        encoder_heads(
+            dense_head(
+                SAME,
+                "head.dense=vocab_transform head.norm=vocab_layer_norm head.out=vocab_projector",
+                norm=True,
+            ),
+            dense_head("relu", "head.dense=pre_classifier head.out=classifier"),
+        ),
+        "distilbert.",
+        aliases=name_map("hidden_size=dim num_attention_heads=n_heads num_hidden_layers=n_layers"),
+        fixed=ENCODER | dict(norm_eps=1e-12),
+        defaults=dict(
+            activation="gelu",
+            max_position_embeddings=512,
+            pad_token_id=0,
+            dropout=0.1,
+            attention_dropout=0.1,
+            seq_classif_dropout=0.2,
+        ),
+        only=ABSOLUTE,
+        drop=("distilbert.embeddings.position_ids",),
+    ),
+    "electra": Family(
+        "Electra",
+        tensor_map("electra.", "encoder.layer.{}.", EMBEDDINGS, BERT),
+        BERT_FIELDS | name_map("embedding_size"),
+        encoder_heads(
+            dense_head(
+                "gelu",
+                """head.dense=generator_predictions.dense head.norm=generator_predictions.LayerNorm
+                head.out=generator_lm_head""",
+                norm=True,
+            ),
+            dense_head("gelu", "head.dense=classifier.dense head.out=classifier.out_proj"),
+        ),
+        "electra.",
+        fixed=ENCODER,
+        defaults=BERT_DEFAULTS | dict(embedding_size=128),
+        only=ABSOLUTE,
+        drop=(
+            "electra.embeddings.position_ids",
+            "discriminator_predictions.dense.weight",
+            "discriminator_predictions.dense.bias",
+            "discriminator_predictions.dense_prediction.weight",
+            "discriminator_predictions.dense_prediction.bias",
+        ),
+    ),
+}
+
+# ---- Encoder-decoders ----
+BART = """
+    position_embed=embed_positions
+    embedding_norm=layernorm_embedding
+    norm=layer_norm
+    layers.attention.qkv=self_attn.q_proj+self_attn.k_proj+self_attn.v_proj
+    layers.attention.o=self_attn.out_proj
+    layers.attention_norm=self_attn_layer_norm
+    layers.cross_attention.q=encoder_attn.q_proj
+    layers.cross_attention.kv=encoder_attn.k_proj+encoder_attn.v_proj
+    layers.cross_attention.o=encoder_attn.out_proj
+    layers.cross_attention_norm=encoder_attn_layer_norm
+    layers.mlp.up=fc1
+    layers.mlp.down=fc2
+    layers.mlp_norm=final_layer_norm
+"""
+T5 = """
+    relative_bias=block.0.layer.0.SelfAttention.relative_attention_bias
+    norm=final_layer_norm
+    layers.attention.qkv=0.SelfAttention.q+0.SelfAttention.k+0.SelfAttention.v
+    layers.attention.o=0.SelfAttention.o
+    layers.attention_norm=0.layer_norm
+    layers.cross_attention.q=1.EncDecAttention.q
+    layers.cross_attention.kv=1.EncDecAttention.k+1.EncDecAttention.v
+    layers.cross_attention.o=1.EncDecAttention.o
+    layers.cross_attention_norm=1.layer_norm
+    layers.mlp.up=MLP.DenseReluDense.wi
+    layers.mlp.gate_up=MLP.DenseReluDense.wi_0+MLP.DenseReluDense.wi_1
+    layers.mlp.down=MLP.DenseReluDense.wo
+    layers.mlp_norm=MLP.layer_norm
+"""
+T5_ACTIVATIONS = {  # feed_forward_proj -> gated, hidden_act
+    **{name: (False, name) for name in ACTIVATIONS},
+    **{f"gated-{name}": (True, name) for name in ACTIVATIONS},
+    "gated-gelu": (True, "gelu_new"),
+}
+
+
+def two_stacks(embed: str, encoder: dict, decoder: dict) -> dict:
+    encoder = {f"encoder.{ours}": theirs for ours, theirs in encoder.items()}
+    return {"embed": (Name(embed),)} | encoder | decoder
+
+
+def read_t5(raw: dict) -> dict:
+    """Its activation says whether the MLP is gated; the logits are scaled unless it says that they are not tied."""
+    name = raw["feed_forward_proj"]
+    require(
+        name in T5_ACTIVATIONS,
+        f"feed_forward_proj = {name!r}, expected one of {', '.join(T5_ACTIVATIONS)}",
+    )
+    gated, act = T5_ACTIVATIONS[name]
+    for key, value in (("is_gated_act", gated), ("dense_act_fn", act)):
+        require(raw[key] in (None, value), f"{key} = {raw[key]!r}, expected {value} with {name}")
+    scaled = raw.get("tie_word_embeddings") is not False
+    if raw["scale_decoder_outputs"] is not None:
+        scaled = raw["scale_decoder_outputs"]
+    layers = raw["num_decoder_layers"]
+    return dict(
+        gated=gated,
+        hidden_act=act,
+        scale_logits=scaled,
+        num_hidden_layers=raw.get("num_layers") if layers is None else layers,
+    )
+
+
+def write_t5(config: Config) -> dict:
+    wanted = config.gated, config.hidden_act
+    names = [name for name, meaning in T5_ACTIVATIONS.items() if meaning == wanted]
+    return {"feed_forward_proj": names[0] if names else config.hidden_act}
+
+
+def read_marian(raw: dict) -> dict:
+    size, expected = raw["decoder_vocab_size"], raw.get("vocab_size")
+    require(size in (None, expected), f"decoder_vocab_size = {size!r}, expected {expected}")
+    return {}
+
+
+def bart_like(stem: str, end="ForConditionalGeneration", **rest) -> Family:
+    stacks = (tensor_map(f"model.{side}.", "layers.{}.", BART) for side in ("encoder", "decoder"))
+    copies = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
+    return Family(
+        stem,
+        two_stacks("model.shared", *stacks),
+        name_map(
+            FIELDS,
+            """scale_embedding decoder_start_token_id hidden_size=d_model hidden_act=activation_function
+            num_hidden_layers=decoder_layers num_encoder_layers=encoder_layers
+            num_attention_heads=decoder_attention_heads encoder_attention_heads
+            intermediate_size=decoder_ffn_dim encoder_intermediate_size=encoder_ffn_dim
+            hidden_dropout=dropout embedding_dropout=dropout""",
+        ),
+        {"lm": ({"head.out": "lm_head", "head.out.bias": Row("final_logits_bias")}, {})},
+        copies=dict.fromkeys(copies, "embed.weight"),
+        aliases=name_map(
+            """hidden_size=d_model num_attention_heads=encoder_attention_heads
+            num_hidden_layers=encoder_layers"""
+        ),
+        classes={"lm": end},
+        **rest,
+    )
+
+
+SEQ2SEQ = ENCODER | dict(causal=True, norm_eps=1e-5, head_bias=True, position_offset=2)
+BART_DEFAULTS = dict(
+    activation_function="gelu",
+    dropout=0.1,
+    pad_token_id=1,
+    bos_token_id=0,
+    eos_token_id=2,
+    forced_eos_token_id=2,
+)
+FAMILIES |= {
+    "bart": bart_like(
+        "Bart",
+        fixed=SEQ2SEQ,
+        defaults=BART_DEFAULTS | dict(decoder_start_token_id=2),
+        only=dict(normalize_embedding=True),
+    ),
+    "mbart": bart_like(
+        "MBart",
+        fixed=SEQ2SEQ | dict(norm_position="pre", final_norm=True),
+        defaults=BART_DEFAULTS,
+        only=dict(normalize_embedding=True, normalize_before=True, add_final_layer_norm=True),
+    ),
+    "marian": bart_like(
+        "Marian",
+        "MTModel",
+        fixed=SEQ2SEQ | dict(position="sinusoidal", embedding_norm=False, position_offset=0),
+        defaults=BART_DEFAULTS
+        | dict(
+            pad_token_id=58100,
+            decoder_start_token_id=58100,
+            eos_token_id=0,
+            forced_eos_token_id=0,
+            bos_token_id=None,
+            decoder_vocab_size=None,
+        ),
+        only=dict(share_encoder_decoder_embeddings=True, static_position_embeddings=True),
+        read=read_marian,
+        drop=("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"),
+    ),
+    "t5": Family(
+        "T5",
+        two_stacks(
+            "shared",
+            tensor_map("encoder.", "block.{}.layer.", T5.replace("MLP", "1")),
+            tensor_map("decoder.", "block.{}.layer.", T5.replace("MLP", "2")),
+        ),
+        name_map(
+            FIELDS,
+            """decoder_start_token_id relative_attention_num_buckets relative_attention_max_distance hidden_size=d_model
+            head_dim=d_kv intermediate_size=d_ff num_encoder_layers=num_layers num_hidden_layers=num_decoder_layers
+            num_attention_heads=num_heads norm_eps=layer_norm_epsilon head_dropout=dropout_rate
+            hidden_dropout=dropout_rate embedding_dropout=dropout_rate attention_dropout=dropout_rate
+            scale_logits=scale_decoder_outputs hidden_act=feed_forward_proj""",
+        ),
+        LM_ONLY,
+        "",
+        fixed=dict(position="relative", query_pre_attn_scalar=1),
+        defaults=dict(
+            num_decoder_layers=None,
+            d_kv=64,
+            feed_forward_proj="relu",
+            is_gated_act=None,
+            dense_act_fn=None,
+            dropout_rate=0.1,
+            pad_token_id=0,
+            eos_token_id=1,
+            scale_decoder_outputs=None,
+        ),
+        read=read_t5,
+        write=write_t5,
+        copies=dict.fromkeys(
+            ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "embed.weight"
+        ),
+        aliases=name_map(
+            """hidden_size=d_model head_dim=d_kv num_attention_heads=num_heads
+            num_hidden_layers=num_layers"""
+        ),
+        unstored_head_is_tied=True,
+        classes={"lm": "ForConditionalGeneration"},
+        drop=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+    ),
+    # What no other family can express (an architecture changed on the fly) keeps our own names; only tinylm loads it.
+    "tinylm": Family(
+        "TinyLM",
+        {},
+        {f.name: f.name for f in fields(Config) if f.name not in ("model_type", "id2label")},
+        dict.fromkeys(CLASS, ({}, {})),
+        "",
+        classes=dict.fromkeys(CLASS, ""),
+    ),
+}
+
+# ---- config.json ----
+# Fields that no class of transformers computes with, or none of those of the rows above.
 INERT = set(
-    """
-    adapters architectures attention_softmax_in_fp32 attn_implementation auto_map cache_implementation
+    """adapters architectures attention_softmax_in_fp32 attn_implementation auto_map cache_implementation
     chunk_size_feed_forward directionality dtype extra_pos_embeddings finetuning_task gradient_checkpointing id2label
-    init_std initializer_factor initializer_range is_llama_config label2id max_window_layers model_type n_ctx
-    n_positions num_labels original_max_position_embeddings prefix pretraining_tp
-    reorder_and_upcast_attn return_dict scale_attention_softmax_in_fp32 sep_token_id sinusoidal_pos_embds
-    task_specific_params tie_weights_ tokenizer_class torch_dtype transformers.js_config transformers_version
-    unk_token_id use_cache use_sliding_window
-""".split()
+    init_std initializer_factor initializer_range is_llama_config label2id max_window_layers model_type n_ctx n_positions
+    num_labels original_max_position_embeddings prefix pretraining_tp reorder_and_upcast_attn return_dict
+    scale_attention_softmax_in_fp32 sep_token_id sinusoidal_pos_embds task_specific_params tie_weights_ tokenizer_class
+    torch_dtype transformers.js_config transformers_version unk_token_id use_cache use_sliding_window""".split()
 )
 INERT_NAMES = "_[!r]* *dropout *dropout_* *pdrop *layerdrop output_past output_hidden_states output_attentions pooler_* summary_*"
 # Fields by which a model of transformers computes something else: refused where a row does not read them.
@@ -2505,694 +3108,9 @@ INERT_NAMES, MECHANISMS = (
     re.compile("|".join(map(fnmatch.translate, names.split())))
     for names in (INERT_NAMES, MECHANISMS)
 )
-# Their values that change nothing, beside None, False and nothing.
-NEUTRAL_VALUES = dict.fromkeys(
-    """partial_rotary_factor rotary_pct attention_value_scale residual_scale embedding_multiplier embedding_scale logit_scale
-    logits_scaling residual_multiplier scale_emb""".split(),
-    1,
-)
-FIELDS = (
-    identity_map("""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings
-    hidden_act tie_word_embeddings attention_dropout bos_token_id eos_token_id pad_token_id problem_type""")
-    | dict(
-        id2label=(
-            "id2label",
-            lambda names, raw: dict(sorted((int(i), str(name)) for i, name in names.items())),
-            lambda names, config: names and {str(i): name for i, name in names.items()},
-        )
-    )
-)
-COMMON = (
-    FIELDS
-    | identity_map("num_key_value_heads head_dim rope_theta rope_scaling")
-    | dict(norm_eps="rms_norm_eps")
-)
-BIASES = dict(attention_bias="attention_bias", attention_output_bias="attention_bias")
-
-
-def tensor_map(prefix: str, layer: str, outside: dict, inside: dict) -> dict:
-    """A tensor table: our modules outside of the layers and those inside -> theirs, after the prefixes. Several names
-    are fused in ours."""
-    rows = {ours: (prefix, theirs) for ours, theirs in outside.items()}
-    rows |= {"layers.{}." + ours: (prefix + layer, theirs) for ours, theirs in inside.items()}
-    return {
-        ours: tuple(
-            (type(theirs) if isinstance(theirs, Name) else Name)(place + name)
-            for name in theirs.split()
-        )
-        for ours, (place, theirs) in rows.items()
-    }
-
-
-def llama_like(**inside) -> dict:
-    """Llama's table, but for some modules inside of a layer."""
-    return tensor_map(
-        "model.",
-        "layers.{}.",
-        {"embed": "embed_tokens", "norm": "norm"},
-        {
-            "attention_norm": "input_layernorm",
-            "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-            "attention.q_norm": "self_attn.q_norm",
-            "attention.k_norm": "self_attn.k_norm",
-            "attention.o": "self_attn.o_proj",
-            "mlp_norm": "post_attention_layernorm",
-            "mlp.gate_up": "mlp.gate_proj mlp.up_proj",
-            "mlp.down": "mlp.down_proj",
-        }
-        | inside,
-    )
-
-
-LLAMA = llama_like()
-SANDWICH = dict(
-    attention_output_norm="post_attention_layernorm", mlp_output_norm="post_feedforward_layernorm"
-)
-GPT2 = tensor_map(
-    "transformer.",
-    "h.{}.",
-    {"embed": "wte", "position_embed": "wpe", "norm": "ln_f"},
-    {
-        "attention_norm": "ln_1",
-        "attention.qkv": Transposed("attn.c_attn"),
-        "attention.o": Transposed("attn.c_proj"),
-        "mlp_norm": "ln_2",
-        "mlp.up": Transposed("mlp.c_fc"),
-        "mlp.down": Transposed("mlp.c_proj"),
-    },
-)
-LM_ONLY = {"lm": DECODER_HEADS["lm"]}
-LLAMA_DEFAULTS = dict(tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
-QWEN_DEFAULTS = dict(
-    tie_word_embeddings=False,
-    max_position_embeddings=32768,
-    sliding_window=4096,
-    use_sliding_window=False,
-    max_window_layers=28,
-    num_key_value_heads=32,
-)
-GEMMA_DEFAULTS = dict(head_dim=256, pad_token_id=0, eos_token_id=1, bos_token_id=2)
-GEMMA_FIXED = dict(norm_offset=1.0, scale_embedding=True)
-
-
-def gemma(stem: str, fields: str, fixed: dict = {}, defaults: dict = {}, **rest) -> Family:
-    """Gemma 2 and later."""
-    return Family(
-        stem,
-        llama_like(mlp_norm="pre_feedforward_layernorm", **SANDWICH),
-        COMMON
-        | BIASES
-        | identity_map(
-            "sliding_window layer_types query_pre_attn_scalar final_logit_softcapping " + fields
-        )
-        | dict(hidden_act="hidden_activation"),
-        fixed=GEMMA_FIXED | dict(norm_position="sandwich") | fixed,
-        defaults=GEMMA_DEFAULTS
-        | dict(
-            hidden_activation="gelu_pytorch_tanh",
-            query_pre_attn_scalar=256,
-            sliding_window=4096,
-            num_key_value_heads=4,
-        )
-        | defaults,
-        only=dict(hidden_act="gelu_pytorch_tanh"),
-        **rest,
-    )
-
-
-FAMILIES = {
-    "qwen3": Family(
-        "Qwen3",
-        LLAMA,
-        COMMON | BIASES | identity_map("sliding_window layer_types"),
-        fixed=dict(qk_norm="head"),
-        defaults=QWEN_DEFAULTS | dict(head_dim=128),
-    ),
-    "llama": Family(
-        "Llama",
-        LLAMA,
-        COMMON | BIASES | identity_map("mlp_bias"),
-        defaults=LLAMA_DEFAULTS | dict(max_position_embeddings=2048),
-    ),
-    "mistral": Family(
-        "Mistral",
-        LLAMA,
-        COMMON | identity_map("sliding_window"),
-        defaults=LLAMA_DEFAULTS
-        | dict(max_position_embeddings=131072, sliding_window=4096, num_key_value_heads=8),
-    ),
-    "qwen2": Family(
-        "Qwen2",
-        LLAMA,
-        COMMON | identity_map("sliding_window layer_types"),
-        defaults=QWEN_DEFAULTS,
-        fixed=dict(attention_bias=True, attention_output_bias=False),
-    ),
-    "gemma": Family(
-        "Gemma",
-        LLAMA,
-        COMMON
-        | BIASES
-        | dict(
-            hidden_act=(
-                "hidden_act",
-                lambda act, raw: "gelu_pytorch_tanh" if act == "gelu" else act,
-                PLAIN,
-            )
-        ),
-        fixed=GEMMA_FIXED,
-        defaults=GEMMA_DEFAULTS
-        | dict(
-            hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192, num_key_value_heads=16
-        ),
-        only=dict(hidden_activation="gelu_pytorch_tanh"),
-    ),
-    "gemma2": gemma(
-        "Gemma2",
-        "attn_logit_softcapping",
-        defaults=dict(
-            attn_logit_softcapping=50.0,
-            final_logit_softcapping=30.0,
-            max_position_embeddings=8192,
-            sliding_window_pattern=2,
-        ),
-    ),
-    "gemma3_text": gemma(
-        "Gemma3",
-        "rope_local_base_freq",
-        fixed=dict(qk_norm="head"),
-        heads=LM_ONLY,
-        defaults=dict(
-            max_position_embeddings=131072,
-            rope_theta=1e6,
-            rope_local_base_freq=1e4,
-            sliding_window_pattern=6,
-        ),
-    ),
-    "gpt2": Family(
-        "GPT2",
-        GPT2,
-        FIELDS
-        | dict(
-            hidden_size="n_embd",
-            num_hidden_layers="n_layer",
-            num_attention_heads="n_head",
-            intermediate_size="n_inner",
-            norm_eps="layer_norm_epsilon",
-            max_position_embeddings="n_positions",
-            hidden_act="activation_function",
-            attention_dropout="attn_pdrop",
-            hidden_dropout="resid_pdrop",
-            embedding_dropout="embd_pdrop",
-        ),
-        prefix="transformer.",
-        aliases=dict(
-            hidden_size="n_embd",
-            max_position_embeddings="n_positions",
-            num_attention_heads="n_head",
-            num_hidden_layers="n_layer",
-        ),
-        classes={"lm": "LMHeadModel"},
-        fixed=dict(
-            norm="layer", position="learned", gated=False, attention_bias=True, mlp_bias=True
-        ),
-        defaults=dict(
-            n_positions=1024,
-            layer_norm_epsilon=1e-5,
-            activation_function="gelu_new",
-            attn_pdrop=0.1,
-            resid_pdrop=0.1,
-            embd_pdrop=0.1,
-            bos_token_id=50256,
-            eos_token_id=50256,
-        ),
-        only=dict(scale_attn_weights=True),
-        drop=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"),
-    ),
-    # Three more that need nothing new.
-    "phi3": Family(
-        "Phi3",
-        llama_like(**{"attention.qkv": "self_attn.qkv_proj", "mlp.gate_up": "mlp.gate_up_proj"}),
-        COMMON
-        | identity_map("sliding_window partial_rotary_factor")
-        | dict(hidden_dropout="resid_pdrop", embedding_dropout="embd_pdrop"),
-        defaults=LLAMA_DEFAULTS
-        | dict(
-            rms_norm_eps=1e-5, max_position_embeddings=4096, eos_token_id=32000, pad_token_id=32000
-        ),
-        only=dict(rope_scaling=None),
-    ),
-    "olmo2": Family(
-        "Olmo2",
-        llama_like(attention_norm="", mlp_norm="", **SANDWICH),
-        COMMON | BIASES,
-        LM_ONLY,
-        fixed=dict(norm_position="output", qk_norm="full"),
-        defaults=dict(
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=False,
-            max_position_embeddings=2048,
-            eos_token_id=50279,
-            pad_token_id=1,
-        ),
-    ),
-    "starcoder2": Family(
-        "Starcoder2",
-        llama_like(**{"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}),
-        COMMON
-        | identity_map("sliding_window")
-        | dict(
-            norm_eps="norm_epsilon",
-            attention_bias="use_bias",
-            attention_output_bias="use_bias",
-            mlp_bias="use_bias",
-            hidden_dropout="residual_dropout",
-        ),
-        fixed=dict(norm="layer", gated=False),
-        defaults=dict(
-            use_bias=True,
-            norm_epsilon=1e-5,
-            hidden_act="gelu_pytorch_tanh",
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            bos_token_id=50256,
-            eos_token_id=50256,
-        ),
-        only=dict(
-            activation_function="gelu",
-            layer_norm_epsilon=1e-5,
-            mlp_type="default",
-            norm_type="layer_norm",
-            scale_attn_weights=True,
-        ),
-    ),
-}
-# Encoders: one body and five heads, under the names of each family.
-ENCODER = dict(
-    causal=False,
-    norm="layer",
-    norm_position="post",
-    final_norm=False,
-    embedding_norm=True,
-    position="learned",
-    gated=False,
-    attention_bias=True,
-    mlp_bias=True,
-)
-BERT = {
-    "attention.qkv": "attention.self.query attention.self.key attention.self.value",
-    "attention.o": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "mlp.up": "intermediate.dense",
-    "mlp.down": "output.dense",
-    "mlp_norm": "output.LayerNorm",
-}
-DISTILBERT = {
-    "attention.qkv": "attention.q_lin attention.k_lin attention.v_lin",
-    "attention.o": "attention.out_lin",
-    "attention_norm": "sa_layer_norm",
-    "mlp.up": "ffn.lin1",
-    "mlp.down": "ffn.lin2",
-    "mlp_norm": "output_layer_norm",
-}
-BERT_FIELDS = FIELDS | dict(
-    type_vocab_size="type_vocab_size",
-    norm_eps="layer_norm_eps",
-    attention_dropout="attention_probs_dropout_prob",
-    hidden_dropout="hidden_dropout_prob",
-    embedding_dropout="hidden_dropout_prob",
-    head_dropout="classifier_dropout",
-)
-BERT_DEFAULTS = dict(
-    hidden_act="gelu",
-    max_position_embeddings=512,
-    type_vocab_size=2,
-    pad_token_id=0,
-    layer_norm_eps=1e-12,
-    hidden_dropout_prob=0.1,
-    attention_probs_dropout_prob=0.1,
-)
-TIED = dict(tie_word_embeddings=True)
-
-
-def dense_head(act, dense: str, out: str, norm: str = "", bias: str = "") -> tuple:
-    """A head that has a dense layer, an activation and (masked language models) a norm before its output."""
-    rows = {"head.dense": dense, "head.norm": norm, "head.out": out, "head.out.bias": bias}
-    return {ours: theirs for ours, theirs in rows.items() if theirs}, dict(
-        head_act=act, head_norm=bool(norm)
-    )
-
-
-def encoder(
-    stem: str,
-    prefix: str,
-    fields: dict,
-    mlm: tuple,
-    classify: tuple,
-    bare: tuple = ({}, {}),
-    inside=BERT,
-    layer="encoder.layer.{}.",
-    fixed: dict = {},
-    drop: tuple = (),
-    only: dict = {},
-    **rest,
-) -> Family:
-    heads = {
-        None: bare,
-        "mlm": mlm,
-        "classify": classify,
-        "tokens": ({"head.out": "classifier"}, {}),
-        "qa": ({"head.out": "qa_outputs"}, {}),
-    }
-    outside = dict(
-        embed="embeddings.word_embeddings",
-        position_embed="embeddings.position_embeddings",
-        type_embed="embeddings.token_type_embeddings",
-        embedding_norm="embeddings.LayerNorm",
-        embedding_project="embeddings_project",
-    )
-    return Family(
-        stem,
-        tensor_map(prefix, layer, outside, inside),
-        fields,
-        {
-            head: (rows, dict(head_bias=head is not None) | more)
-            for head, (rows, more) in heads.items()
-        },
-        prefix,
-        fixed=ENCODER | fixed,
-        only=dict(position_embedding_type="absolute") | only,
-        drop=(prefix + "embeddings.position_ids", *drop),
-        **rest,
-    )
-
-
-def roberta(stem: str) -> Family:
-    """Its table of positions begins with unused rows, up to that of the pad id."""
-    return encoder(
-        stem,
-        "roberta.",
-        BERT_FIELDS
-        | dict(
-            max_position_embeddings=(
-                "max_position_embeddings",
-                lambda n, raw: n - raw["pad_token_id"] - 1,
-                lambda n, config: n + config.position_offset,
-            )
-        ),
-        dense_head(
-            "gelu", "lm_head.dense", "lm_head.decoder", "lm_head.layer_norm", "lm_head.bias"
-        ),
-        dense_head("tanh", "classifier.dense", "classifier.out_proj"),
-        ({"head.dense": Unused("roberta.pooler.dense")}, dict(head_act="tanh")),
-        fixed=dict(position_offset=lambda raw: raw["pad_token_id"] + 1),
-        defaults=BERT_DEFAULTS | dict(pad_token_id=1, bos_token_id=0, eos_token_id=2),
-        copies={"lm_head.decoder.bias": "head.out.bias"},
-        only=TIED,
-    )
-
-
-FAMILIES |= {
-    "bert": encoder(
-        "Bert",
-        "bert.",
-        BERT_FIELDS,
-        dense_head(
-            lambda raw: raw["hidden_act"],
-            "cls.predictions.transform.dense",
-            "cls.predictions.decoder",
-            "cls.predictions.transform.LayerNorm",
-            "cls.predictions.bias",
-        ),
-        dense_head("tanh", "bert.pooler.dense", "classifier"),
-        ({"head.dense": Unused("bert.pooler.dense")}, dict(head_act="tanh")),
-        defaults=BERT_DEFAULTS,
-        copies={"cls.predictions.decoder.bias": "head.out.bias"},
-        only=TIED,
-        drop=("cls.seq_relationship.weight", "cls.seq_relationship.bias"),
-    ),
-    "roberta": roberta("Roberta"),
-    "xlm-roberta": roberta("XLMRoberta"),
-    "distilbert": encoder(
-        "DistilBert",
-        "distilbert.",
-        FIELDS
-        | dict(
-            hidden_size="dim",
-            num_hidden_layers="n_layers",
-            num_attention_heads="n_heads",
-            intermediate_size="hidden_dim",
-            hidden_act="activation",
-            hidden_dropout="dropout",
-            embedding_dropout="dropout",
-            head_dropout="seq_classif_dropout",
-        ),
-        dense_head(
-            lambda raw: raw["activation"], "vocab_transform", "vocab_projector", "vocab_layer_norm"
-        ),
-        dense_head("relu", "pre_classifier", "classifier"),
-        inside=DISTILBERT,
-        aliases=dict(
-            hidden_size="dim", num_attention_heads="n_heads", num_hidden_layers="n_layers"
-        ),
-        layer="transformer.layer.{}.",
-        fixed=dict(norm_eps=1e-12),
-        defaults=dict(
-            activation="gelu",
-            max_position_embeddings=512,
-            pad_token_id=0,
-            dropout=0.1,
-            attention_dropout=0.1,
-            seq_classif_dropout=0.2,
-        ),
-    ),
-    "electra": encoder(
-        "Electra",
-        "electra.",
-        BERT_FIELDS | identity_map("embedding_size"),
-        dense_head(
-            "gelu",
-            "generator_predictions.dense",
-            "generator_lm_head",
-            "generator_predictions.LayerNorm",
-        ),
-        dense_head("gelu", "classifier.dense", "classifier.out_proj"),
-        defaults=BERT_DEFAULTS | dict(embedding_size=128),
-        drop=tuple(
-            f"discriminator_predictions.{name}.{kind}"
-            for name in ("dense", "dense_prediction")
-            for kind in ("weight", "bias")
-        ),
-    ),
-}
-# Encoder-decoders.
-T5_ACTIVATIONS = {gate + name: name for gate in ("", "gated-") for name in ACTIVATIONS} | {
-    "gated-gelu": "gelu_new"
-}
-
-
-def t5_mlp(_, config: Config) -> str:
-    """The feed_forward_proj of a config."""
-    return "gated-" * config.gated + (
-        "gelu" if config.gated and config.hidden_act == "gelu_new" else config.hidden_act
-    )
-
-
-def two_stacks(embed: str, encoder: dict, decoder: dict) -> dict:
-    return (
-        {"embed": (Name(embed),)}
-        | {"encoder." + ours: theirs for ours, theirs in encoder.items()}
-        | decoder
-    )
-
-
-def bart_stack(prefix: str) -> dict:
-    return tensor_map(
-        prefix,
-        "layers.{}.",
-        {
-            "position_embed": "embed_positions",
-            "embedding_norm": "layernorm_embedding",
-            "norm": "layer_norm",
-        },
-        {
-            "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-            "attention.o": "self_attn.out_proj",
-            "attention_norm": "self_attn_layer_norm",
-            "cross_attention.q": "encoder_attn.q_proj",
-            "cross_attention.kv": "encoder_attn.k_proj encoder_attn.v_proj",
-            "cross_attention.o": "encoder_attn.out_proj",
-            "cross_attention_norm": "encoder_attn_layer_norm",
-            "mlp.up": "fc1",
-            "mlp.down": "fc2",
-            "mlp_norm": "final_layer_norm",
-        },
-    )
-
-
-def t5_stack(prefix: str, mlp: int) -> dict:
-    return tensor_map(
-        prefix,
-        "block.{}.layer.",
-        {
-            "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias",
-            "norm": "final_layer_norm",
-        },
-        {
-            "attention.qkv": "0.SelfAttention.q 0.SelfAttention.k 0.SelfAttention.v",
-            "attention.o": "0.SelfAttention.o",
-            "attention_norm": "0.layer_norm",
-            "cross_attention.q": "1.EncDecAttention.q",
-            "cross_attention.kv": "1.EncDecAttention.k 1.EncDecAttention.v",
-            "cross_attention.o": "1.EncDecAttention.o",
-            "cross_attention_norm": "1.layer_norm",
-            "mlp.up": f"{mlp}.DenseReluDense.wi",
-            "mlp.gate_up": f"{mlp}.DenseReluDense.wi_0 {mlp}.DenseReluDense.wi_1",
-            "mlp.down": f"{mlp}.DenseReluDense.wo",
-            "mlp_norm": f"{mlp}.layer_norm",
-        },
-    )
-
-
-def bart_like(
-    stem: str, end="ForConditionalGeneration", fixed: dict = {}, defaults: dict = {}, **rest
-) -> Family:
-    return Family(
-        stem,
-        two_stacks("model.shared", bart_stack("model.encoder."), bart_stack("model.decoder.")),
-        FIELDS
-        | identity_map("scale_embedding decoder_start_token_id encoder_attention_heads")
-        | dict(
-            hidden_size="d_model",
-            num_hidden_layers="decoder_layers",
-            num_encoder_layers="encoder_layers",
-            num_attention_heads="decoder_attention_heads",
-            intermediate_size="decoder_ffn_dim",
-            encoder_intermediate_size="encoder_ffn_dim",
-            hidden_act="activation_function",
-            hidden_dropout="dropout",
-            embedding_dropout="dropout",
-        ),
-        {"lm": ({"head.out": "lm_head", "head.out.bias": Row("final_logits_bias")}, {})},
-        fixed=ENCODER | dict(causal=True, norm_eps=1e-5, head_bias=True, position_offset=2) | fixed,
-        defaults=dict(
-            activation_function="gelu", dropout=0.1, pad_token_id=1, bos_token_id=0, eos_token_id=2
-        )
-        | defaults,
-        aliases=dict(
-            hidden_size="d_model",
-            num_attention_heads="encoder_attention_heads",
-            num_hidden_layers="encoder_layers",
-        ),
-        classes={"lm": end},
-        copies=dict.fromkeys(
-            [f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder")], "embed.weight"
-        ),
-        **rest,
-    )
-
-
-FAMILIES |= {
-    "bart": bart_like(
-        "Bart",
-        defaults=dict(decoder_start_token_id=2, forced_eos_token_id=2),
-        only=dict(normalize_embedding=True),
-    ),
-    "mbart": bart_like(
-        "MBart",
-        fixed=dict(norm_position="pre", final_norm=True),
-        defaults=dict(forced_eos_token_id=2),
-        only=dict(normalize_embedding=True, normalize_before=True, add_final_layer_norm=True),
-    ),
-    "marian": bart_like(
-        "Marian",
-        "MTModel",
-        fixed=dict(position="sinusoidal", embedding_norm=False, position_offset=0),
-        defaults=dict(
-            pad_token_id=58100,
-            decoder_start_token_id=58100,
-            eos_token_id=0,
-            forced_eos_token_id=0,
-            bos_token_id=None,
-        ),
-        only=dict(
-            share_encoder_decoder_embeddings=True,
-            static_position_embeddings=True,
-            decoder_vocab_size=lambda raw: raw["vocab_size"],
-        ),
-        drop=("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"),
-    ),
-    "t5": Family(
-        "T5",
-        two_stacks("shared", t5_stack("encoder.", 1), t5_stack("decoder.", 2)),
-        FIELDS
-        | identity_map(
-            "decoder_start_token_id relative_attention_num_buckets relative_attention_max_distance"
-        )
-        | dict(
-            hidden_size="d_model",
-            head_dim="d_kv",
-            intermediate_size="d_ff",
-            num_encoder_layers="num_layers",
-            num_hidden_layers="num_decoder_layers",
-            num_attention_heads="num_heads",
-            norm_eps="layer_norm_epsilon",
-            head_dropout="dropout_rate",
-            hidden_dropout="dropout_rate",
-            embedding_dropout="dropout_rate",
-            attention_dropout="dropout_rate",
-            scale_logits="scale_decoder_outputs",
-            gated=("feed_forward_proj", lambda name, raw: name.startswith("gated-"), t5_mlp),
-            hidden_act=(
-                "feed_forward_proj",
-                lambda name, raw: T5_ACTIVATIONS.get(name, name),
-                t5_mlp,
-            ),
-        ),
-        LM_ONLY,
-        "",
-        fixed=dict(position="relative", query_pre_attn_scalar=1),
-        defaults=dict(
-            num_decoder_layers=lambda raw: raw.get("num_layers"),
-            d_kv=64,
-            feed_forward_proj="relu",
-            dropout_rate=0.1,
-            pad_token_id=0,
-            eos_token_id=1,
-            scale_decoder_outputs=lambda raw: raw.get("tie_word_embeddings") is not False,
-        ),
-        copies=dict.fromkeys(
-            ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"], "embed.weight"
-        ),
-        aliases=dict(
-            hidden_size="d_model",
-            head_dim="d_kv",
-            num_attention_heads="num_heads",
-            num_hidden_layers="num_layers",
-        ),
-        unstored_head_is_tied=True,
-        only=dict(
-            is_gated_act=lambda raw: raw["feed_forward_proj"].startswith("gated-"),
-            dense_act_fn=lambda raw: T5_ACTIVATIONS.get(raw["feed_forward_proj"]),
-        ),
-        classes={"lm": "ForConditionalGeneration"},
-        drop=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
-    ),
-}
-# What no other family can express (an architecture changed on the fly) keeps our own names; only tinylm loads it.
-FAMILIES["tinylm"] = Family(
-    "TinyLM",
-    {},
-    {f.name: f.name for f in fields(Config) if f.name != "model_type"}
-    | dict(id2label=FIELDS["id2label"]),
-    dict.fromkeys(CLASS, ({}, {})),
-    "",
-    classes=dict.fromkeys(CLASS, ""),
-)
-
-
-ORIGINAL = "original_max_position_embeddings"
-ROPE_UNUSED = {*YARN_KEYS, *sum(ROPE_KEYS.values(), ()), ORIGINAL, "finetuned"}  # by some types
+# Of these, numbers that change nothing where they are one.
+NEUTRAL_AT_ONE = """partial_rotary_factor rotary_pct attention_value_scale residual_scale embedding_multiplier
+    embedding_scale logit_scale logits_scaling residual_multiplier scale_emb""".split()
 
 
 def normalize_hf_config(row: Family, raw: dict, source: str) -> dict:
@@ -3200,57 +3118,61 @@ def normalize_hf_config(row: Family, raw: dict, source: str) -> dict:
 
     Warns once of all fields that nobody gives a meaning; raises Error for one that has another meaning than ours.
     """
-    raw, ignored = dict(raw), []
-    for key, value in row.defaults.items():
-        raw.setdefault(key, value(raw) if callable(value) else value)
+    raw, ignored = row.defaults | raw, []
     for name, key in row.aliases.items():
-        if raw.get(name) is not None:
-            raw[key] = raw.pop(name)
+        value = raw.pop(name, None)
+        if value is not None:
+            require(
+                raw.get(key) in (None, row.defaults.get(key), value),
+                f"{source}: {name} = {value!r} and {key} = {raw.get(key)!r}, expected the same",
+            )
+            raw[key] = value
     if "rope_scaling" in row.fields:
         flat_rope(row, raw, source, ignored)
     if "use_sliding_window" in row.defaults and not raw["use_sliding_window"]:
         raw["sliding_window"] = None
-    layers, window = raw.get("num_hidden_layers"), raw.get("sliding_window")
-    if (
-        None not in (layers, window)
-        and raw.get("layer_types") is None
-        and "layer_types" in row.fields
-    ):
-        period = raw.get("sliding_window_pattern")
-        first = raw.get("max_window_layers") or 0
-        raw["layer_types"] = [
-            LAYER_TYPES[i >= first and not (period and (i + 1) % period == 0)]
-            for i in range(min(layers, 9999))
-        ]
+    if "layer_types" in row.fields and raw.get("layer_types") is None:
+        raw["layer_types"] = layer_types(raw)
     if is_number_in(raw.get("num_labels"), 1, 2**16, int) and not raw.get("id2label"):
         raw["id2label"] = {i: f"LABEL_{i}" for i in range(raw["num_labels"])}
     refuse_unsupported(row, raw, source, ignored)
+    if ignored:
+        names = ", ".join(ignored)[:1000]
+        warnings.warn(f"{source}: ignored, as it means nothing here: {names}", stacklevel=4)
     return raw
 
 
+def layer_types(raw: dict) -> list | None:
+    """Which layers slide, of the rules that stood for the list in older files: from one on (Qwen), all but every n-th
+    (Gemma)."""
+    if raw.get("sliding_window") is None or raw.get("num_hidden_layers") is None:
+        return None
+    first, period = raw.get("max_window_layers") or 0, raw.get("sliding_window_pattern")
+    full = lambda i: i < first or period and (i + 1) % period == 0  # noqa: E731
+    return [LAYER_TYPES[not full(i)] for i in range(min(raw["num_hidden_layers"], 9999))]
+
+
 def refuse_unsupported(row: Family, raw: dict, source: str, ignored: list):
-    """Refuse fields that change what a model computes and that the row does not read; warn of those unheard of."""
-    read = INERT | GENERATION | {*row.defaults, *(key for key, _, _ in row.fields.values())}
-    hidden, heads = (
-        raw.get(row.fields[name][0]) for name in ("hidden_size", "num_attention_heads")
-    )
-    sizes = is_number_in(hidden, 1, 2**31, int) and is_number_in(heads, 1, 2**31, int)
+    """Refuse fields that change what a model computes and that the row does not read; add those unheard of to
+    `ignored`."""
+    read = INERT | GENERATION | row.defaults.keys() | set(row.fields.values())
+    hidden, heads = (raw.get(row.fields[name]) for name in ("hidden_size", "num_attention_heads"))
+    whole = is_number_in(hidden, 1, 2**31, int) and is_number_in(heads, 1, 2**31, int)
     causal, seq2seq = row.fixed.get("causal", True), "num_encoder_layers" in row.fields
     kind = LAYER_TYPES[raw.get("sliding_window") is not None]
-    neutral = NEUTRAL_VALUES | {
+    neutral = dict.fromkeys(NEUTRAL_AT_ONE, 1) | row.fixed
+    neutral |= {
         "is_decoder": causal and not seq2seq,
         "is_encoder_decoder": seq2seq,
         "layer_types": [kind] * len(raw.get("layer_types") or ()),
         "num_key_value_heads": heads,
-        "head_dim": sizes and hidden // heads,
+        "head_dim": whole and hidden // heads,
         "embedding_size": hidden,
-        **{key: value for key, value in row.fixed.items() if not callable(value)},
     }
     only = row.only | ({"is_causal": True} if causal else {})
     for key, value in raw.items():
         if key in only:
-            supported = only[key](raw) if callable(only[key]) else only[key]
-            fine = value in (None, supported)
+            fine, supported = value in (None, only[key]), only[key]
         elif key in read or value in (None, False, "", [], {}):
             continue
         elif MECHANISMS.fullmatch(key):
@@ -3260,9 +3182,10 @@ def refuse_unsupported(row: Family, raw: dict, source: str, ignored: list):
                 ignored.append(key)
             continue
         require(fine, f"{source}: {key} = {value!r} is not supported (supported: {supported!r})")
-    if ignored:
-        names = ", ".join(ignored)[:1000]
-        warnings.warn(f"{source}: ignored, as it means nothing here: {names}", stacklevel=4)
+
+
+ORIGINAL = "original_max_position_embeddings"
+ROPE_UNUSED = {*YARN_KEYS, *sum(ROPE_KEYS.values(), ()), ORIGINAL, "finetuned"}  # by some types
 
 
 def flat_rope(row: Family, raw: dict, source: str, ignored: list):
@@ -3325,14 +3248,32 @@ def flat_rope(row: Family, raw: dict, source: str, ignored: list):
         raw["rope_scaling"] = {"rope_type": kind} | {k: rope[k] for k in rope if k in used}
 
 
+UNSET = dict(  # where Config's default is an architecture or a size of its own
+    vocab_size=None,
+    hidden_size=None,
+    num_hidden_layers=None,
+    num_attention_heads=None,
+    qk_norm=None,
+)
+
+
+def read_labels(names: dict) -> dict[int, str]:
+    """The names of classes in their order; JSON has their numbers as text."""
+    require(
+        isinstance(names, dict) and all(str(i).isdecimal() for i in names),
+        f"id2label = {names!r}, expected names for 0, 1, 2, ...",
+    )
+    return dict(sorted((int(i), str(name)) for i, name in names.items()))
+
+
 def config_from_hf(raw: dict, source: str = "config.json", head="config") -> Config:
     """The Config that a `config.json` describes, in the dialect of transformers 4 or 5, with the head of its
     `architectures` or another one.
 
-    Raises Error for an unknown model_type, and for any field that would change what the model computes and that this
-    file does not support.
+    Warns of fields that nobody gives a meaning. Raises Error for an unknown model_type, and for any field that would
+    change what the model computes and that this file does not support.
     """
-    name, key = raw.get("model_type"), "rope_parameters"
+    name = raw.get("model_type")
     require(
         name in [*FAMILIES],
         f"{source}: model_type = {name!r} is not supported (supported: {', '.join(FAMILIES)})",
@@ -3340,36 +3281,27 @@ def config_from_hf(raw: dict, source: str = "config.json", head="config") -> Con
     row = FAMILIES[name]
     try:
         if head == "config":
-            head = (
-                raw.get("head", "lm")
-                if name == "tinylm"
-                else row.head_of((raw.get("architectures") or [None])[0])
-            )
+            architectures = raw.get("architectures") or [None]
+            head = raw.get("head", "lm") if name == "tinylm" else row.head_of(architectures[0])
         require(
             head in row.heads,
             f"{source}: head = {head!r} is not supported for {name} (supported: "
             f"{', '.join(map(str, row.heads))})",
         )
-        raw, values = (
-            normalize_hf_config(row, raw, f"{source}, model_type {name}"),
-            NEUTRAL | dict(head=head),
-        )
-        for ours, (key, read, _) in row.fields.items():
-            if raw.get(key) is not None:
-                values[ours] = read(raw[key], raw)
-        for ours, value in (row.fixed | row.heads[head][1] | dict(head=head)).items():
-            values[ours] = value(raw) if callable(value) else value
-        return Config(**values, model_type=name)
+        raw = normalize_hf_config(row, raw, f"{source}, model_type {name}")
+        given = {ours: raw[key] for ours, key in row.fields.items() if raw.get(key) is not None}
+        values = UNSET | given | row.fixed | row.read(raw) | row.heads[head][1]
+        if values.get("head_act") == SAME:
+            values["head_act"] = values["hidden_act"]
+        if raw.get("id2label"):
+            values["id2label"] = read_labels(raw["id2label"])
+        return Config(**values | dict(head=head, model_type=name))
     except Error as error:  # where it names our field, name theirs
         ours, _, rest = str(error).removeprefix("config: ").partition(" ")
-        ours = row.fields.get(ours, (ours,))[0]
-        raise (
-            error if str(error).startswith(source) else Error(f"{source}: {ours} {rest}")
-        ) from None
+        text = f"{source}: {row.fields.get(ours, ours)} {rest}"
+        raise (error if str(error).startswith(source) else Error(text)) from None
     except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
-        raise Error(
-            f"{source}: {key} = {raw.get(key)!r}, or a field like it, has a value of the wrong kind ({error})"
-        ) from None
+        raise Error(f"{source}: a field has a value of the wrong kind ({error})") from None
 
 
 def config_to_hf(config: Config) -> dict:
@@ -3377,13 +3309,6 @@ def config_to_hf(config: Config) -> dict:
 
     Without a `model_type` it is the first family that can express it. Raises Error where the named family cannot.
     """
-    unwritten = {
-        "model_type",
-        "hidden_dropout",
-        "embedding_dropout",
-        "head_dropout",
-        "initializer_range",
-    }
     for name in [config.model_type] if config.model_type else FAMILIES:
         row = FAMILIES[name]
         raw = {
@@ -3391,28 +3316,37 @@ def config_to_hf(config: Config) -> dict:
             "model_type": name,
             "initializer_range": config.initializer_range,
         }
-        raw |= {
-            key: write(getattr(config, ours), config)
-            for ours, (key, _, write) in row.fields.items()
-        }
-        if raw.get("id2label"):
-            raw["label2id"] = {label: int(i) for i, label in raw["id2label"].items()}
+        raw |= {key: getattr(config, ours) for ours, key in row.fields.items()} | row.write(config)
+        if config.id2label:
+            raw["id2label"] = {str(i): label for i, label in config.id2label.items()}
+            raw["label2id"] = {label: i for i, label in config.id2label.items()}
         if "use_sliding_window" in row.defaults:
             raw["use_sliding_window"] = config.sliding_window is not None
         if config.num_encoder_layers:
             raw["is_encoder_decoder"] = True
-        try:  # written right is what reads back as the same
-            back = config_from_hf(raw, "config", config.head)
-            lost = [
-                f"{f.name} = {getattr(config, f.name)!r}"
-                for f in fields(Config)
-                if f.name not in unwritten and getattr(back, f.name) != getattr(config, f.name)
-            ]
-            require(not lost, f"config: {', '.join(lost)}")
+        try:
+            require_same(config_from_hf(raw, "config", config.head), config)
             return raw
         except Error as error:
             reason = error
     raise Error(f"{reason} cannot be written as model_type {name!r}")
+
+
+def require_same(back: Config, config: Config):
+    """What is written right reads back as the same, but for what only training uses."""
+    unwritten = (
+        "model_type",
+        "hidden_dropout",
+        "embedding_dropout",
+        "head_dropout",
+        "initializer_range",
+    )
+    lost = [
+        f"{f.name} = {getattr(config, f.name)!r}"
+        for f in fields(Config)
+        if f.name not in unwritten and getattr(back, f.name) != getattr(config, f.name)
+    ]
+    require(not lost, f"config: {', '.join(lost)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

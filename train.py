@@ -1850,7 +1850,7 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
     )
-    raw = {row.fields[name][0]: value for name, value in ours.items() if name in row.fields}
+    raw = {row.fields[name]: value for name, value in ours.items() if name in row.fields}
     config = config_from_hf({"model_type": task.family} | raw, head=task.head)
     torch.manual_seed(options.seed)
     lm = TinyLM(replace(config, **label_changes(rows, None), **dropouts(config, options.dropout)))

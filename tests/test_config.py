@@ -32,7 +32,7 @@ NAMES = [name for name in tinylm.FAMILIES if name != "tinylm"]
 RAW = {  # a config.json with nothing but sizes, for each family
     name: {"model_type": name}
     | {
-        tinylm.FAMILIES[name].fields[ours][0]: value
+        tinylm.FAMILIES[name].fields[ours]: value
         for ours, value in dict(
             vocab_size=99,
             hidden_size=64,
@@ -210,7 +210,7 @@ def test_another_family_under_our_name_is_refused(host, kind):
             raw = json.loads(json.dumps(CONFIG_MAPPING[name]().to_dict(), default=str))
         except Exception:  # one that has no default
             continue
-        ours = {key for key, _, _ in row.fields.values()} | {"architectures", "rope_parameters"}
+        ours = {key for key in row.fields.values()} | {"architectures", "rope_parameters"}
         raw = {key: value for key, value in raw.items() if key not in ours - {"sliding_window"}}
         try:
             warned(lambda raw=raw: config_from_hf(raw | RAW[host]))

@@ -232,7 +232,7 @@ def values():
 
 
 FIELDS = sorted(
-    {key for row in tinylm.FAMILIES.values() for key, _, _ in row.fields.values()}
+    {key for row in tinylm.FAMILIES.values() for key in row.fields.values()}
     | {
         "model_type",
         "architectures",

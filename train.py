@@ -30,6 +30,7 @@ import string
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -73,6 +74,7 @@ from tinylm import (
     check,
     config_from_hf,
     config_to_hf,
+    find_chat_template,
     find_checkpoint,
     full_tensor,
     fused_sizes,
@@ -81,6 +83,7 @@ from tinylm import (
     open_tensors,
     rank_and_world_size,
     read_json,
+    render_chat,
     require,
     shard_like,
     sources,
@@ -482,8 +485,64 @@ def as_list(value) -> list:
     return [str(item) for item in (value.split() if isinstance(value, str) else [*value])]
 
 
-def as_messages(value) -> list:
-    return [{name: as_text(message[name]) for name in ("role", "content")} for message in value]
+SHAREGPT_ROLES = {  # who says something -> role in a chat template
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+
+
+def as_messages(value) -> list[dict]:
+    """The messages of a conversation, with all their fields; a string is read as JSON."""
+    value = json.loads(value) if isinstance(value, str) else value
+    return [as_message(dict(message)) for message in value]
+
+
+def as_message(message: dict) -> dict:
+    """A message with role and content; ShareGPT's `from` and `value` are these. Raises Error for a field that no chat
+    template can take."""
+    if "role" not in message:
+        speaker, said = message.pop("from"), message.pop("value")
+        names = ", ".join(SHAREGPT_ROLES)
+        require(speaker in SHAREGPT_ROLES, f"from = {speaker!r}, expected one of {names}")
+        message = {"role": SHAREGPT_ROLES[speaker], "content": said} | message
+    content, role = message.get("content"), message["role"]
+    if not isinstance(role, str) or not set(message) - {"role"}:
+        raise TypeError
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
+            require(is_text, f"content: a part of type {kind!r}, expected parts of type 'text'")
+    elif content is not None and not isinstance(content, str) and role != "tool":
+        raise TypeError
+    weight = message.get("weight")
+    require(weight in (None, 1), f"weight = {weight!r} is not supported, expected 1")
+    return message
+
+
+def chat_columns(record: dict) -> dict:
+    """What a row says of its conversation beside the messages: `tools`, `system`, `documents` and other variables of
+    the chat template (`chat_template_kwargs`)."""
+    found = {name: record.get(name) for name in ("tools", "documents", "chat_template_kwargs")}
+    for name, value in found.items():
+        if isinstance(value, str):
+            try:
+                found[name] = json.loads(value or "null")
+            except ValueError:
+                raise Error(f"{name} = {value[:60]!r}, expected JSON") from None
+    tools = found["tools"] or None
+    are_schemas = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    require(
+        tools is None or are_schemas,
+        f"tools = {str(tools)[:60]!r}, expected a list of JSON schemas",
+    )
+    variables = dict(found["chat_template_kwargs"] or {})
+    if found["documents"]:
+        variables["documents"] = found["documents"]
+    columns = {"tools": tools, "system": record.get("system"), "variables": variables}
+    return {name: value for name, value in columns.items() if value}
 
 
 ROLES = {  # role -> (the option that names its column, the usual names, how it reads, what that is)
@@ -1171,12 +1230,19 @@ def read_row(place: str, record, options: TrainOptions) -> dict:
             raise Incomplete(f"{column} is empty")
         try:
             row[role] = read(value)
+            if role == "messages":
+                row |= chat_columns(record)
+        except Error as error:
+            raise Error(f"{place}: {column}: {error}") from None
         except (TypeError, ValueError, KeyError):
             hint = ""
             if isinstance(value, dict) and read is as_text:
                 names = ", ".join(f"{column}.{name}" for name in value)
                 hint = f"; {flag(ROLES[role][0] or 'text')} names one of {names}"
             raise Error(f"{place}: {column} = {str(value)[:60]!r}, expected {kind}{hint}") from None
+    if isinstance(system := row.pop("system", None), str):
+        if row["messages"][0]["role"] != "system":
+            row["messages"].insert(0, {"role": "system", "content": system})
     if "answer" in row:
         row["answer"] = find_answers(row["context"], row["answer"])
     return row
@@ -1507,24 +1573,74 @@ class LanguageModelling(Task):
         if "messages" not in row:
             yield from super().examples(lm, row, block)
             return
-        ids, labels, done, messages = [], [], "", row["messages"]
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                prompt, whole = (
-                    lm.tokenizer.apply_chat_template(messages[: i + n], None, n == 0)
-                    for n in (0, 1)
-                )
-                require(
-                    prompt.startswith(done) and whole.startswith(prompt),
-                    "messages: the chat template does not "
-                    "write a conversation as the beginning of a longer one",
-                )
-                texts = prompt[len(done) :], whole[len(prompt) :]
-                asked, said = (lm.tokenizer.encode(text, special=False) for text in texts)
-                ids, labels, done = ids + asked + said, labels + [-100] * len(asked) + said, whole
-        require(ids, f"messages: {str(messages)[:60]!r} has nothing that the assistant says")
         size = limit(lm, block)
-        yield {"input_ids": ids[:size], "labels": labels[:size], "cut": len(ids) > size}
+        found = chat_example(
+            lm.tokenizer, row["messages"], row.get("tools"), **row.get("variables", {})
+        )
+        for example in found if isinstance(found, list) else [found]:
+            cut = {name: values[:size] for name, values in example.items()}
+            yield cut | {"cut": len(example["input_ids"]) > size}
+
+
+def chat_example(
+    tokenizer, messages: list[dict], tools: list[dict] | None = None, **variables
+) -> dict | list[dict]:
+    """A conversation as {"input_ids", "labels"}: the ids of transformers' `apply_chat_template(messages, tokenize=True)`,
+    and -100 for what is not learnt. Learnt is what {% generation %} marks, else the characters that the assistant's
+    turns add, with what ends them.
+
+    A template that writes earlier turns otherwise than the last (many leave out the thoughts of all others) gives a
+    list: an example for each turn of the assistant, which ends with it.
+    """
+    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    require(turns, f"messages: {str(messages)[:60]!r} has nothing that the assistant says")
+    warn_of_unread_fields(tokenizer, messages, tools, variables)
+
+    def render(part: list, prompt: bool = False) -> str:
+        return render_chat(tokenizer, part, tools, prompt, **variables)[0] if part else ""
+
+    text, generated = render_chat(tokenizer, messages, tools, **variables)
+    if generated:
+        return labelled(tokenizer, text, generated)
+    end_token = tokenizer.special_tokens.get("eos_token", "")
+    spans, examples, is_prefix = [], [], True
+    for i in turns:
+        prompt, whole = render(messages[:i], True), render(messages[: i + 1])
+        if i == 0 or not whole.startswith(prompt):
+            other = render([*messages[:i], {"role": "assistant", "content": "\ue000"}])
+            prompt = os.path.commonprefix([whole, other])
+        examples.append((whole, (len(prompt), len(whole))))
+        if (
+            i < len(messages) - 1
+        ):  # what ends the text alone, as Phi-3's last token, is not the turn's
+            followed = render(messages[: i + 1], True)
+            if not followed.startswith(whole):
+                whole = os.path.commonprefix([whole.removesuffix(end_token), followed])
+        is_prefix &= text.startswith(whole)
+        spans.append((len(prompt), len(whole)))
+    if is_prefix:
+        return labelled(tokenizer, text, spans)
+    return [labelled(tokenizer, whole, [span]) for whole, span in examples]
+
+
+def labelled(tokenizer, text: str, spans: list[tuple[int, int]]) -> dict:
+    """A text's ids, and as labels those of the tokens that have a character of the spans (from, to)."""
+    encoding = tokenizer.encoding(text, special=False)
+    labels = [-100] * len(encoding.ids)
+    for first, last in spans:
+        inside = [c for c, (a, b) in enumerate(encoding.offsets) if a < last and b > first]
+        for c in range(inside[0], inside[-1] + 1) if inside else ():
+            labels[c] = encoding.ids[c]
+    return {"input_ids": encoding.ids, "labels": labels}
+
+
+def warn_of_unread_fields(tokenizer, messages: list, tools: list | None, variables: dict):
+    """Say it where the template does not know of tools, which then nothing is learnt of."""
+    template = find_chat_template(tokenizer.files, variables.get("chat_template"), tools)
+    calls = any(message.get("tool_calls") for message in messages)
+    for name, given in (("tools", tools), ("tool_calls", calls)):
+        if given and name not in str(template):
+            warnings.warn(f"messages: the chat template does not read {name}", stacklevel=3)
 
 
 class MaskFilling(LanguageModelling):

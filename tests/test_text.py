@@ -8,6 +8,7 @@ from templates import SNIPPETS, TEMPLATES
 
 import onnxlm
 import tinylm
+import train
 
 jinja2 = pytest.importorskip("jinja2")
 transformers = pytest.importorskip("transformers")
@@ -40,7 +41,7 @@ CALLING = [
     {"role": "system", "content": "Be brief. /no_think"},
     {"role": "user", "content": "Weather?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL], "thinking": "I must look."},
-    {"role": "tool", "name": "weather", "tool_call_id": "abcdefghi", "content": "3 C"},
+    {"role": "tool", "name": "weather", "tool_call_id": "abcdefghi", "content": "three degrees"},
     {"role": "assistant", "content": "It is 3 C.", "name": None},
 ]
 PARTS = [
@@ -176,3 +177,142 @@ def test_the_runtime_has_the_same_source(name):
 def test_the_runtime_has_the_same_tables():
     for name in ("TOKENIZER_FILES", "CLASS_TOKENS", "MODEL_TOKENIZERS", "MAX_TEMPLATE_SECONDS"):
         assert getattr(tinylm, name) == getattr(onnxlm, name)
+
+
+# ---- training on chats ----------------------------------------------------------------------------------------------
+
+
+def learnt(tokenizer, example):
+    return tokenizer.decode([i for i in example["labels"] if i >= 0], special=True)
+
+
+@pytest.mark.filterwarnings("ignore:messages. the chat template does not read")
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chats_are_learnt_as_transformers_tokenises_them(name, pair):
+    """Guards turns that were tokenised one by one, and templates that were refused because they rewrite earlier turns."""
+    theirs, ours, _ = pair
+    for messages, tools in (
+        (PLAIN, None),
+        (PLAIN[:2], None),
+        (CALLING, TOOLS),
+        (CALLING[1:], None),
+    ):
+        options = {"chat_template": TEMPLATES[name]}
+        try:
+            expected = theirs.apply_chat_template(messages, tools, return_dict=False, **options)
+        except Exception:
+            with pytest.raises(tinylm.Error):
+                train.chat_example(ours, messages, tools, **options)
+            continue
+        found = train.chat_example(ours, messages, tools, **options)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if isinstance(found, list):
+            assert len(found) == len(turns) > 1
+            for i, example in zip(turns, found):
+                part = theirs.apply_chat_template(
+                    messages[: i + 1], tools, return_dict=False, **options
+                )
+                assert example["input_ids"] == part
+                assert learnt(ours, example).count((messages[i]["content"] or "").strip()[-6:])
+        else:
+            assert found["input_ids"] == expected
+            for i in turns:
+                assert (messages[i]["content"] or "").strip()[-6:] in learnt(ours, found)
+            for message in messages:
+                if message["role"] in ("user", "system", "tool"):
+                    assert message["content"].strip() not in learnt(ours, found)
+
+
+TURNS = {  # template -> what is learnt of PLAIN, for each example
+    "CHATML": ["<think>\nWell.\n</think>\n\nHello!\n<|im_end|>\nYes.<|im_end|>\n"],
+    "QWEN3": [
+        "<think>\nWell.\n</think>\n\nHello!\n<|im_end|>\n",
+        "<think>\nShort.\n</think>\n\nYes.<|im_end|>\n",
+    ],
+    "PHI3": ["<think>\nWell.\n</think>\n\nHello!\n<|end|>\nYes.<|end|>\n</s>"],
+    "ZEPHYR": ["<think>\nWell.\n</think>\n\nHello!\n</s>\nYes.</s>\n"],
+    "MISTRAL": [" <think>\nWell.\n</think>\n\nHello!</s> Yes.</s>"],
+    "SMOLLM3": [
+        "<|im_start|>assistant\n<think>\nWell.\n</think>\n\nHello!\n<|im_end|>\n"
+        "<|im_start|>assistant\nYes.<|im_end|>\n"
+    ],
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_what_is_learnt_are_the_assistants_turns_and_their_ends(name, pair):
+    _, ours, _ = pair
+    found = train.chat_example(ours, PLAIN, chat_template=TEMPLATES[name])
+    found = found if isinstance(found, list) else [found]
+    assert [learnt(ours, example) for example in found] == TURNS[name]
+
+
+def test_rows_of_chats_keep_their_fields():
+    """Guards thoughts, tool calls, names and tools that were dropped without a word; ShareGPT is read too."""
+    row = {"messages": CALLING, "tools": json.dumps(TOOLS), "id": 3, "documents": DOCUMENTS}
+    (read,) = train.read_rows([row], train.TrainOptions())
+    assert read == {"messages": CALLING, "tools": TOOLS, "variables": {"documents": DOCUMENTS}}
+    row = {
+        "system": "Be brief.",
+        "conversations": [
+            {"from": "human", "value": "hi"},
+            {"from": "gpt", "value": "yes", "name": "x"},
+        ],
+    }
+    (read,) = train.read_rows([row], train.TrainOptions())
+    assert read["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes", "name": "x"},
+    ]
+    (read,) = train.read_rows([{"messages": json.dumps(PARTS)}], train.TrainOptions())
+    assert read["messages"] == PARTS
+
+
+@pytest.mark.parametrize(
+    "message, word",
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "image_url"),
+        ({"from": "moderator", "value": "hi"}, "moderator"),
+        ({"role": "assistant", "content": "a", "weight": 0}, "weight"),
+        ({"role": "user", "content": 3}, "role and content"),
+        ({"role": "user"}, "role and content"),
+        ("hi", "role and content"),
+    ],
+)
+def test_fields_of_chats_that_no_template_takes_are_named(message, word):
+    with pytest.raises(tinylm.Error, match=word):
+        train.read_rows([{"messages": [message]}], train.TrainOptions())
+
+
+def test_tools_that_a_template_does_not_read_are_said(pair):
+    with pytest.warns(UserWarning, match="does not read tool_calls"):
+        train.chat_example(
+            pair[1], [PLAIN[0], {**CALLING[2], "content": ""}], chat_template=TEMPLATES["CHATML"]
+        )
+
+
+def test_words_of_a_chat_keep_no_stray_mark(tmp_path):
+    """Guards `▁Yes` for `Yes`: tokenizers that mark the first word saw each turn as a text of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = "<unk> <s> </s> U: A: ▁U: ▁A: \n Hello Yes ▁Hello ▁Yes ▁".split(" ")
+    pieces = sorted({char for word in words[3:] for char in word} - set(words))
+    backend = Tokenizer(
+        models.Unigram([(w, -1.0 if len(w) > 1 else -9.0) for w in words + pieces], 0)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    backend.add_special_tokens(["<s>", "</s>"])
+    template = (
+        "{% for m in messages %}{{ ('U:\\n' if m.role == 'user' else 'A:\\n') + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'A:\\n' }}{% endif %}"
+    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    write(tmp_path, backend, config, chat_template_jinja=template)
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = tinylm.load_tokenizer(tmp_path)
+    found = train.chat_example(ours, messages)
+    assert found["input_ids"] == theirs.apply_chat_template(messages, return_dict=False)
+    tokens = theirs.convert_ids_to_tokens([i for i in found["labels"] if i >= 0])
+    assert tokens == ["Yes", "</s>"]

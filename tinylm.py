@@ -3504,63 +3504,68 @@ class Checkpoint:
     def __init__(self, folder: Path, config: Config, dtype, device):
         self.row, self.dtype, self.device = FAMILIES[config.model_type], dtype, device
         self.place, files = self.files(folder)
-        opened = {file: open_tensors(file) for file in sorted(set(files.values()))}
-        heads, bare = (
-            self.head_tensors(),
-            not any(name.startswith(self.row.prefix) for name in files),
-        )
-        self.stored = {}  # name in the table -> (file, the opened one, name there)
-        for name, file in files.items():
-            new = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-                "LayerNorm.beta", "LayerNorm.bias"
-            )
-            self.stored[self.row.prefix * (bare and new not in heads) + new] = (
-                file,
-                opened[file],
-                name,
-            )
-        (embed,), _ = sources("embed.weight", config.model_type, config.head)
-        head = self.output_embedding()
-        self.find_copies(config, {head: "embed.weight"} if config.tie_word_embeddings else {})
-        for stack, layers in (
-            ("", config.num_hidden_layers),
-            ("encoder.", config.num_encoder_layers),
-        ):
-            if layers:  # before so many are made
-                (last,) = sources(
-                    f"{stack}layers.{layers - 1}.mlp.down.weight", config.model_type, config.head
-                )[0]
-                require(last in self.stored, f"{self.place}: tensor {last} is missing")
-        self.dtype = dtype or self.fetch(embed).dtype
-        if (
-            config.tied and head in self.stored
-        ):  # then it is tied in name only, unless it equals the embedding
-            tied = torch.equal(self.fetch(head), self.fetch(embed))
-            require(
-                tied or "tie_word_embeddings" not in self.row.only,
-                f"{self.place}: tensor {head} differs from the "
-                f"embedding, but model_type {config.model_type!r} ties them",
-            )
-            config = replace(config, tie_word_embeddings=tied)
-        elif head not in self.stored and self.row.unstored_head_is_tied:
-            config = replace(config, tie_word_embeddings=True)
-        self.config, self.spare = config, {head} if config.tied else set()
+        self.stored = self.named(files)  # name in the table -> (file, the opened one, name there)
+        self.embedding, self.output = self.tied_names(config)
+        self.find_copies(config)
+        self.require_layers(config)
+        self.dtype = dtype or self.fetch(self.embedding).dtype
+        self.config = replace(config, tie_word_embeddings=self.is_tied(config))
 
-    def output_embedding(self) -> str | None:
-        """Name of the weight that a language model's head has, and ties to the embedding."""
+    def named(self, files: dict) -> dict:
+        """The stored tensors under today's names, behind the prefix that bare models leave out."""
+        opened = {file: open_tensors(file) for file in sorted({*files.values()})}
+        heads = self.head_tensors()
+        bare = not any(name.startswith(self.row.prefix) for name in files)
+        stored = {}
+        for name, file in files.items():
+            new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+            new = new.replace("LayerNorm.beta", "LayerNorm.bias")
+            if bare and new not in heads:
+                new = self.row.prefix + new
+            stored[new] = file, opened[file], name
+        return stored
+
+    def tied_names(self, config: Config) -> tuple[str, str | None]:
+        """The names of the embedding's weight, and of the language model's output that may be tied to it."""
+        (embedding,), _ = sources("embed.weight", config.model_type, config.head)
         for head in ("lm", "mlm"):
             table, _ = self.row.heads.get(head, ({}, {}))
             for name in table.get("head.out", ()):
-                return f"{name}.weight"
-        return None
+                return embedding, f"{name}.weight"
+        return embedding, None
 
-    def find_copies(self, config: Config, tied: dict):
-        """A tensor that is tied, or is stored twice, may stand under one of its names only."""
-        for name, ours in (self.row.copies | tied).items():
-            table = self.row.tensors | self.row.heads[config.head][0]
+    def find_copies(self, config: Config):
+        """A tensor that is tied, or stored twice, may stand under one of its names only."""
+        twins = dict(self.row.copies)
+        if config.tie_word_embeddings:
+            twins[self.output] = "embed.weight"
+        table = self.row.tensors | self.row.heads[config.head][0]
+        for name, ours in twins.items():
             if name in self.stored and (ours in table or ours.rpartition(".")[0] in table):
-                (canonical,), _ = sources(ours, config.model_type, config.head)
-                self.stored.setdefault(canonical, self.stored[name])
+                (theirs,), _ = sources(ours, config.model_type, config.head)
+                self.stored.setdefault(theirs, self.stored[name])
+
+    def require_layers(self, config: Config):
+        """The last layers are there, before so many are made."""
+        counts = {"": config.num_hidden_layers, "encoder.": config.num_encoder_layers}
+        for stack, layers in counts.items():
+            if layers:
+                last = f"{stack}layers.{layers - 1}.mlp.down.weight"
+                (theirs,), _ = sources(last, config.model_type, config.head)
+                require(theirs in self.stored, f"{self.place}: tensor {theirs} is missing")
+
+    def is_tied(self, config: Config) -> bool:
+        """An output that is stored is tied in name only, unless it equals the embedding."""
+        if config.tied and self.output in self.stored:
+            tied = torch.equal(self.fetch(self.output), self.fetch(self.embedding))
+            require(
+                tied or "tie_word_embeddings" not in self.row.only,
+                f"{self.place}: tensor {self.output} differs from the embedding, "
+                f"but model_type {config.model_type!r} ties them",
+            )
+            return tied
+        untied = self.output in self.stored or not self.row.unstored_head_is_tied
+        return config.tie_word_embeddings if untied else True
 
     @staticmethod
     def files(folder: Path) -> tuple[Path, dict]:
@@ -3590,17 +3595,12 @@ class Checkpoint:
 
     def head_tensors(self, but="none") -> set:
         """Names of the heads' own tensors, but for those of the head `but`."""
-        rows = [
-            (ours, name)
-            for head, (table, _) in self.row.heads.items()
-            if head != but
-            for ours, (name,) in table.items()
-        ]
-        return {
-            name if ours.endswith(".bias") else f"{name}.{kind}"
-            for ours, name in rows
-            for kind in ("weight", "bias")
-        }
+        names = set()
+        for head, (table, _) in self.row.heads.items():
+            for ours, (name,) in table.items() if head != but else ():
+                ends = {name} if ours.endswith(".bias") else {f"{name}.weight", f"{name}.bias"}
+                names |= ends
+        return names
 
     def fetch(self, name: str, shape: tuple | None = None) -> Tensor:
         require(
@@ -3643,10 +3643,11 @@ class Checkpoint:
                 f"{self.place}: tensor {name} differs from the one that it should repeat, {ours}",
             )
         layers = range(max(self.config.num_hidden_layers, self.config.num_encoder_layers))
-        dropped = {pattern.format(i) for pattern in row.drop for i in layers} | self.head_tensors(
-            self.config.head
-        )
-        for name in sorted(self.stored.keys() - used - dropped - row.copies.keys() - self.spare):
+        spare = {pattern.format(i) for pattern in row.drop for i in layers} | row.copies.keys()
+        spare |= self.head_tensors(self.config.head)
+        if self.config.tied:
+            spare.add(self.output)
+        for name in sorted(self.stored.keys() - used - spare):
             file, _, stored = self.stored[name]
             raise Error(
                 f"{file}: tensor {stored} is unexpected for model_type {self.config.model_type!r}"

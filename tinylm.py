@@ -493,7 +493,8 @@ class Rotary(nn.Module):
         super().__init__()
         scaling = scaling or {"rope_type": "default"}
         self.kind, self.dim, self.theta, self.limit = scaling["rope_type"], dim, theta, limit
-        self.factor, self.magnitude = scaling.get("factor", 1.0), 1.0
+        self.factor = scaling.get("factor", 1.0)
+        self.magnitude = 1.0  # of cos and sin
         original = scaling.get("original_max_position_embeddings") or limit
         # Explicitly on the CPU: a model is made on the meta device before its weights are read.
         inv_freq = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
@@ -506,33 +507,31 @@ class Rotary(nn.Module):
             keep = ((original * inv_freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
             inv_freq = keep * inv_freq + (1 - keep) * inv_freq / self.factor
         elif self.kind == "yarn":
-            inv_freq = self._yarn(inv_freq, scaling, original)
+            stretch = self._yarn_ramp(scaling, original)
+            inv_freq = stretch * inv_freq / self.factor + (1 - stretch) * inv_freq
+            self.magnitude = self._yarn_magnitude(scaling)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
-    def _yarn(self, inv_freq: Tensor, scaling: dict, original: int) -> Tensor:
-        def channel(rotations):  # the channel that turns so often within the original length
-            return (
-                self.dim
-                * math.log(original / (rotations * 2 * math.pi))
-                / (2 * math.log(self.theta))
-            )
-
-        def magnitude(weight):
-            return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
-
-        low, high = channel(scaling.get("beta_fast") or 32), channel(scaling.get("beta_slow") or 1)
+    def _yarn_ramp(self, scaling: dict, original: int) -> Tensor:
+        """How much each channel is stretched (dim / 2): from none that turns beta_fast times within the original
+        length to all that turn beta_slow times or less."""
+        ends = []
+        for rotations in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1):
+            waves = math.log(original / (rotations * 2 * math.pi))
+            ends.append(self.dim * waves / (2 * math.log(self.theta)))
+        low, high = ends
         if scaling.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.dim - 1)
-        stretch = (
-            (torch.arange(self.dim // 2, device="cpu") - low) / max(high - low, 0.001)
-        ).clamp(0, 1)
-        m, m_all, given = (
-            scaling.get(key) for key in ("mscale", "mscale_all_dim", "attention_factor")
-        )
-        said = magnitude(m) / magnitude(m_all) if m and m_all else magnitude(1)
-        self.magnitude = said if given is None else given
-        return stretch * inv_freq / self.factor + (1 - stretch) * inv_freq
+        width = high - low or 0.001
+        return ((torch.arange(self.dim // 2, device="cpu") - low) / width).clamp(0, 1)
+
+    def _yarn_magnitude(self, scaling: dict) -> float:
+        if scaling.get("attention_factor") is not None:
+            return scaling["attention_factor"]
+        growth = 0.1 * math.log(max(self.factor, 1))
+        m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        return (growth * m + 1) / (growth * m_all + 1) if m and m_all else growth + 1
 
     def _apply(self, fn, recurse=True):
         """Moves with the model, but is never rounded to its dtype."""
@@ -3235,6 +3234,12 @@ def flat_rope(row: Family, raw: dict, source: str, ignored: list):
         require(
             is_number_in(rope[ORIGINAL], 1, 2**31),
             f"{source}: {ORIGINAL} = {rope[ORIGINAL]!r}, expected a positive number",
+        )
+    if kind == "llama3":
+        low, high = (rope.get(f"{end}_freq_factor", 0) for end in ("low", "high"))
+        require(
+            low < high or not high,
+            f"{source}: rope_scaling has low_freq_factor = {low}, expected less than high_freq_factor = {high}",
         )
     if kind == "yarn" and "factor" not in rope:
         rope["factor"] = raw["max_position_embeddings"] / rope[ORIGINAL]

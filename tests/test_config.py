@@ -350,6 +350,10 @@ DIALECTS = {
     "betas of a short original": dict(
         rope_scaling=YARN | dict(original_max_position_embeddings=2, beta_fast=4)
     ),
+    "betas of a shorter original": dict(
+        rope_scaling=YARN | dict(original_max_position_embeddings=1)
+    ),
+    "betas that are crossed": dict(rope_scaling=YARN | dict(beta_fast=0.5, beta_slow=8)),
     "betas that meet": dict(rope_scaling=YARN | dict(beta_fast=1, beta_slow=1, truncate=False)),
     "partial, all of it": dict(rope_parameters=V5 | dict(partial_rotary_factor=1.0)),
     "partial inside": dict(rope_parameters=V5 | dict(partial_rotary_factor=0.5)),
@@ -443,6 +447,7 @@ def test_rope_is_that_of_transformers_or_refused(family, name, rotating):
         (dict(rope_type="default", mrope_section=[1, 1]), "mrope_section"),
         (dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=0), "original"),
         (dict(rope_type=["yarn"]), "rope_type"),
+        (LLAMA3 | dict(low_freq_factor=4.0), "low_freq_factor"),
         ("linear", "rope_scaling"),
     ],
 )

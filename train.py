@@ -110,12 +110,15 @@ def option(default, help: str):
 class TrainOptions:
     """Options of `tinylm.py train`; the command line is made of these fields. None is what `TASKS` and `STARTS` say."""
 
+    # what, from where, to where
     task: Literal[(*TASKS,)] = option("lm", "lm, classify, tokens, qa, seq2seq or mlm")
     init: str = option("", "checkpoint to fine-tune; without one, a model from scratch")
     out: str = option("out", "folder for the checkpoints `best` and `last`")
+    overwrite: bool = option(False, "train into a folder that holds a run, in its place")
     val: str = option(
         "", "file to validate on; without one, the last tenth of the data (of each class)"
     )
+    # data
     text: str = option(
         "", "column of the text, of its words, or of the source; by default its usual name"
     )
@@ -125,30 +128,17 @@ class TrainOptions:
     target: str = option("", "column of the text to write")
     question: str = option("", "column of the question")
     context: str = option("", "column of the text that has the answer")
-    size: Literal[(*SIZES, None)] = option(None, "pico, nano, small, medium or large, from scratch")
-    epochs: Annotated[float, 1e-6, 1e6] | None = option(
-        None, "passes over the data, in place of --steps"
+    regression: bool = option(False, "labels are numbers")
+    classes: bool = option(False, "labels are names, numbers with a point too")
+    delimiter: str = option("", "between the columns of a table; by default as its header shows")
+    encoding: str = option(
+        "", "of text files; by default UTF-8, else UTF-16 by its mark, or cp1252"
     )
-    steps: Size | None = option(None, "optimizer steps")
-    batch: Size | None = option(None, "sequences per step")
     block: Annotated[int, 8, 2**31] = option(256, "tokens per sequence, at most")
+    # model
+    size: Literal[(*SIZES, None)] = option(None, "pico, nano, small, medium or large, from scratch")
     vocab: Count | None = option(None, "train a byte-level BPE of this many tokens; 0: bytes")
-    lr: Rate | None = option(
-        None, "peak learning rate of Muon (matrices); in fine-tuning, of the body"
-    )
-    adam_lr: Rate | None = option(None, "that of AdamW (all else); in fine-tuning, of a new head")
-    weight_decay: Annotated[float, 0, 1e3] | None = option(None, "of the matrices")
     dropout: Dropout | None = option(None, "of embeddings and sub-layers; else as the config says")
-    warmup: Dropout | None = option(None, "share of the steps in which the rates rise")
-    decay: Dropout | None = option(
-        None, "share of the steps in which they fall to zero, at the end"
-    )
-    clip: Rate = option(1.0, "largest norm of the gradient")
-    accumulate: Size = option(1, "parts in which a step's batch is run, to save memory")
-    parallel: Literal["fsdp", "ddp"] = option(
-        "fsdp", "under torchrun: fsdp (each process has a part of the weights) or ddp (has all)"
-    )
-    checkpoint: bool = option(False, "run each layer again in the backward pass, to save memory")
     lora: Annotated[int, 0, 2**16] = option(
         0, "train adapters of this rank and a new head only; saved merged, and for PEFT"
     )
@@ -156,24 +146,39 @@ class TrainOptions:
         "",
         "what stays as it is: embeddings, body (all but the head), or them and the first N layers",
     )
+    # optimizer
+    steps: Size | None = option(None, "optimizer steps")
+    epochs: Annotated[float, 1e-6, 1e6] | None = option(
+        None, "passes over the data, in place of --steps"
+    )
+    batch: Size | None = option(None, "sequences per step")
+    accumulate: Size = option(1, "parts in which a step's batch is run, to save memory")
+    lr: Rate | None = option(
+        None, "peak learning rate of Muon (matrices); in fine-tuning, of the body"
+    )
+    adam_lr: Rate | None = option(None, "that of AdamW (all else); in fine-tuning, of a new head")
+    weight_decay: Annotated[float, 0, 1e3] | None = option(None, "of the matrices")
+    warmup: Dropout | None = option(None, "share of the steps in which the rates rise")
+    decay: Dropout | None = option(
+        None, "share of the steps in which they fall to zero, at the end"
+    )
+    clip: Rate = option(1.0, "largest norm of the gradient")
     class_weights: bool = option(False, "rare classes count as much as frequent ones")
-    patience: Count = option(0, "stop after so many validations without a better one; 0: never")
+    seed: Count = option(0, "of weights, data order and dropout")
+    # run
     eval_every: Size | None = option(
         None, "steps between validations and checkpoints; else an epoch's"
     )
-    regression: bool = option(False, "labels are numbers")
-    classes: bool = option(False, "labels are names, numbers with a point too")
-    delimiter: str = option("", "between the columns of a table; by default as its header shows")
-    encoding: str = option(
-        "", "of text files; by default UTF-8, else UTF-16 by its mark, or cp1252"
-    )
-    overwrite: bool = option(False, "train into a folder that holds a run, in its place")
-    tensorboard: bool = option(False, "write events for TensorBoard, too, into --out/tensorboard")
-    quiet: bool = option(False, "print the result only")
-    seed: Count = option(0, "of weights, data order and dropout")
+    patience: Count = option(0, "stop after this many validations without a better one; 0: never")
     device: str = option("", "cpu, cuda, ...; cuda where there is one")
+    parallel: Literal["fsdp", "ddp"] = option(
+        "fsdp", "under torchrun: fsdp (each process has a part of the weights) or ddp (has all)"
+    )
+    checkpoint: bool = option(False, "run each layer again in the backward pass, to save memory")
     bf16: bool = option(False, "bfloat16 autocast on the CPU too (on CUDA it is always on)")
     compile: bool = option(False, "torch.compile the model")
+    tensorboard: bool = option(False, "write events for TensorBoard, too, into --out/tensorboard")
+    quiet: bool = option(False, "print the result only")
 
     def __post_init__(self):
         check(self, flag)
@@ -2035,7 +2040,7 @@ def build_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
 
 
 def lr_multiplier(step: int, steps: int, options: TrainOptions) -> float:
-    """Share of the peak learning rate: linear warm-up, then stable, then linear decay to zero."""
+    """Share of the peak learning rate: warmup-stable-decay, linear at both ends."""
     return min(
         1.0,
         (step + 1) / max(options.warmup * steps, 1),
@@ -2315,8 +2320,9 @@ def save(
     tensors = {
         f"model/{name}": p for name, p in lm.named_parameters() if optimizer and p.requires_grad
     }
-    for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
-        tensors |= {f"optimizer/{i}/{key}": tensor for key, tensor in state.items()}
+    for name, p in lm.named_parameters() if optimizer else ():
+        state = optimizer.state.get(p, {})
+        tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in state.items()}
     before = {*folder.glob("training-*")}
     try:
         if optimizer and rank_and_world_size()[1] > 1:
@@ -2357,11 +2363,11 @@ def save_shards(folder: Path, tensors: dict, device) -> str:
             tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(path), save_distributed=True)
         )
     except dcp.api.CheckpointException as error:
-        raise OSError(cause(error)) from None
+        raise OSError(first_failure(error)) from None
     return path.name
 
 
-def cause(error) -> str:
+def first_failure(error) -> str:
     """What went wrong on the first process where something did, as torch.distributed.checkpoint says it."""
     return str(next(iter(error.failures.values()))[0])
 
@@ -2393,43 +2399,39 @@ def load_resume_metadata(folder: Path) -> dict:
 @torch.no_grad()
 def restore(lm: TinyLM, optimizer, folder: Path, notes: dict):
     """Parameters and the optimizer's state as they were saved, by however many processes."""
-    params, state = [p for group in optimizer.param_groups for p in group["params"]], {}
 
-    def owner(name: str) -> Tensor:
-        kind, name, *_ = name.split("/")
-        return params[int(name)] if kind == "optimizer" else lm.get_parameter(name)
+    def parameter(name: str) -> Tensor:
+        return lm.get_parameter(name.split("/")[1])
 
     if shards := notes.pop("shards", None):
-        tensors = load_shards(folder / Path(shards).name, owner)
+        tensors = load_shards(folder / Path(shards).name, parameter)
     else:
         file = open_tensors(folder / "training.safetensors")
-        tensors = {name: shard_like(owner(name), file.get_tensor(name)) for name in file.keys()}
+        tensors = {name: shard_like(parameter(name), file.get_tensor(name)) for name in file.keys()}
     for name, tensor in tensors.items():
-        kind, number, *key = name.split("/")
-        if kind == "optimizer":
-            state.setdefault(int(number), {})[key[0]] = tensor
+        p = parameter(name)
+        if name.startswith("model/"):
+            p.copy_(tensor)
         else:
-            owner(name).copy_(tensor)
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            optimizer.state[p][name.split("/")[2]] = tensor.to(p.device)
 
 
-def load_shards(path: Path, owner: Callable) -> dict:
-    """The tensors of `save_shards`, each shared out as its parameter, `owner(name)`, is now."""
+def load_shards(path: Path, parameter: Callable) -> dict:
+    """The tensors of `save_shards`, each shared out as its parameter, `parameter(name)`, is now."""
     import torch.distributed.checkpoint as dcp
 
     try:
         reader, tensors = dcp.HuggingFaceStorageReader(str(path)), {}
-        for name, said in reader.read_metadata().state_dict_metadata.items():
-            p, size = owner(name), tuple(said.size)
+        for name, stored in reader.read_metadata().state_dict_metadata.items():
+            p, size = parameter(name), tuple(stored.size)
             require(
                 size in ((), p.shape), f"{path}: {name} has shape {size}, expected {tuple(p.shape)}"
             )
             tensors[name] = torch.empty_like(p) if size else torch.zeros(())
         dcp.load(tensors, storage_reader=reader, no_dist=rank_and_world_size()[1] == 1)
     except (SafetensorError, dcp.api.CheckpointException) as error:
-        raise Error(
-            f"{path}: not readable ({cause(error) if hasattr(error, 'failures') else error})"
-        ) from None
+        reason = first_failure(error) if hasattr(error, "failures") else error
+        raise Error(f"{path}: not readable ({reason})") from None
     return tensors
 
 
@@ -2551,9 +2553,9 @@ def describe_rows(rows: list, held: list, options: TrainOptions) -> str:
         if alike:
             text += f"; they differ in case only: {', '.join(alike)}"
         return text
-    if "messages" in rows[0]:
+    if "messages" in every[0]:
         return f"{task}: {len(rows):,} conversations to train on, {len(held):,} to validate on"
-    if set(rows[0]) == {"text"}:
+    if set(every[0]) == {"text"}:
         sizes = (sum(len(row["text"]) for row in part) for part in (rows, held))
         return "{}: {:,} characters to train on, {:,} to validate on".format(task, *sizes)
     return text
@@ -2651,7 +2653,8 @@ def write_card(folder: Path, lm, options: TrainOptions, notes: dict, record: Run
     card, curve = model_card(lm, options, notes, described), loss_curve(record.rows)
     try:
         for name, text in {"README.md": card, "loss.svg": curve}.items():
-            write_file(folder / name, lambda path, text=text: path.write_text(text, "utf-8"))
+            content = text.encode("utf-8", errors="replace")  # a label may hold half a character
+            write_file(folder / name, lambda path, content=content: path.write_bytes(content))
     except OSError as error:
         raise Error(f"{folder}: no model card written ({error})") from None
 
@@ -2743,7 +2746,8 @@ def add_options(parser, owner, *names: str, shown: dict | None = None, **default
             )
             default = defaults.get(f.name, f.default)
             default = (shown or {}).get(f.name) if default is None else default
-            note_of_default = "" if default in (None, "", False) else f" (default: {default})"
+            silent = default is None or default is False or default == ""
+            note_of_default = "" if silent else f" (default: {default})"
             parser.add_argument(
                 flag(f.name),
                 default=defaults.get(f.name, argparse.SUPPRESS),

@@ -46,7 +46,9 @@ from onnxlm import (
     OnnxLM,
     Session,
     first_line,
+    is_embedder,
     run_lines,
+    sentence_files,
     stream_text,
 )
 from tinylm import Error, require
@@ -59,12 +61,6 @@ SHARES = (1.1, 1.05, 1, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a block's range, tried
 PARTS = ("blocks", "scales", "zero_points")  # tensors that a rounded matrix is stored in
 EXTERNAL_ABOVE = 2**31 - 2**26  # bytes; a protobuf file ends at 2 GiB
 WINDOW, WINDOWS, MEASURED = 256, 40, 8  # tokens, windows to round for and, of these, to measure on
-POOLING = (
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "1_Pooling/config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -1039,21 +1035,22 @@ def export_onnx(
     if isinstance(lm_or_folder, tinylm.TinyLM):
         lm, extras = copy.deepcopy(lm_or_folder), []
     else:
-        source = Path(lm_or_folder).resolve()
+        source = tinylm.find_checkpoint(lm_or_folder).resolve()
         require(
             out not in (source, *source.parents),
             f"{out}: is the checkpoint itself, or holds it; name another folder",
         )
         log(f"loading {lm_or_folder}")
-        lm = tinylm.TinyLM.from_pretrained(lm_or_folder)
-        extras = [name for name in POOLING if (Path(lm_or_folder) / name).exists()]
+        head = None if is_embedder(source) else "config"
+        lm = tinylm.TinyLM.from_pretrained(source, head=head)
+        extras = sentence_files(source)
     work = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
         work.mkdir(parents=True)
         lm.save_pretrained(work)
         for name in extras:
-            (work / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(Path(lm_or_folder) / name, work / name)
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, work / name)
         (work / MARK).write_text("")
         log(f"model.safetensors {megabytes(work / 'model.safetensors')}")
         if onnx:

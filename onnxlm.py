@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import datetime
 import functools
@@ -637,38 +638,257 @@ def fill_mask(model, texts, pairs, top_k: int = 5, limit: int = LONGEST):
         yield found
 
 
-POOLINGS = {  # of sentence-transformers: states (tokens, hidden) -> a vector
-    "pooling_mode_cls_token": lambda x: x[0],
-    "pooling_mode_mean_tokens": lambda x: x.mean(0),
-    "pooling_mode_max_tokens": lambda x: x.max(0),
-    "pooling_mode_mean_sqrt_len_tokens": lambda x: x.sum(0) / len(x) ** 0.5,
-    "pooling_mode_lasttoken": lambda x: x[-1],
+POOLINGS = {  # of sentence-transformers, in its order: states (tokens, hidden) and weights (tokens, 1) -> a vector
+    "cls": lambda x, weights: x[0],
+    "max": lambda x, weights: x.max(0),
+    "mean": lambda x, weights: x.mean(0),
+    "mean_sqrt_len_tokens": lambda x, weights: x.sum(0) / len(x) ** 0.5,
+    "weightedmean": lambda x, weights: (x * weights).sum(0) / weights.sum(),
+    "lasttoken": lambda x, weights: x[-1],
 }
+ACTIVATIONS = {  # of its Dense: the class of torch -> what it computes
+    "Identity": lambda x: x,
+    "Tanh": np.tanh,
+    "ReLU": lambda x: np.maximum(x, 0),
+    "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "SiLU": lambda x: x / (1 + np.exp(-x)),
+    "GELU": lambda x: x * (0.5 + 0.5 * np.vectorize(math.erf)(x * 0.5**0.5)),
+}
+SENTENCE_CONFIGS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 
 
-def embed(model, texts, pairs):
-    """Vectors as the files of sentence-transformers say: pooled (else the mean), normalised if modules.json has it."""
-    folder = model.folder or Path(os.devnull)
-    pooling, file = read_json(folder / "1_Pooling/config.json", {}), folder / "modules.json"
-    modules = re.findall(
-        r"sentence_transformers[\w.]*\.(\w+)", file.read_text("utf-8") if file.exists() else ""
+class Embedder:
+    """From a text to its vector, as the files of sentence-transformers in the model's folder say it, which are read
+    once; without them, the mean of the hidden states.
+
+    Raises Error for what they say that is not supported here.
+    """
+
+    def __init__(self, model):
+        self.tokenizer, self.folder = model.tokenizer, model.folder or Path(os.devnull)
+        main = read_json(self.folder / "config_sentence_transformers.json", {})
+        self.prompts = {"query": None, "document": None} | (main.get("prompts") or {})
+        self.default_prompt = main.get("default_prompt_name")
+        self.dimensions = main.get("truncate_dim")
+        names = [f"sentence_{name}_config.json" for name in SENTENCE_CONFIGS]
+        files = [self.folder / name for name in names if (self.folder / name).exists()]
+        self._read_transformer(model, files[0] if files else Path(os.devnull))
+        self.poolings, self.include_prompt = ["mean"], True
+        self.layers: list = []  # vector -> vector
+        for kind, name in sentence_modules(self.folder)[1:]:
+            path = self.folder / name
+            config = read_json(path / "config.json", {}) if name else {}
+            if kind == "Pooling":
+                self._read_pooling(path / "config.json", config)
+            elif kind == "Dense":
+                self.layers.append(dense_layer(path, config))
+            elif kind == "LayerNorm":
+                self.layers.append(norm_layer(path))
+            elif kind == "Normalize":
+                self.layers.append(lambda x: x / max(np.linalg.norm(x), 1e-12))
+
+    def _read_transformer(self, model, file: Path):
+        """How texts are cut and lower-cased."""
+        config = read_json(file, {}) if file.suffix else {}
+        processor = config.get("processor_kwargs") or config.get("tokenizer_args") or {}
+        model_args = config.get("model_kwargs") or config.get("model_args") or {}
+        harmless = {
+            "attn_implementation",
+            "dtype",
+            "torch_dtype",
+            "model_max_length",
+            "padding_side",
+        }
+        unknown = {
+            **processor,
+            **model_args,
+            **(config.get("config_kwargs") or {}),
+        }.keys() - harmless
+        unknown |= {key for key in ("config_args", "processing_kwargs") if config.get(key)}
+        if config.get("transformer_task", "feature-extraction") != "feature-extraction":
+            unknown.add("transformer_task")
+        if (config.get("module_output_name") or "token_embeddings") != "token_embeddings":
+            unknown.add("module_output_name")
+        require(not unknown, f"{file}: {', '.join(sorted(unknown))} is not supported")
+        limit = config.get("max_seq_length") or processor.get("model_max_length")
+        if not limit:
+            said = parse_json_file(model.tokenizer.files, "tokenizer_config.json")
+            known = said.get("model_max_length"), model.config.get("max_position_embeddings")
+            limit = min((n for n in known if n and 0 < n < 2**31), default=LONGEST)
+        self.limit = min(int(limit), model.max_length)
+        if config.get("do_lower_case") and hasattr(self.tokenizer, "backend"):
+            self.tokenizer = lower_case(self.tokenizer)
+
+    def _read_pooling(self, file: Path, config: dict):
+        old = {
+            f"pooling_mode_{name}_tokens".replace("_tokens_tokens", "_tokens"): name
+            for name in POOLINGS
+        }
+        old |= {"pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken"}
+        found = [name for key, name in old.items() if config.get(key)]
+        modes = config.get("pooling_mode") or sorted(found, key=[*POOLINGS].index) or "mean"
+        self.poolings = [modes] if isinstance(modes, str) else list(modes)
+        self.include_prompt = config.get("include_prompt", True)
+        dimensions = {"word_embedding_dimension", "embedding_dimension"}
+        unknown = config.keys() - dimensions - {*old, "pooling_mode", "include_prompt"}
+        unknown |= set(self.poolings) - set(POOLINGS)
+        require(not unknown, f"{file}: {', '.join(sorted(unknown))} is not supported")
+
+    def prompt(self, prompt: str | None, prompt_name: str | None) -> str:
+        """The text that stands before every other."""
+        name = prompt_name if prompt_name is not None else self.default_prompt
+        require(
+            prompt is not None or name is None or name in self.prompts,
+            f"prompt_name = {name!r}, expected one of {', '.join(self.prompts)}",
+        )
+        return (self.prompts.get(name) if prompt is None else prompt) or ""
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """Tokens before a text's own that no pooling sees."""
+        if self.include_prompt or not prompt:
+            return 0
+        ids = encode_windows(self.tokenizer, prompt, None, self.limit)[0].ids
+        special = map(self.tokenizer.backend.token_to_id, self.tokenizer.special_tokens.values())
+        return len(ids) - (ids[-1] in [*special])
+
+    def pool(self, states: np.ndarray, skip: int = 0) -> np.ndarray:
+        """The vector of hidden states (tokens, hidden), of which the first `skip` do not count."""
+        require(
+            len(states) > skip, f"prompt: {skip} tokens leave no room for a text in {self.limit}"
+        )
+        weights = np.arange(1, len(states) + 1, dtype=np.float32)[skip:, None]
+        states = states[skip:].astype(np.float32)
+        vector = np.concatenate([POOLINGS[name](states, weights) for name in self.poolings])
+        for layer in self.layers:
+            vector = layer(vector)
+        return vector[: self.dimensions]
+
+
+def is_embedder(folder: Path | None) -> bool:
+    """Is it a folder of sentence-transformers whose model embeds (and does not classify pairs)?"""
+    main = read_json(folder / "config_sentence_transformers.json", {}) if folder else {}
+    return (
+        folder is not None
+        and (folder / "modules.json").exists()
+        and main.get("model_type", "SentenceTransformer") != "CrossEncoder"
+    )
+
+
+def sentence_modules(folder: Path) -> list[tuple[str, str]]:
+    """(class, name of its folder) of each module that modules.json names; "" is the folder itself."""
+    file, modules = folder / "modules.json", []
+    supported = ("Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
+    for entry in read_json(file, []):
+        kind = re.fullmatch(r"sentence_transformers(?:\.\w+)*\.(\w+)", entry["type"])
+        path = entry.get("path", "")
+        allowed = supported if modules else ("Transformer",)
+        require(
+            kind and kind[1] in allowed,
+            f"{file}: {entry['type']} is not supported here (supported: {', '.join(allowed)})",
+        )
+        inside = (folder / path).resolve().is_relative_to(folder.resolve())
+        require(
+            inside and (modules or path in ("", ".")),
+            f"{file}: path {path!r}, expected "
+            + ("a folder beside it" if modules else "'', the model in this folder"),
+        )
+        modules.append((kind[1], path))
+    kinds = [kind for kind, _ in modules]
+    require(
+        not kinds or kinds[1:2] == ["Pooling"] and kinds.count("Pooling") == 1,
+        f"{file}: {', '.join(kinds)}, expected Transformer, one Pooling and what follows it",
+    )
+    return modules
+
+
+def sentence_files(folder: Path) -> list[str]:
+    """Names of the files that sentence-transformers has in a folder beside the model, which travel with it."""
+    names = ["modules.json", "config_sentence_transformers.json"]
+    names += [f"sentence_{name}_config.json" for name in SENTENCE_CONFIGS]
+    for _, path in sentence_modules(folder)[1:]:
+        names += [f"{path}/config.json", f"{path}/model.safetensors"]
+    return [name for name in names if (folder / name).is_file()]
+
+
+def dense_layer(folder: Path, config: dict):
+    """A linear map and an activation function."""
+    weights = read_safetensors(folder / "model.safetensors")
+    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    name = activation.rpartition(".")[2]
+    source = config.get("module_input_name", "sentence_embedding")
+    target = config.get("module_output_name") or source
+    require(
+        activation.startswith("torch.") and name in ACTIVATIONS,
+        f"{folder / 'config.json'}: activation_function = {activation!r}, "
+        f"expected one of {', '.join(ACTIVATIONS)}",
     )
     require(
-        set(modules) <= {"Transformer", "Pooling", "Normalize"},
-        f"{file}: {', '.join(modules)}, expected no more than Transformer, Pooling and Normalize",
+        source == target == "sentence_embedding",
+        f"{folder / 'config.json'}: {source} to {target}, expected a layer of sentence_embedding",
     )
-    chosen = [pool for name, pool in POOLINGS.items() if pooling.get(name)]
+    matrix, bias = weights["linear.weight"], weights.get("linear.bias", np.float32(0))
+    return lambda x: ACTIVATIONS[name](matrix @ x + bias).astype(np.float32)
+
+
+def norm_layer(folder: Path):
+    weights = read_safetensors(folder / "model.safetensors")
+
+    def norm(x):
+        return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * weights["norm.weight"] + weights[
+            "norm.bias"
+        ]
+
+    return norm
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Name -> tensor, in fp32: the file is the length of a JSON header, the header and all numbers."""
     require(
-        chosen or not pooling,
-        f"{folder / '1_Pooling/config.json'}: expected one of {', '.join(POOLINGS)}",
+        path.exists(),
+        f"{path}: no such file; save the model again with a newer sentence-transformers",
     )
-    chosen = chosen or [POOLINGS["pooling_mode_mean_tokens"]]
-    limit = read_json(folder / "sentence_bert_config.json", {}).get("max_seq_length") or LONGEST
-    for states in read_texts(model, texts, pairs, limit)[1]:
-        vector = np.concatenate([pool(states.astype(np.float32)) for pool in chosen])
-        if "Normalize" in modules:
-            vector = vector / max(np.linalg.norm(vector), 1e-12)
-        yield [{"embedding": vector.tolist()}]
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    types = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+    tensors = {}
+    for name, entry in json.loads(content[8:start]).items():
+        if name == "__metadata__":
+            continue
+        require(
+            entry["dtype"] in types,
+            f"{path}: {name} is {entry['dtype']}, expected {', '.join(types)}",
+        )
+        first, end = (start + offset for offset in entry["data_offsets"])
+        array = np.frombuffer(content[first:end], types[entry["dtype"]])
+        if entry["dtype"] == "BF16":  # the upper half of an fp32
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        tensors[name] = array.astype(np.float32).reshape(entry["shape"])
+    return tensors
+
+
+def lower_case(tokenizer):
+    """A copy of the tokenizer that writes texts small first."""
+    from tokenizers import normalizers
+
+    tokenizer = copy.copy(tokenizer)
+    backend = tokenizer.backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
+    further = [backend.normalizer] if backend.normalizer else []
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *further])
+    return tokenizer
+
+
+def embed(model, texts, pairs, prompt: str | None = None, prompt_name: str | None = None):
+    """A vector for each text behind a prompt, or the one of that name; as sentence-transformers computes it."""
+    if getattr(model, "embedder", None) is None:
+        model.embedder = Embedder(model)
+    embedder: Embedder = model.embedder
+    prompt = embedder.prompt(prompt, prompt_name)
+    windows = [
+        encode_windows(embedder.tokenizer, prompt + text, None, embedder.limit)[0] for text in texts
+    ]
+    skip = embedder.prompt_tokens(prompt)
+    for states in read(model, windows):
+        yield [{"embedding": embedder.pool(states, skip).tolist()}]
 
 
 def write(model, texts, pairs, **options):
@@ -722,7 +942,7 @@ ARCHITECTURES = {  # end of a class's name in transformers -> task
 
 def task_of(config: dict, folder: Path | None = None) -> str:
     """What a model is for, a key of TASKS, by its config.json; with sentence-transformers' modules.json to embed."""
-    if folder and (folder / "modules.json").exists():
+    if is_embedder(folder):
         return "embed"
     if config.get("is_encoder_decoder"):
         return "seq2seq"
@@ -1358,7 +1578,7 @@ def stream_text(tokenizer, tokens, stop: tuple = (), prompt=()):
         yield rest
 
 
-def read_json(path: Path, missing: dict | None = None) -> dict:
+def read_json(path: Path, missing=None):
     """The object in a file; without the file what is given in its place."""
     if missing is not None and not path.exists():
         return missing
@@ -1382,14 +1602,16 @@ def add_run_options(parser: argparse.ArgumentParser):
     parser.add_argument("--batch", type=int, default=32, help="texts at a time (default: 32)")
     parser.add_argument("--json", action="store_true", help="an object per line")
     parser.add_argument("--max-new-tokens", type=int, help="of a model that writes")
+    parser.add_argument("--prompt-name", help="of a model that embeds: which of its prompts")
 
 
 def run_lines(model, inputs, context=None, batch: int = 32, json: bool = False, **options):
     """Print a line for each input: what the model says of it, the likeliest first, with scores."""
     two = model.task in PAIRS
     require(context is None or two, "--context: the model reads one text alone")
-    if model.task not in ("lm", "seq2seq"):
-        options.pop("max_new_tokens", None)
+    for name, tasks in (("max_new_tokens", ("lm", "seq2seq")), ("prompt_name", ("embed",))):
+        if model.task not in tasks or options.get(name) is None:
+            options.pop(name, None)
     lines = (line.rstrip("\r\n") for line in sys.stdin)
     inputs = itertools.chain.from_iterable(
         (line for line in lines if line.strip()) if text == "-" else [text]

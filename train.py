@@ -2906,8 +2906,10 @@ def run_train(options: dict):
 
 def opened(options: dict) -> TinyLM:
     """The checkpoint that a command names, with a tokenizer."""
-    folder = Path(options.pop("folder"))
-    lm = TinyLM.from_pretrained(folder, device=usable_device(options.pop("device", None)))
+    folder = find_checkpoint(options.pop("folder"))
+    head = None if onnxlm.is_embedder(folder) else "config"
+    device = usable_device(options.pop("device", None))
+    lm = TinyLM.from_pretrained(folder, device=device, head=head)
     require(lm.tokenizer, f"{folder / 'tokenizer.json'}: no such file")
     lm.folder = folder
     return lm

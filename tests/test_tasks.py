@@ -707,11 +707,11 @@ def test_modules_of_sentence_transformers_that_are_not_here(minilm, tmp_path, ca
     out = shutil.copytree(minilm, tmp_path / "out")
     modules = json.loads((out / "modules.json").read_text())
     modules.append(
-        {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+        {"idx": 3, "name": "3", "path": "3_LSTM", "type": "sentence_transformers.models.LSTM"}
     )
     (out / "modules.json").write_text(json.dumps(modules))
     assert main(["run", str(out), "x"]) == 1
-    assert "Dense" in capsys.readouterr().err
+    assert "LSTM" in capsys.readouterr().err
 
 
 def test_adapters_of_a_deep_classifier_wrap_it_as_one(folder, tmp_path):

@@ -17,15 +17,18 @@ import functools
 import itertools
 import json
 import math
+import numbers
 import os
 import re
 import sys
 import threading
 import time
-from numbers import Integral, Real
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from types import NoneType, UnionType
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -57,9 +60,39 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def is_number_in(value, low, high, kind=Real) -> bool:
+def is_number_in(value, low, high, kind=numbers.Real) -> bool:
     """Is it a number from low to high (not a bool, which Python counts among the ints)?"""
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+
+
+Size = Annotated[int, 1, 2**31]
+Count = Annotated[int, 0, 2**31]
+Id = Annotated[int, -1, 2**31]
+Share = Annotated[float, 0, 1]
+
+
+def matches_annotation(hint, value) -> tuple[bool, str]:
+    """Does an annotation allow a value, and what does it: a number of a range, choices, or instances of a class."""
+    if get_origin(hint) in (Union, UnionType):
+        parts = [matches_annotation(part, value) for part in get_args(hint)]
+        return any(fine for fine, _ in parts), " or ".join(text for _, text in parts if text)
+    if get_origin(hint) is Annotated:
+        kind, low, high = get_args(hint)
+        limits = "of 64 bits" if low == -(2**63) else f"from {low:g} to {high:g}"
+        if kind is float:
+            return is_number_in(value, low, high), f"a number {limits}"
+        return is_number_in(value, low, high, numbers.Integral), f"an integer {limits}"
+    if get_origin(hint) is Literal or hint is bool:
+        choices = get_args(hint) or (True, False)
+        return value in choices, " or ".join(map(str, choices))
+    return isinstance(value, hint), "" if hint is NoneType else f"a {hint.__name__}"
+
+
+def check_fields(owner, spelled: Callable = str):
+    """Refuse a dataclass whose fields are not as annotated; `spelled`: how an error spells a field's name."""
+    for name, hint in get_type_hints(type(owner), include_extras=True).items():
+        fine, expected = matches_annotation(hint, getattr(owner, name))
+        require(fine, f"{spelled(name)} = {getattr(owner, name)!r}, expected {expected}")
 
 
 class Session:
@@ -90,15 +123,17 @@ class Session:
         )
         return self.values.ortvalue_from_shape_and_type(shape, dtype, self.device)
 
+    def value(self, array):
+        """An array on the graph's device."""
+        return self.values.ortvalue_from_numpy(np.asarray(array, order="C"), self.device)
+
     def __call__(self, into: dict = {}, **feeds) -> list:
         """All outputs, on the graph's device; `into`: an output's name -> the value that it is written to. What the
         graph does not take is left out."""
         binding = self.session.io_binding()
         try:
             feeds = {
-                name: self.values.ortvalue_from_numpy(np.asarray(x, order="C"), self.device)
-                if isinstance(x, np.ndarray)
-                else x
+                name: self.value(x) if isinstance(x, np.ndarray) else x
                 for name, x in feeds.items()
                 if name in self.inputs
             }
@@ -132,9 +167,10 @@ class OnnxLM:
             f"precision = {precision!r}, expected one of {', '.join(SUFFIXES)}",
         )
         self.folder = Path(folder)
-        generation_config = read_json(self.folder / "generation_config.json", {})
-        said = {key: value for key, value in generation_config.items() if value is not None}
-        self.config = read_json(self.folder / "config.json") | said
+        config = read_json(self.folder / "config.json")
+        self.generation_config = read_generation_config(self.folder, config)
+        said = {name: value for name, value in self.generation_config.items() if value is not None}
+        self.config = config | said
         stems = (
             ("encoder_model", "decoder_model_merged")
             if self.config.get("is_encoder_decoder")
@@ -250,142 +286,82 @@ class OnnxLM:
         ]
         return np.stack(outputs, -1) if len(outputs) > 1 else outputs[0]
 
+    def gather(self, past: list, rows: list) -> list:
+        """A cache whose row i is what row rows[i] was (beam search); an encoder's keys are the same for all beams."""
+        if rows == list(range(len(rows))):
+            return past
+        new = []
+        for name, value in zip(self.past, past):
+            same = ".encoder." in name
+            new.append(value if same else self.session.value(value.numpy()[rows]))
+        return new
+
     def generate(
         self, input_ids, attention_mask=None, max_new_tokens: int | None = None, **options
     ) -> np.ndarray:
-        """Continue every row: (batch, seq + new), with the pad id after a row's end; behind an encoder (batch, 1 +
-        new), beginning with decoder_start_token_id. Options as in `decode`."""
-        new = [*self.decode(input_ids, attention_mask, max_new_tokens, **options)]
-        prompt = self._prompt(input_ids) if self.encoder else np.asarray(input_ids)
-        return np.stack([*prompt.T, *new], axis=1)
+        """Continue every row of ids (batch, seq): (batch, seq + new), with the pad id after a row's end; behind an
+        encoder (batch, 1 + new), beginning with decoder_start_token_id. The options are those of tinylm's `generate`,
+        fields of `GenerationConfig`, and the same seed draws the same text: the noise is a function of seed, row, step
+        and token. Raises Error for arguments out of range and for logits that are not finite."""
+        config = self.make_generation_config(max_new_tokens=max_new_tokens, **options)
+        search = BeamSearch(config, len(input_ids)) if config.num_beams > 1 else None
+        require(
+            not search or not (config.temperature or config.stop),
+            f"num_beams = {config.num_beams} goes with temperature 0 and no stop strings",
+        )
+        choose = functools.partial(choose_beams, search=search) if search else sample
+        new = list(generate_steps(self, input_ids, attention_mask, config, choose))
+        if search:
+            texts = search.best()
+            width = max(map(len, texts))
+            rows = [text + [config.pad_token_id] * (width - len(text)) for text in texts]
+        else:
+            rows = np.stack(new, axis=1)
+        return np.concatenate([start_ids(self, input_ids), rows], axis=1)
 
-    def stream(self, text, max_new_tokens: int | None = None, stop=None, **options):
-        """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string."""
+    def stream(self, text, max_new_tokens: int | None = None, **options) -> Iterator[str]:
+        """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string; with
+        the options of `generate`, but for beams."""
         ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
-        tokens, prompt = self.tokens(ids, max_new_tokens, **options), () if self.encoder else ids
-        return stream_text(self.tokenizer, tokens, stop_strings(stop), prompt)
+        config = self.make_generation_config(max_new_tokens=max_new_tokens, **options)
+        tokens = self.tokens(ids, max_new_tokens, **options | {"stop": ()})
+        return stream_text(self.tokenizer, tokens, config.stop, () if self.encoder else ids)
 
-    def tokens(
-        self, ids: list, max_new_tokens: int | None = None, eos_token_id="config", **options
-    ):
-        """The new ids after those of one row, one by one, without the one that ends the text."""
-        ends = self.ends(eos_token_id)
-        options = {"num_beams": 1} | options
-        for (token,) in self.decode([ids or [*ends, 0][:1]], None, max_new_tokens, ends, **options):
-            if token not in ends:
+    def tokens(self, ids: list, max_new_tokens: int | None = None, **options) -> Iterator[int]:
+        """The new ids behind those of one row, one by one, without the one that ends the text."""
+        options |= {"max_new_tokens": max_new_tokens, "num_beams": 1}
+        config = self.make_generation_config(**options)
+        row = np.array([ids or [*config.eos_token_id, 0][:1]])
+        for (token,) in generate_steps(self, row, None, config):
+            if token not in config.eos_token_id:
                 yield int(token)
 
-    def ends(self, eos_token_id="config") -> tuple:
-        """Ids that end a text: those given; for "config" those of the folder."""
-        if isinstance(eos_token_id, str) and eos_token_id == "config":
-            eos_token_id = self.config.get("eos_token_id")
-        ids = () if eos_token_id is None else tuple(np.ravel(eos_token_id).tolist())
-        require(
-            all(is_number_in(i, -1, 2**31, Integral) for i in ids),
-            f"eos_token_id = {eos_token_id!r}, expected integers",
-        )
-        return ids
-
-    def sampling(self, **given) -> SimpleNamespace:
-        """tinylm's `sampling`: as given, else as the folder's generation_config.json says, else plainly."""
-        said, longest = (
-            {name: default for name, (default, *_) in RANGES.items()},
-            self.config.get("max_length"),
-        )
-        said["bad_words_ids"] = ()
-        if self.encoder and is_number_in(longest, 2, 2**31, Integral):
-            said["max_new_tokens"] = longest - 1
-        known = {*said}
-        for source in ({name: self.config.get(name) for name in FROM_FILE}, given):
-            said |= {name: value for name, value in source.items() if value is not None}
-        unknown, words = sorted(said.keys() - known), said["bad_words_ids"]
-        require(
-            not unknown, f"{', '.join(unknown)}: no such option of a generation under ONNX Runtime"
-        )
-        for name, (_, low, high) in RANGES.items():
-            value, kind = said[name], Integral if isinstance(low, int) else Real
-            require(
-                value is None or is_number_in(value, low, high, kind),
-                f"{name} = {value!r}, expected "
-                f"{'an integer' if kind is Integral else 'a number'} from {low:g} to {high:g}",
-            )
-        require(
-            isinstance(words, (list, tuple))
-            and all(
-                isinstance(w, (list, tuple))
-                and w
-                and all(is_number_in(i, 0, 2**31, Integral) for i in w)
-                for w in words
-            ),
-            f"bad_words_ids = {words!r}, expected lists of ids",
-        )
-        require(
-            said["num_beams"] == 1,
-            f"num_beams = {said['num_beams']}: there is no beam search under ONNX Runtime; "
-            "give num_beams=1 for greedy decoding or sampling",
-        )
-        said["temperature"] *= said["temperature"] >= 1e-5  # below, a division would overflow
-        return SimpleNamespace(**said)
-
-    def decode(
+    def chat(
         self,
-        input_ids,
-        attention_mask=None,
-        max_new_tokens=None,
-        eos_token_id="config",
-        stop=None,
-        seed=None,
-        **sampling,
-    ):
-        """Yield the new ids (batch,) of every step, until all rows have ended. The options are those of tinylm's
-        `generate`, and the same seed draws the same text: the noise is a function of seed, row, step and token."""
-        generation_config = self.sampling(max_new_tokens=max_new_tokens, **sampling)
-        ends, stop = self.ends(eos_token_id), stop_strings(stop)
-        (input_ids, mask), source = self._checked(input_ids, attention_mask), None
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        variables: dict | None = None,
+        **options,
+    ) -> Iterator[str]:
+        """The answer to a conversation, as `stream` gives it; see `Tokenizer.apply_chat_template` for `messages`,
+        `tools` and the template's `variables`. It ends where the config or the tokenizer says so."""
+        text = self.tokenizer.apply_chat_template(messages, tools, True, **(variables or {}))
+        ids, limit = self.tokenizer.encode(text, special=False), self.session.limit
         require(
-            seed is None or is_number_in(seed, -(2**63), 2**63 - 1, Integral),
-            f"seed = {seed!r}, expected an integer of 64 bits",
+            len(ids) <= limit, f"chat: {len(ids)} tokens, but the model has only {limit} positions"
         )
-        seed = int(np.random.randint(2**31) if seed is None else seed)
-        pad = next(
-            i for i in (self.config.get("pad_token_id"), *ends, 0) if i is not None and i >= 0
-        )
-        pad = min(pad, self.vocab_size - 1)
-        if self.encoder:
-            source = self.source(input_ids, mask)
-            input_ids = self._prompt(input_ids)
-            mask = np.ones_like(input_ids)
-        batch, seq = input_ids.shape
-        limit = self.session.limit
-        require(
-            seq + generation_config.max_new_tokens <= limit,
-            f"max_new_tokens = {generation_config.max_new_tokens} after {seq} tokens, "
-            f"expected at most {limit} in all",
-        )
-        texts = [
-            row[real].tolist() for row, real in zip(input_ids, mask.astype(bool))
-        ]  # prompts, and what follows
-        starts, ended = [*map(len, texts)], np.zeros(batch, bool)
-        order = mask.argsort(1, kind="stable")  # every row's last token goes to the last column
-        input_ids, mask = (np.take_along_axis(x, order, 1) for x in (input_ids, mask))
-        longest = np.concatenate(
-            [mask, np.ones((batch, generation_config.max_new_tokens), np.int64)], 1
-        )
-        past = self.cache(batch, seq + generation_config.max_new_tokens) if self.shared else None
-        for count in range(generation_config.max_new_tokens):
-            logits, past = self.step(input_ids, mask, past, source, keep=1)
-            logits = process_logits(logits[:, -1], texts, generation_config, ends, count)
-            token = np.where(ended, pad, sample(logits, generation_config, seed, count))
-            yield token
-            for row, (text, id) in enumerate(zip(texts, token.tolist())):
-                text.append(id)
-                ended[row] |= id in ends or any(
-                    s in self.tokenizer.decode(text[starts[row] :][-2 * len(s.encode()) - 8 :])
-                    for s in stop
-                )
-            if ended.all():
-                return
-            input_ids, mask = token[:, None], longest[:, : seq + count + 1]
+        ends = (*self.ends(), *as_ids("eos_token_id", self.tokenizer.eos_token_id))
+        return self.stream(ids, **{"eos_token_id": ends} | options)
+
+    def ends(self) -> tuple:
+        """The ids that end a text."""
+        ids = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
+        return as_ids("eos_token_id", ids)
+
+    def make_generation_config(self, **given) -> GenerationConfig:
+        """How to generate: as given, else as generation_config.json says, else plainly."""
+        seq2seq = self.encoder is not None
+        return make_generation_config(given, self.generation_config, self.config, seq2seq)
 
     def forward(self, input_ids, attention_mask, token_type_ids=None) -> np.ndarray:
         return self(input_ids, attention_mask, token_type_ids)
@@ -393,10 +369,6 @@ class OnnxLM:
     def run(self, texts, pairs=None, batch: int = 32, **options) -> list[list[dict]]:
         """What the model is for, of each text: see `run` below; options as of the task's function."""
         return run(self, texts, pairs, batch, **options)
-
-    def _prompt(self, input_ids) -> np.ndarray:
-        """What a decoder behind an encoder begins with, (batch, 1)."""
-        return np.full((len(input_ids), 1), self.config["decoder_start_token_id"])
 
     def _checked(self, input_ids, mask=None, name: str = "input_ids") -> tuple:
         input_ids = np.asarray(input_ids)
@@ -904,17 +876,14 @@ def write_windows(model, windows: list, batch: int, **options) -> list[str]:
     texts: list = [None] * len(windows)
     ends = options.get("eos_token_id", model.config.get("eos_token_id"))
     ends = set(() if ends is None else np.ravel(ends).tolist())
+    stop = stop_strings(options.get("stop") or model.config.get("stop_strings"))
     for rows in like_lengths(windows, batch):
         ids, mask, _ = pad([windows[i] for i in rows], model)
         start = 1 if model.task == "seq2seq" else ids.shape[1]
         for i, new in zip(rows, model.generate(ids, mask, **options)[:, start:].tolist()):
             new = [*itertools.takewhile(lambda token: token not in ends, new)]
             prompt = [] if model.task == "seq2seq" else windows[i].ids
-            before = model.tokenizer.decode(prompt)  # a decoder may strip a text's first space
-            text = model.tokenizer.decode(prompt + new)[len(before) :]
-            for string in stop_strings(options.get("stop")):
-                text = text.partition(string)[0]
-            texts[i] = text
+            texts[i] = "".join(stream_text(model.tokenizer, new, stop, prompt))
     return texts
 
 
@@ -962,7 +931,8 @@ def run(model, texts, pairs=None, batch: int = 32, **options) -> list:
         len(pairs) == len(texts), f"pairs: {len(pairs)} of them, expected the {len(texts)} of texts"
     )
     require(
-        is_number_in(batch, 1, 2**31, Integral), f"batch = {batch!r}, expected a positive number"
+        is_number_in(batch, 1, 2**31, numbers.Integral),
+        f"batch = {batch!r}, expected a positive number",
     )
     results: dict = {}
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]) - len(pairs[i] or ""))
@@ -1437,22 +1407,6 @@ def template_environment():
     return environment
 
 
-RANGES = {  # of tinylm's `Sampling`, without beams: name -> default, least, most; whole numbers where the least is one
-    "max_new_tokens": (128, 1, 2**31),
-    "temperature": (0.0, 0.0, 1e9),
-    "top_k": (None, 0, 2**31),
-    "top_p": (None, 0.0, 1),
-    "min_p": (None, 0.0, 1),
-    "repetition_penalty": (1.0, 1e-9, 1e9),
-    "no_repeat_ngram_size": (0, 0, 2**31),
-    "min_length": (0, 0, 2**31),
-    "forced_bos_token_id": (None, 0, 2**31),
-    "forced_eos_token_id": (None, 0, 2**31),
-    "num_beams": (1, 1, 2**16),
-}
-FROM_FILE = {*RANGES, "bad_words_ids"} - {"temperature", "top_k", "top_p", "min_p"}
-
-
 def has_cuda(ort) -> bool:
     """Is there a CUDA build of ONNX Runtime and a driver for it?"""
     if CUDA not in ort.get_available_providers():
@@ -1464,128 +1418,515 @@ def has_cuda(ort) -> bool:
     return False
 
 
-def process_logits(
-    logits, texts: list, generation_config: SimpleNamespace, ends: tuple, count: int
-) -> np.ndarray:
-    """Logits (batch, vocab), changed in place: tinylm's `constrain`, after the ids so far of each row."""
-    for row, ids in zip(logits, texts):
-        if generation_config.repetition_penalty != 1:
-            seen = np.unique(ids)
-            penalty = generation_config.repetition_penalty
-            row[seen] = np.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
-        if n := generation_config.no_repeat_ngram_size:
-            newest = ids[len(ids) - n + 1 :]
-            row[
-                [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == newest]
-            ] = -np.inf
-        for *before, last in generation_config.bad_words_ids:
-            if (
-                last < len(row)
-                and len(ids) >= len(before)
-                and ids[len(ids) - len(before) :] == before
-            ):
-                row[last] = -np.inf
-        if len(ids) < generation_config.min_length:
-            row[[i for i in ends if 0 <= i < len(row)]] = -np.inf
-        for token, when in (
-            (generation_config.forced_bos_token_id, len(ids) == 1),
-            (generation_config.forced_eos_token_id, count == generation_config.max_new_tokens - 1),
-        ):
-            if token is not None and when:
-                row[:] = -np.inf
-                row[token] = 0
-    return logits
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation, mirrored in tinylm.py: equal in source where no tensor is concerned, else in results
+# ---------------------------------------------------------------------------------------------------------------------
+def as_ids(name: str, value) -> tuple:
+    """One id, several or None as a tuple."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    fine = all(is_number_in(i, -1, 2**31, numbers.Integral) for i in ids)
+    require(fine, f"{name} = {value!r}, expected integers")
+    return tuple(map(int, ids))
 
 
-def sample(logits, generation_config: SimpleNamespace, seed: int, step: int) -> np.ndarray:
-    """One id per row of logits (batch, vocab): tinylm's `sample` in numpy."""
-    if generation_config.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / np.float32(generation_config.temperature)
-    if generation_config.top_k:
-        k = min(int(generation_config.top_k), logits.shape[-1])
-        least = np.partition(logits, -k, axis=-1)[:, -k]
-        logits = np.where(logits < least[:, None], -np.inf, logits)
-    if generation_config.top_p is not None and generation_config.top_p < 1:
-        order = np.argsort(-logits, axis=-1, kind="stable")
-        p = softmax(np.take_along_axis(logits, order, -1))
-        outside = p.cumsum(-1) - p >= generation_config.top_p
-        outside[:, 0] = False
-        rows = np.arange(len(logits))[:, None]
-        logits[rows, order] = np.where(outside, -np.inf, logits[rows, order])
-    if generation_config.min_p:
-        p = softmax(logits)
-        logits = np.where(p < generation_config.min_p * p.max(-1, keepdims=True), -np.inf, logits)
-    return (logits - np.log(-np.log(uniform(seed, step, *logits.shape)))).argmax(-1)
+def stop_strings(stop) -> tuple:
+    """One string, several or None as a tuple."""
+    stop = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    fine = all(isinstance(text, str) and text for text in stop)
+    require(fine, f"stop = {stop!r}, expected strings that are not empty")
+    return stop
 
 
-def softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How a text is generated, in the words of Hugging Face; what changes logits does so in its order.
+
+    Raises Error where a value is out of its range.
+    """
+
+    max_new_tokens: Size = 128
+    temperature: Annotated[float, 0, 1e9] = 0.0  # 0: the likeliest
+    top_k: Count | None = None
+    top_p: Share | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, 1e-9, 1e9] = 1.0
+    eos_token_id: int | str | tuple | list = ()  # ids that end a row; none: it never ends
+    pad_token_id: Id | None = None  # stands after a row's end; None: the first that ends it, or 0
+    stop: str | tuple | list = ()  # strings: a row ends once its new text has one
+    seed: Annotated[int, -(2**63), 2**63 - 1] | None = None
+    no_repeat_ngram_size: Count = 0
+    min_length: Count = 0  # tokens before a row may end, the prompt's included
+    bad_words_ids: tuple | list = ()  # sequences of ids that must not come
+    forced_bos_token_id: Count | None = None  # what a decoder says after its start token
+    forced_eos_token_id: Count | None = None  # what it says last
+    num_beams: Annotated[int, 1, 2**16] = 1  # above 1: the likeliest text that such a search finds
+    length_penalty: Annotated[float, -1e3, 1e3] = 1.0  # score: log-probability / length**this
+    # of a row, once it has num_beams finds: at once; unless a better one is likely; or possible
+    early_stopping: Literal[True, False, "never"] = False
+    renormalize_logits: bool = False  # of beams, after what changes logits
+
+    def __post_init__(self):
+        check_fields(self)
+        ends = as_ids("eos_token_id", self.eos_token_id)
+        words = self.bad_words_ids
+        fine = all(isinstance(word, (list, tuple)) and word for word in words)
+        require(fine, f"bad_words_ids = {words!r}, expected lists of ids that are not empty")
+        words = [as_ids("bad_words_ids", word) for word in words]
+        pads = (self.pad_token_id, *ends, 0)
+        vars(self).update(
+            eos_token_id=ends,
+            stop=stop_strings(self.stop),
+            bad_words_ids=tuple(word for word in words if word not in [(end,) for end in ends]),
+            pad_token_id=next(id for id in pads if id is not None and id >= 0),
+            # below, a division would overflow, and the draw is the likeliest anyway
+            temperature=self.temperature if self.temperature >= 1e-5 else 0.0,
+        )
+
+
+# What generation_config.json may say. As transformers does, but for what samples: that only an argument asks for.
+FROM_FILE = set(
+    """max_new_tokens repetition_penalty no_repeat_ngram_size min_length bad_words_ids
+    forced_bos_token_id forced_eos_token_id num_beams renormalize_logits length_penalty
+    early_stopping stop_strings""".split()
+)
+UNSUPPORTED = {  # what would change a greedy text -> values, beside None, that don't
+    "begin_suppress_tokens": ([],),
+    "constraints": ([],),
+    "dola_layers": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": ([],),
+    "guidance_scale": (1,),
+    "max_time": (),
+    "min_new_tokens": (0,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0,),
+    "sequence_bias": ({}, []),
+    "suppress_tokens": ([],),
+    "token_healing": (False,),
+    "typical_p": (1,),
+    "watermarking_config": (),
+}
+GENERATION = {*FROM_FILE, *UNSUPPORTED} | set(  # what may stand in config.json, too
+    """max_length do_sample diversity_penalty temperature top_k top_p min_p top_h epsilon_cutoff
+    eta_cutoff force_bos_token_to_be_generated decoder_start_token_id bos_token_id eos_token_id
+    pad_token_id""".split()
+)
+NOT_OF_THE_TEXT = set(  # what transformers knows, and what changes no text
+    """assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight
+    assistant_lookbehind cache_config cache_implementation compile_config
+    continuous_batching_config disable_compile is_assistant low_memory max_cache_len
+    max_matching_ngram_size num_assistant_tokens num_assistant_tokens_schedule output_attentions
+    output_hidden_states output_logits output_scores prefill_chunk_size prompt_lookup_num_tokens
+    remove_invalid_values return_dict_in_generate speculation_type target_lookbehind
+    transformers_version use_cache use_mtp""".split()
+)
+
+
+def read_generation_config(folder: Path, config: dict) -> dict:
+    """A folder's generation_config.json; where it has none, what its config.json says of generation, as checkpoints of
+    transformers 4 have it. Fields that nobody gives a meaning are warned of."""
+    file = folder / "generation_config.json"
+    if file.exists():
+        found = read_json(file)
+        unknown = sorted(n for n in found.keys() - GENERATION - NOT_OF_THE_TEXT if n[:1] != "_")
+        if unknown:
+            warnings.warn(f"{file}: ignored, as unknown: {', '.join(unknown)}", stacklevel=2)
+        return found
+    found = {name: value for name, value in config.items() if name in GENERATION}
+    if config.get("force_bos_token_to_be_generated"):
+        found["forced_bos_token_id"] = config.get("bos_token_id")
+    return found
+
+
+def make_generation_config(
+    given: dict, file: dict, config: dict, seq2seq: bool = False
+) -> GenerationConfig:
+    """How to generate: as the arguments `given` say, else as generation_config.json (`file`) does, else with the ids of
+    config.json, plainly. An `eos_token_id` of None among the arguments: a row never ends."""
+    for name, harmless in UNSUPPORTED.items():
+        fine = file.get(name) is None or file[name] in harmless
+        require(fine, f"generation_config.json: {name} = {file.get(name)!r} is not supported")
+    options = {n: file.get(n, config.get(n)) for n in ("eos_token_id", "pad_token_id")}
+    if seq2seq and is_number_in(file.get("max_length"), 2, 2**31, numbers.Integral):
+        options["max_new_tokens"] = file["max_length"] - 1
+    options |= {name: file[name] for name in FROM_FILE if file.get(name) is not None}
+    if given.get("eos_token_id", 0) is None:
+        options["eos_token_id"] = None
+    options |= {name: value for name, value in given.items() if value is not None}
+    if "stop_strings" in options:
+        options = {"stop": options.pop("stop_strings")} | options
+    unknown = sorted(options.keys() - {f.name for f in fields(GenerationConfig)})
+    require(not unknown, f"{', '.join(unknown)}: no such option of a generation")
+    options["eos_token_id"] = as_ids("eos_token_id", options["eos_token_id"])
+    made = GenerationConfig(**options)
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        token, vocab = getattr(made, name), config["vocab_size"]
+        require(token is None or token < vocab, f"{name} = {token}, expected less than {vocab}")
+    return made
 
 
 def uniform(seed: int, step: int, batch: int, vocab: int) -> np.ndarray:
-    """tinylm's `uniform`: numbers in (0, 1), (batch, vocab), by a counter-based hash."""
+    """Numbers in (0, 1), (batch, vocab), a function of seed, row, step and column alone (Salmon et al. 2011,
+    counter-based random numbers)."""
 
-    def hash32(x):
+    def hash32(x):  # full avalanche of the lowest 32 bits (Wellons' two-round prospector)
+        x = x & 0xFFFFFFFF
         for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
             x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
         return x ^ (x >> 15)
 
-    state = hash32(np.array([seed], np.int64) & 0xFFFFFFFF) + np.arange(batch)
-    state = hash32((hash32(state & 0xFFFFFFFF) + step) & 0xFFFFFFFF)
-    bits = hash32((state[:, None] + np.arange(vocab) * 0x9E3779B9) & 0xFFFFFFFF)
+    rows, columns = np.arange(batch), np.arange(vocab)
+    state = hash32(hash32(hash32(np.array([seed], np.int64)) + rows) + step)
+    bits = hash32(state[:, None] + columns * 0x9E3779B9)
     return ((bits >> 9).astype(np.float32) + np.float32(0.5)) / np.float32(2**23)
 
 
-def stop_strings(stop) -> tuple:
-    stop = tuple(stop) if isinstance(stop, (list, tuple)) else () if stop is None else (stop,)
+# Logits processors: logits or log-probabilities (batch, vocab), the state after the ids so far, the config; in place.
+
+
+def penalize_repetition(logits, state: DecodeState, config: GenerationConfig):
+    if config.repetition_penalty == 1:
+        return
+    for row, ids in zip(logits, state.texts):
+        seen = np.unique(ids)
+        scores = row[seen]
+        penalty = np.float32(config.repetition_penalty)
+        row[seen] = np.where(scores > 0, scores / penalty, scores * penalty)
+
+
+def forbid_repeated_ngrams(logits, state: DecodeState, config: GenerationConfig):
+    n = config.no_repeat_ngram_size
+    if not n:
+        return
+    for row, ids in zip(logits, state.texts):
+        newest = ids[len(ids) - n + 1 :]
+        starts = range(len(ids) - n + 1)
+        row[[ids[i + n - 1] for i in starts if ids[i : i + n - 1] == newest]] = -np.inf
+
+
+def forbid_bad_words(logits, state: DecodeState, config: GenerationConfig):
+    for *before, last in config.bad_words_ids:
+        for row, ids in zip(logits, state.texts):
+            same = len(ids) >= len(before) and ids[len(ids) - len(before) :] == before
+            if same and 0 <= last < len(row):
+                row[last] = -np.inf
+
+
+def forbid_early_end(logits, state: DecodeState, config: GenerationConfig):
+    if not config.min_length:
+        return
+    ends = [i for i in config.eos_token_id if 0 <= i < logits.shape[-1]]
+    for row, ids in zip(logits, state.texts):
+        if len(ids) < config.min_length:
+            row[ends] = -np.inf
+
+
+def force_tokens(logits, state: DecodeState, config: GenerationConfig):
+    for row, ids in zip(logits, state.texts):
+        for token, when in (
+            (config.forced_bos_token_id, len(ids) == 1),
+            (config.forced_eos_token_id, state.count == config.max_new_tokens - 1),
+        ):
+            if token is not None and when:
+                row[:] = -np.inf
+                row[token] = 0
+
+
+def process_logits(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
+    """Logits or log-probabilities (batch, vocab), less what the config forbids after the ids so far; in place."""
+    penalize_repetition(logits, state, config)
+    forbid_repeated_ngrams(logits, state, config)
+    forbid_bad_words(logits, state, config)
+    forbid_early_end(logits, state, config)
+    force_tokens(logits, state, config)
+    return logits
+
+
+def keep_top_k(logits, k: int) -> np.ndarray:
+    k = min(k, logits.shape[-1])
+    least = np.partition(logits, -k, axis=-1)[:, -k]
+    return np.where(logits < least[:, None], -np.inf, logits)
+
+
+def keep_top_p(logits, top_p: float) -> np.ndarray:
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    p = softmax(np.take_along_axis(logits, order, -1))
+    outside = p.cumsum(-1) - p >= top_p  # what stands before it is enough already
+    outside[:, 0] = False
+    dropped = np.empty_like(outside)
+    np.put_along_axis(dropped, order, outside, -1)
+    return np.where(dropped, -np.inf, logits)
+
+
+def keep_min_p(logits, min_p: float) -> np.ndarray:
+    p = softmax(logits)
+    return np.where(p < min_p * p.max(-1, keepdims=True), -np.inf, logits)
+
+
+def sample(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
+    """The next id (batch,) of each row of logits (batch, vocab), drawn by the Gumbel trick; at temperature 0 the
+    likeliest."""
+    logits = process_logits(logits, state, config)
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / np.float32(config.temperature)
+    if config.top_k:
+        logits = keep_top_k(logits, config.top_k)
+    if config.top_p is not None and config.top_p < 1:
+        logits = keep_top_p(logits, config.top_p)
+    if config.min_p:
+        logits = keep_min_p(logits, config.min_p)
+    noise = uniform(state.seed, state.count, *logits.shape)
+    return (logits - np.log(-np.log(noise))).argmax(-1)
+
+
+def softmax(x) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def log_softmax(x) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+class BeamSearch:
+    """The likeliest continuation of each row that a search finds, step by step as transformers does it: candidates that
+    end in a step compete, by their score, for as many places as there are beams."""
+
+    def __init__(self, config: GenerationConfig, batch: int):
+        n = config.num_beams
+        self.config = config
+        self.candidates = max(2, 1 + len(config.eos_token_id)) * n  # of a row, looked at in a step
+        self.texts = [[] for _ in range(batch * n)]  # new ids of each beam
+        self.sums = [0.0, *[-1e9] * (n - 1)] * batch  # log-probabilities; at first one beam counts
+        self.found = [[] for _ in range(batch)]  # (score, text) of what has ended, the best first
+        self.open = [True] * batch  # the row may still find a better one
+
+    def advance(self, sums: list, places: list, vocab: int) -> list[int]:
+        """Go on with the best of each row's candidates: their sums (batch, candidates), the best first, and places
+        (batch, candidates), beam * vocab + token. Returns which of the old beams (batch * beams,) each new one
+        continues."""
+        going = []
+        for row, candidates in enumerate(zip(sums, places)):
+            going += self.advance_row(row, *candidates, vocab)
+        beams, self.sums, self.texts = map(list, zip(*going))
+        return beams
+
+    def advance_row(self, row: int, sums: list, places: list, vocab: int) -> list:
+        """(beam, sum, text) of the beams that a row goes on with."""
+        config, found, going = self.config, self.found[row], []
+        length = len(self.texts[0]) + 1
+        last = length == config.max_new_tokens
+        for rank, (total, place) in enumerate(zip(sums, places)):
+            beam, token = row * config.num_beams + place // vocab, place % vocab
+            text = [*self.texts[beam], token]
+            ends = token in config.eos_token_id
+            if (ends or last) and self.open[row] and rank < config.num_beams:
+                found.append((total / length**config.length_penalty, text))
+            if not ends:
+                going.append((beam, total, text))
+        while len(going) < config.num_beams:  # nearly every token ends a text: a beam to nowhere
+            going.append((beam, -math.inf, text))
+        found.sort(key=lambda pair: -pair[0])
+        del found[config.num_beams :]
+        patient = config.early_stopping == "never" and config.length_penalty > 0
+        longest = config.max_new_tokens if patient else length
+        hope = going[0][1] / longest**config.length_penalty
+        if len(found) == config.num_beams:
+            self.open[row] &= config.early_stopping is not True and hope > found[-1][0]
+        self.open[row] &= not last
+        return going[: config.num_beams]
+
+    def best(self) -> list:
+        """The new ids of each row (batch,), of different lengths."""
+        return [found[0][1] for found in self.found]
+
+
+def choose_beams(
+    logits, state: DecodeState, config: GenerationConfig, search: BeamSearch
+) -> np.ndarray:
+    """The next id of each beam (batch * beams,), in the place of `sample`; the state goes on from the best beams."""
+    scores = process_logits(log_softmax(logits), state, config)
+    if config.renormalize_logits:
+        scores = log_softmax(scores)
+    totals = scores + np.array(search.sums, np.float32)[:, None]
+    totals = totals.reshape(len(search.open), -1)
+    count = min(search.candidates, totals.shape[1])
+    places = np.argpartition(-totals, count - 1, axis=-1)[:, :count]
+    order = np.argsort(-np.take_along_axis(totals, places, -1), axis=-1, kind="stable")
+    places = np.take_along_axis(places, order, -1)
+    sums = np.take_along_axis(totals, places, -1)
+    beams = search.advance(sums.tolist(), places.tolist(), logits.shape[-1])
+    state.reorder(beams)
+    state.done |= not any(search.open)
+    return np.array([text[-1] for text in search.texts])
+
+
+class DecodeState:
+    """What changes while a batch is generated: ids of each row, the prompt's included; whether it has ended; the number
+    of tokens written; and where the rows of the next step go on from (beam search)."""
+
+    def __init__(self, prompt, mask, config: GenerationConfig):
+        self.texts = [row[real].tolist() for row, real in zip(prompt, mask.astype(bool))]
+        self.done = np.zeros(len(prompt), bool)
+        self.count = 0
+        self.seed = np.random.randint(2**31) if config.seed is None else int(config.seed)
+        self.rows = list(range(len(prompt)))
+
+    def append(self, token, ends: tuple):
+        """The new ids (batch,) join the text."""
+        for text, id in zip(self.texts, token.tolist()):
+            text.append(id)
+        self.done |= np.isin(token, ends)
+        self.count += 1
+
+    def reorder(self, rows: list):
+        """Row i goes on from what row rows[i] held."""
+        self.texts = [list(self.texts[row]) for row in rows]
+        self.rows = rows
+
+
+def start_ids(lm: OnnxLM, input_ids) -> np.ndarray:
+    """What new tokens stand behind: the ids, or behind an encoder the start token (batch, 1)."""
+    if lm.encoder is None:
+        return np.asarray(input_ids)
+    said = as_ids("decoder_start_token_id", lm.generation_config.get("decoder_start_token_id"))
+    return np.full((len(input_ids), 1), [*said, lm.config["decoder_start_token_id"]][0])
+
+
+NOT_FINITE = (
+    "the model's logits are not finite (its numbers overflow): try another dtype or precision"
+)
+
+
+def generate_steps(lm: OnnxLM, input_ids, attention_mask, config: GenerationConfig, choose=sample):
+    """Yield, step by step, the new ids (batch,), until all rows have ended. Raises Error where logits are not finite."""
+    (input_ids, mask), source = lm._checked(input_ids, attention_mask), None
+    seq, limit = 1 if lm.encoder else input_ids.shape[1], lm.session.limit
     require(
-        all(isinstance(s, str) and s for s in stop),
-        f"stop = {stop!r}, expected strings that are not empty",
+        seq + config.max_new_tokens <= limit,
+        f"max_new_tokens = {config.max_new_tokens} after {seq} tokens, expected at most {limit} in all",
     )
-    return stop
+    if lm.encoder:
+        source = lm.source(input_ids, mask)
+        input_ids = start_ids(lm, input_ids)
+        mask = np.ones_like(input_ids)
+    if config.num_beams > 1:
+        input_ids, mask = (np.repeat(x, config.num_beams, 0) for x in (input_ids, mask))
+        source = {
+            name: np.repeat(x if isinstance(x, np.ndarray) else x.numpy(), config.num_beams, 0)
+            for name, x in (source or {}).items()
+        }
+    state = DecodeState(input_ids, mask, config)
+    starts = [() if lm.encoder else text for text in state.texts]
+    stops = [TextStream(lm.tokenizer, config.stop, start) for start in starts if config.stop]
+    order = mask.argsort(1, kind="stable")  # every row's last token goes to the last column
+    input_ids, mask = (np.take_along_axis(x, order, 1) for x in (input_ids, mask))
+    written = np.ones((len(mask), config.max_new_tokens), np.int64)
+    longest = np.concatenate([mask, written], axis=1)
+    past = lm.cache(len(mask), seq + config.max_new_tokens) if lm.shared else None
+    pad = min(config.pad_token_id, lm.vocab_size - 1)
+    while state.count < config.max_new_tokens:
+        logits, past = lm.step(input_ids, mask, past, source, keep=1)
+        logits = logits[:, -1]
+        require((np.isfinite(logits.max(-1)) | state.done).all(), NOT_FINITE)
+        token = np.where(state.done, pad, choose(logits, state, config))
+        if config.num_beams > 1:
+            past = lm.gather(past, state.rows)
+        yield token
+        state.append(token, config.eos_token_id)
+        for row, text in enumerate(stops):
+            text.append(int(token[row]))
+            state.done[row] |= text.ended
+        if state.done.all():
+            return
+        input_ids, mask = token[:, None], longest[:, : seq + state.count]
+
+
+class TextStream:
+    """The text of ids that come one by one behind those of a prompt: whole characters only, and nothing from a stop
+    string on. Stop strings are looked for in the text with its special tokens written out, which is not shown.
+
+    New text is what a text has more than the same without its newest ids: a decoder may strip the first space of what
+    it is given, so that ids alone do not say their text.
+    """
+
+    def __init__(self, tokenizer, stop: tuple = (), prompt=()):
+        self.tokenizer, self.stop, self.ids = tokenizer, stop, list(prompt)
+        self.start, self.known = 0, len(self.ids)  # ids to compare with, and ids whose text is out
+        self.held = []  # (text with special tokens, text to show), which may begin a stop string
+        self.ended = False  # a stop string has come
+
+    def new_text(self, special: bool) -> str:
+        before = self.tokenizer.decode(self.ids[self.start : self.known], special)
+        return self.tokenizer.decode(self.ids[self.start :], special)[len(before) :]
+
+    def append(self, token: int) -> str:
+        """What there is to show once an id has come."""
+        self.ids.append(token)
+        full = self.new_text(bool(self.stop))
+        if full.endswith("\ufffd"):  # a character whose bytes are not all there
+            return ""
+        shown = self.new_text(False) if self.stop else full
+        if shown:  # ids without a text are no beginning to compare with
+            self.start = self.known
+        self.known = len(self.ids)
+        if not self.stop:
+            return shown
+        self.held.append((full, shown))
+        text = "".join(full for full, _ in self.held)
+        cut = min((text.find(stop) for stop in self.stop if stop in text), default=-1)
+        self.ended = cut >= 0
+        if not self.ended:  # keep back what may begin a stop string
+            begins = [
+                n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])
+            ]
+            cut = len(text) - max(begins, default=0)
+        return self.release(cut)
+
+    def release(self, cut: int) -> str:
+        """What is shown of the held text before a character; where it has ended, the rest is dropped."""
+        out = []
+        while self.held and (len(self.held[0][0]) <= cut or self.ended):
+            full, shown = self.held.pop(0)
+            out.append(shown if len(full) <= cut else os.path.commonprefix([shown, full[:cut]]))
+            cut = max(cut - len(full), 0)
+        return "".join(out)
+
+    def flush(self) -> str:
+        """The rest, once no more ids come."""
+        return "" if self.ended else "".join(shown for _, shown in self.held) + self.new_text(False)
 
 
 def stream_text(tokenizer, tokens, stop: tuple = (), prompt=()):
-    """tinylm's `text_pieces`: the text of ids after those of a prompt, whole characters only, and nothing from a stop
-    string on. What is new is what a text has more than one without the newest ids: a decoder may strip a text's first
-    space, so that ids alone do not say their text."""
-    ids, done, shown, held = list(prompt), 0, len(prompt), ""
-
-    def more():
-        return tokenizer.decode(ids[done:])[len(tokenizer.decode(ids[done:shown])) :]
-
+    """The text of a stream of ids behind those of a prompt, piece by piece, as `TextStream` has it."""
+    text = TextStream(tokenizer, stop, prompt)
     for token in tokens:
-        ids.append(token)
-        new = more()
-        if new.endswith("\ufffd"):  # a character whose bytes are not all there
-            continue
-        done, shown = (
-            shown if new else done,
-            len(ids),
-        )  # ids without a text are no beginning to compare with
-        held += new
-        cut = min((held.find(s) for s in stop if s in held), default=-1)
-        if cut >= 0:
-            yield held[:cut]
+        if piece := text.append(token):
+            yield piece
+        if text.ended:
             return
-        keep = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    if rest := held + more():
+    if rest := text.flush():
         yield rest
 
 
-def read_json(path: Path, missing=None):
-    """The object in a file; without the file what is given in its place."""
-    if missing is not None and not path.exists():
-        return missing
+def read_json(path: Path, missing: dict | None = None) -> dict:
+    """A file's JSON object; `missing`: what stands for a file that is not there."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if missing is not None:
+            return missing
+        raise Error(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise Error(f"{path}: not readable as JSON ({error})") from None
+    require(isinstance(content, dict), f"{path}: expected a JSON object")
+    return content
 
 
 def add_run_options(parser: argparse.ArgumentParser):

@@ -22,12 +22,13 @@ import fnmatch
 import functools
 import json
 import math
+import numbers
 import os
 import re
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
@@ -60,7 +61,7 @@ def require(ok, message: str):
         raise Error(message)
 
 
-def is_number_in(value, low, high, kind=(int, float)) -> bool:
+def is_number_in(value, low, high, kind=numbers.Real) -> bool:
     """Is it a number from low to high (not a bool, which Python counts among the ints)?"""
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
@@ -82,19 +83,18 @@ def matches_annotation(hint, value) -> tuple[bool, str]:
         parts = [matches_annotation(part, value) for part in get_args(hint)]
         return any(fine for fine, _ in parts), " or ".join(text for _, text in parts if text)
     if get_origin(hint) is Annotated:
-        (kind, low, high) = get_args(hint)
-        real = kind is float
-        said = "of 64 bits" if low == -(2**63) else f"from {low:g} to {high:g}"
-        return is_number_in(
-            value, low, high, (int, float) if real else int
-        ), f"{'a number' if real else 'an integer'} {said}"
+        kind, low, high = get_args(hint)
+        limits = "of 64 bits" if low == -(2**63) else f"from {low:g} to {high:g}"
+        if kind is float:
+            return is_number_in(value, low, high), f"a number {limits}"
+        return is_number_in(value, low, high, numbers.Integral), f"an integer {limits}"
     if get_origin(hint) is Literal or hint is bool:
         choices = get_args(hint) or (True, False)
         return value in choices, " or ".join(map(str, choices))
     return isinstance(value, hint), "" if hint is NoneType else f"a {hint.__name__}"
 
 
-def check(owner, spelled: Callable = str):
+def check_fields(owner, spelled: Callable = str):
     """Refuse a dataclass whose fields are not as annotated; `spelled`: how an error spells a field's name."""
     for name, hint in get_type_hints(type(owner), include_extras=True).items():
         fine, expected = matches_annotation(hint, getattr(owner, name))
@@ -218,7 +218,7 @@ class Config:
     )
 
     def __post_init__(self):
-        check(self, "config: {}".format)
+        check_fields(self, "config: {}".format)
         hidden, heads, inner = self.hidden_size, self.num_attention_heads, self.intermediate_size
         self._expect(
             "num_attention_heads",
@@ -946,7 +946,8 @@ class TinyLM(Stack):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.tokenizer, self.generation_config, self._compiled, self._idle = None, {}, None, None
+        self.tokenizer, self.generation_config = None, {}
+        self._compiled, self._states = None, {}  # of generation: the step, idle states by shape
         self.embed = nn.Embedding(config.vocab_size, config.embedding_size)
         self.encoder = Stack(config.encoder) if config.num_encoder_layers else None
         self.head = Head(config)
@@ -1110,10 +1111,7 @@ class TinyLM(Stack):
             fresh = lm.head.state_dict(prefix="head.")
         lm.load_state_dict(checkpoint.state(lm, fresh), assign=True)
         lm.folder, lm.tokenizer = folder, load_tokenizer(folder)
-        lm.generation_config = read_json(
-            folder / "generation_config.json",
-            {key: value for key, value in raw.items() if key in GENERATION},
-        )
+        lm.generation_config = read_generation_config(folder, raw)
         return lm.to(device).eval()
 
     def save_pretrained(self, folder):
@@ -1140,7 +1138,7 @@ class TinyLM(Stack):
 
     def __getstate__(self):
         """Copies compile for themselves."""
-        return self.__dict__ | {"_compiled": None, "_idle": None}
+        return self.__dict__ | {"_compiled": None, "_states": {}}
 
     @torch.no_grad()
     def generate(
@@ -1151,47 +1149,30 @@ class TinyLM(Stack):
         compile: bool = False,
         **options,
     ) -> Tensor:
-        """Continue every row of (batch, seq): (batch, seq + new), with the pad id after a row's end; behind an encoder
-        (batch, 1 + new), beginning with decoder_start_token_id.
+        """Continue every row of ids (batch, seq): (batch, seq + new), with the pad id after a row's end; behind an
+        encoder (batch, 1 + new), beginning with decoder_start_token_id.
 
-        The options are fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, eos_token_id, stop,
-        seed, num_beams, ...; what is not given is as generation_config.json says, but for temperature, top_k and top_p:
-        nothing is sampled unless asked for. The same seed gives the same text,
+        The options are fields of `GenerationConfig`: temperature, top_k, top_p, min_p, repetition_penalty,
+        eos_token_id, stop, seed, num_beams, ...; what is not given is as generation_config.json says, but for
+        temperature, top_k, top_p and min_p: nothing is sampled unless asked for. The same seed gives the same text,
         whatever stands in the other rows. `compile` compiles the decode step (CUDA graphs on CUDA). Raises Error for
-        arguments out of range.
+        arguments out of range and for logits that are not finite.
         """
-        generation_config = self.sampling(max_new_tokens=max_new_tokens, **options)
-        beams = (
-            BeamSearch(generation_config, len(input_ids))
-            if generation_config.num_beams > 1
-            else None
-        )
+        config = self.make_generation_config(max_new_tokens=max_new_tokens, **options)
+        search = BeamSearch(config, len(input_ids)) if config.num_beams > 1 else None
         require(
-            not beams or not (generation_config.temperature or generation_config.stop or compile),
-            f"num_beams = {generation_config.num_beams} goes "
-            "with temperature 0, no stop strings and compile=False",
+            not search or not (config.temperature or config.stop or compile),
+            f"num_beams = {config.num_beams} goes with temperature 0, no stop strings and compile=False",
         )
-        steps = list(
-            self.decode(
-                input_ids,
-                attention_mask,
-                generation_config,
-                compile,
-                beams.choose if beams else sample,
-            )
-        )
-        if beams:
-            new = nn.utils.rnn.pad_sequence(
-                [torch.tensor(found[0][1]) for found in beams.found],
-                batch_first=True,
-                padding_value=generation_config.pad_token_id,
-            ).to(input_ids)
+        choose = functools.partial(choose_beams, search=search) if search else sample
+        steps = list(generate_steps(self, input_ids, attention_mask, config, compile, choose))
+        if search:
+            rows = [torch.tensor(text, device=input_ids.device) for text in search.best()]
+            new = nn.utils.rnn.pad_sequence(rows, True, config.pad_token_id)
         else:
-            running = (
-                torch.stack([alive for _, alive in steps], dim=1).any(0).sum()
-            )  # until the last row ended
-            new = torch.stack([token for token, _ in steps], dim=1)[:, : int(running)]
-        return torch.cat((self._prompt(input_ids), new), dim=1)
+            tokens, alive = (torch.stack(parts, dim=1) for parts in zip(*steps))
+            new = tokens[:, : int(alive.any(0).sum())]  # until the last row ended
+        return torch.cat((start_ids(self, input_ids), new), dim=1)
 
     def stream(
         self,
@@ -1199,27 +1180,26 @@ class TinyLM(Stack):
         max_new_tokens: int | None = None,
         compile: bool = False,
         **options,
-    ):
+    ) -> Iterator[str]:
         """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string; with
         the options of `generate`, but for beams."""
         require(
             self.tokenizer,
             "stream: the checkpoint has no tokenizer.json; use generate with token ids",
         )
-        generation_config = self.sampling(max_new_tokens=max_new_tokens, **options)
-        ids = (self.tokenizer.encode(text) if isinstance(text, str) else list(text)) or [
-            *generation_config.eos_token_id,
-            0,
-        ][:1]
-        plain, ends = (
-            replace(generation_config, num_beams=1, stop=()),
-            generation_config.eos_token_id,
-        )
-        steps = self.decode(torch.tensor([ids], device=self.device), None, plain, compile)
-        tokens = (token for token in (int(token) for token, _ in steps) if token not in ends)
-        return stream_text(
-            self.tokenizer, tokens, generation_config.stop, () if self.encoder else ids
-        )
+        options |= {"max_new_tokens": max_new_tokens, "num_beams": 1}
+        config = self.make_generation_config(**options)
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        ids = ids or [*config.eos_token_id, 0][:1]
+
+        def tokens():
+            row, plain = torch.tensor([ids], device=self.device), replace(config, stop=())
+            for token, _ in generate_steps(self, row, None, plain, compile):
+                if int(token) in config.eos_token_id:
+                    return
+                yield int(token)
+
+        return stream_text(self.tokenizer, tokens(), config.stop, () if self.encoder else ids)
 
     def chat(
         self,
@@ -1227,16 +1207,17 @@ class TinyLM(Stack):
         tools: list[dict] | None = None,
         variables: dict | None = None,
         **options,
-    ):
+    ) -> Iterator[str]:
         """The answer to a conversation, as `stream` gives it; see `Tokenizer.apply_chat_template` for `messages`,
-        `tools` and the template's `variables`."""
+        `tools` and the template's `variables`. It ends where the config or the tokenizer says so."""
         require(self.tokenizer, "chat: the checkpoint has no tokenizer.json")
         text = self.tokenizer.apply_chat_template(messages, tools, True, **(variables or {}))
         ids, limit = self.tokenizer.encode(text, special=False), self.config.max_position_embeddings
         require(
             len(ids) <= limit, f"chat: {len(ids)} tokens, but the model has only {limit} positions"
         )
-        return self.stream(ids, **options)
+        ends = (*self.ends(), *as_ids("eos_token_id", self.tokenizer.eos_token_id))
+        return self.stream(ids, **{"eos_token_id": ends} | options)
 
     def special_token_id(self, name: str):
         """A special id, as generation_config.json says it, else as the config does."""
@@ -1246,205 +1227,45 @@ class TinyLM(Stack):
         """The ids that end a text."""
         return as_ids("eos_token_id", self.special_token_id("eos_token_id"))
 
-    def sampling(self, **given) -> GenerationConfig:
+    def make_generation_config(self, **given) -> GenerationConfig:
         """How to generate: as given, else as generation_config.json says, else plainly."""
-        file, ends = self.generation_config, () if "eos_token_id" in given else self.ends()
-        for key in UNSUPPORTED & set(file):
-            require(
-                file[key] in (None, 0, 1, []),
-                f"generation_config.json: {key} = {file[key]!r} is not supported",
-            )
-        options = {"eos_token_id": ends, "pad_token_id": self.special_token_id("pad_token_id")}
-        if self.encoder is not None and is_number_in(file.get("max_length"), 2, 2**31, int):
-            options["max_new_tokens"] = file["max_length"] - 1
-        options |= {name: file.get(name) for name in FROM_FILE if file.get(name) is not None}
-        options |= {name: value for name, value in given.items() if value is not None}
-        unknown = sorted(set(options) - {f.name for f in fields(GenerationConfig)})
-        require(not unknown, f"{', '.join(unknown)}: no such option of a generation")
-        return GenerationConfig(**options)
-
-    def _prompt(self, input_ids: Tensor) -> Tensor:
-        """What a continuation stands behind: the ids, or the start token (batch, 1) behind an encoder."""
-        if self.encoder is None:
-            return input_ids
-        said = as_ids("decoder_start_token_id", self.special_token_id("decoder_start_token_id"))
-        return input_ids.new_full(
-            (len(input_ids), 1), [*said, self.config.decoder_start_token_id][0]
-        )
-
-    @torch.no_grad()
-    def decode(
-        self,
-        input_ids,
-        attention_mask,
-        generation_config: GenerationConfig,
-        compile=False,
-        choose=None,
-    ):
-        """Yield, per step, the new ids (batch,) and which rows (batch,) had not ended before it."""
-        require(
-            not generation_config.stop or self.tokenizer,
-            f"stop = {generation_config.stop} needs a tokenizer.json, which the checkpoint lacks",
-        )
-        choose, (prompt, mask, context) = (
-            choose or sample,
-            self._begin(input_ids, attention_mask, generation_config, compile),
-        )
-        state, step = self._state(prompt, mask, context, generation_config, compile)
-        device, texts = prompt.device.type, [[] for _ in prompt]
-        look = (
-            1 if generation_config.stop or device == "cpu" else 16
-        )  # steps between looks at the device: a look waits for it
-        self._step(state, prompt, mask, last_column(mask), generation_config, choose)
-        try:
-            for i in range(1, generation_config.max_new_tokens + 1):
-                token, alive = state.token[:, 0].clone(), state.alive.clone()
-                yield token, alive
-                for row, text in enumerate(texts if generation_config.stop else ()):
-                    text.append(int(token[row]))
-                    if any(
-                        s in self.tokenizer.decode(text[-2 * len(s.encode()) - 8 :])
-                        for s in generation_config.stop
-                    ):
-                        state.done[row] = True
-                if (
-                    i == generation_config.max_new_tokens
-                    or i % look == 0
-                    and bool(state.done.all())
-                ):
-                    return
-                if compile and device == "cuda":
-                    torch.compiler.cudagraph_mark_step_begin()
-                step(state, state.token, state.one, None, generation_config, choose)
-        finally:
-            if compile:
-                self._idle = state
-
-    def _begin(
-        self, input_ids, attention_mask, generation_config: GenerationConfig, compile: bool
-    ) -> tuple:
-        """The checked start of a generation: prompt, its mask, the encoder's context; a row of them for each beam."""
-        mask, context = (
-            torch.ones_like(input_ids) if attention_mask is None else attention_mask,
-            None,
-        )
-        require(
-            self.config.head == "lm" and self.config.causal,
-            f"generate: the checkpoint's head is {self.config.head!r}, expected a language model's, 'lm'",
-        )
-        self._fits(input_ids, mask)
-        require(bool(mask.any(-1).all()), "attention_mask: a row has no token")
-        input_ids = input_ids.long()
-        seq, limit = 1 if self.encoder else input_ids.shape[1], self.config.max_position_embeddings
-        require(
-            self.config.position not in LIMITED or seq + generation_config.max_new_tokens <= limit,
-            f"max_new_tokens = {generation_config.max_new_tokens} after {seq} tokens, expected at most {limit} in all",
-        )
-        if self.encoder is not None:
-            if compile:  # a compiled step serves many lengths of the source
-                more = min(-input_ids.shape[1] % CACHE_BUCKET, max(limit - input_ids.shape[1], 0))
-                input_ids, attention_mask = F.pad(input_ids, (0, more)), F.pad(mask, (0, more))
-            context = self.encode(input_ids, attention_mask)
-            input_ids = self._prompt(input_ids)
-            mask = torch.ones_like(input_ids)
-        beams = lambda x: (
-            x
-            if generation_config.num_beams == 1
-            else x.repeat_interleave(generation_config.num_beams, 0)
-        )  # noqa: E731
-        return tree_map_only(Tensor, beams, (input_ids, mask, context))
-
-    def _state(
-        self, prompt, mask, context, generation_config: GenerationConfig, compile: bool
-    ) -> tuple:
-        """The state of a generation and its step. A compiled step finds the tensors of the last generation again, at
-        the same addresses, unless their shapes differ or it is still running."""
-        length = (
-            -(-(prompt.shape[1] + generation_config.max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
-        )
-        size, start = (
-            (len(prompt), length, self.dtype, self.device),
-            (prompt, mask, context, generation_config),
-        )
-        if not compile:
-            return DecodeState(
-                KVCache(self.config, *size), self.config.vocab_size, *start
-            ), self._step
-        if self._compiled is None:
-            mode = "reduce-overhead" if self.device.type == "cuda" else None
-            self._compiled = torch.compile(
-                self._step, fullgraph=True, dynamic=False, mode=mode, recompile_limit=256
-            )
-        idle, self._idle = self._idle, None
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # what is made in inference mode can be written there alone
-            cache = (
-                idle.cache.reset()
-                if idle and idle.cache.size == size
-                else KVCache(self.config, *size)
-            )
-            state = DecodeState(cache, self.config.vocab_size, *start)
-            if idle and idle.cache is cache and idle.form() == state.form():
-                for old, given in zip(idle.tensors(), state.tensors()):
-                    old.copy_(given)
-                return idle, self._compiled
-        for tensor in state.tensors():
-            torch._dynamo.mark_static_address(tensor, guard=False)
-        return state, self._compiled
-
-    def _step(self, state, ids, mask, columns, generation_config, choose):
-        """One step, prefill or decode: nothing here waits for the device or changes shape between steps."""
-        logits = self(
-            ids,
-            mask,
-            cache=state.cache,
-            columns=columns,
-            cross_kv=state.cross_kv,
-            encoder_mask=state.encoder_mask,
-        )[:, -1].float()
-        state.take(torch.where(state.done, state.pad, choose(logits, state, generation_config)))
+        seq2seq = self.encoder is not None
+        return make_generation_config(given, self.generation_config, vars(self.config), seq2seq)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Generation
+# Generation: how a text is written (GenerationConfig), what changes logits, the choice of a token, beam search, the
+# state of a batch, the loop, the text of its ids. What onnxlm.py needs too stands there again under the same name: a
+# test holds the two together.
 # ---------------------------------------------------------------------------------------------------------------------
-CACHE_BUCKET = (
-    128  # cache lengths are multiples of it, so that a compiled step serves many prompt lengths
-)
-FROM_FILE = set(
-    """max_new_tokens repetition_penalty no_repeat_ngram_size min_length bad_words_ids forced_bos_token_id
-    forced_eos_token_id num_beams renormalize_logits length_penalty early_stopping""".split()
-)
-UNSUPPORTED = set(
-    """num_beam_groups penalty_alpha typical_p encoder_no_repeat_ngram_size suppress_tokens constraints
-    begin_suppress_tokens exponential_decay_length_penalty encoder_repetition_penalty sequence_bias guidance_scale
-    min_new_tokens epsilon_cutoff eta_cutoff force_words_ids""".split()
-)
-GENERATION = (
-    FROM_FILE
-    | UNSUPPORTED
-    | set(
-        """max_length do_sample diversity_penalty temperature top_k top_p
-    num_return_sequences force_bos_token_to_be_generated decoder_start_token_id bos_token_id
-    eos_token_id pad_token_id""".split()
-    )
-)  # what may stand in config.json
+CACHE_BUCKET = 128  # cache lengths are multiples of it: a compiled step serves many prompt lengths
+KEPT_STATES = 4  # compiled states that a model keeps, one for each shape
+STEPS_BETWEEN_LOOKS = 16  # at whether all rows have ended, on a GPU, where a look waits for it
 
 
 def as_ids(name: str, value) -> tuple:
     """One id, several or None as a tuple."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    require(
-        all(is_number_in(i, -1, 2**31, int) for i in ids), f"{name} = {value!r}, expected integers"
-    )
-    return ids
+    fine = all(is_number_in(i, -1, 2**31, numbers.Integral) for i in ids)
+    require(fine, f"{name} = {value!r}, expected integers")
+    return tuple(map(int, ids))
+
+
+def stop_strings(stop) -> tuple:
+    """One string, several or None as a tuple."""
+    stop = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    fine = all(isinstance(text, str) and text for text in stop)
+    require(fine, f"stop = {stop!r}, expected strings that are not empty")
+    return stop
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How a text is generated, in the words of Hugging Face; what changes logits does so in its order."""
+    """How a text is generated, in the words of Hugging Face; what changes logits does so in its order.
+
+    Raises Error where a value is out of its range.
+    """
 
     max_new_tokens: Size = 128
     temperature: Annotated[float, 0, 1e9] = 0.0  # 0: the likeliest
@@ -1452,255 +1273,380 @@ class GenerationConfig:
     top_p: Share | None = None
     min_p: Share | None = None
     repetition_penalty: Annotated[float, 1e-9, 1e9] = 1.0
-    eos_token_id: (
-        int | str | tuple | list
-    ) = ()  # an id that ends a row, or several; none: it never ends
-    pad_token_id: Id | None = (
-        None  # what stands after a row's end; None: the first that ends it, or 0
-    )
-    stop: str | tuple | list = ()  # a string, or several: a row ends once its new text has one
+    eos_token_id: int | str | tuple | list = ()  # ids that end a row; none: it never ends
+    pad_token_id: Id | None = None  # stands after a row's end; None: the first that ends it, or 0
+    stop: str | tuple | list = ()  # strings: a row ends once its new text has one
     seed: Annotated[int, -(2**63), 2**63 - 1] | None = None
     no_repeat_ngram_size: Count = 0
     min_length: Count = 0  # tokens before a row may end, the prompt's included
     bad_words_ids: tuple | list = ()  # sequences of ids that must not come
     forced_bos_token_id: Count | None = None  # what a decoder says after its start token
     forced_eos_token_id: Count | None = None  # what it says last
-    num_beams: Annotated[int, 1, 2**16] = (
-        1  # above 1: the likeliest text that a search with so many finds
-    )
-    length_penalty: Annotated[float, -1e3, 1e3] = (
-        1.0  # its score is its log-probability over length to the power of it
-    )
-    early_stopping: Literal[True, False, "never"] = (
-        False  # it ends at the first finds | when better is unlikely
-    )
+    num_beams: Annotated[int, 1, 2**16] = 1  # above 1: the likeliest text that such a search finds
+    length_penalty: Annotated[float, -1e3, 1e3] = 1.0  # score: log-probability / length**this
+    # of a row, once it has num_beams finds: at once; unless a better one is likely; or possible
+    early_stopping: Literal[True, False, "never"] = False
     renormalize_logits: bool = False  # of beams, after what changes logits
 
     def __post_init__(self):
-        check(self)
-        words, ends = self.bad_words_ids, as_ids("eos_token_id", self.eos_token_id)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        require(
-            all(isinstance(s, str) and s for s in stop),
-            f"stop = {stop!r}, expected strings that are not empty",
-        )
-        pad = next(i for i in (self.pad_token_id, *ends, 0) if i is not None and i >= 0)
-        require(all(words), f"bad_words_ids = {words!r}, expected lists of ids that are not empty")
+        check_fields(self)
+        ends = as_ids("eos_token_id", self.eos_token_id)
+        words = self.bad_words_ids
+        fine = all(isinstance(word, (list, tuple)) and word for word in words)
+        require(fine, f"bad_words_ids = {words!r}, expected lists of ids that are not empty")
+        words = [as_ids("bad_words_ids", word) for word in words]
+        pads = (self.pad_token_id, *ends, 0)
         vars(self).update(
-            bad_words_ids=tuple(as_ids("bad_words_ids", word) for word in words),
             eos_token_id=ends,
-            stop=stop,
-            pad_token_id=pad,
+            stop=stop_strings(self.stop),
+            bad_words_ids=tuple(word for word in words if word not in [(end,) for end in ends]),
+            pad_token_id=next(id for id in pads if id is not None and id >= 0),
+            # below, a division would overflow, and the draw is the likeliest anyway
+            temperature=self.temperature if self.temperature >= 1e-5 else 0.0,
         )
-        if (
-            self.temperature < 1e-5
-        ):  # where a division would overflow, the draw is the likeliest anyway
-            vars(self).update(temperature=0.0)
 
-    def numbers(self) -> dict:
-        """The numbers that do something: a compiled step takes them as tensors, and is the same for others."""
-        idle = dict(temperature=0, top_p=1, min_p=0, repetition_penalty=1)
-        return {
-            name: getattr(self, name)
-            for name, none in idle.items()
-            if getattr(self, name) not in (None, none)
-        }
+
+# What generation_config.json may say. As transformers does, but for what samples: that only an argument asks for.
+FROM_FILE = set(
+    """max_new_tokens repetition_penalty no_repeat_ngram_size min_length bad_words_ids
+    forced_bos_token_id forced_eos_token_id num_beams renormalize_logits length_penalty
+    early_stopping stop_strings""".split()
+)
+UNSUPPORTED = {  # what would change a greedy text -> values, beside None, that don't
+    "begin_suppress_tokens": ([],),
+    "constraints": ([],),
+    "dola_layers": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": ([],),
+    "guidance_scale": (1,),
+    "max_time": (),
+    "min_new_tokens": (0,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0,),
+    "sequence_bias": ({}, []),
+    "suppress_tokens": ([],),
+    "token_healing": (False,),
+    "typical_p": (1,),
+    "watermarking_config": (),
+}
+GENERATION = {*FROM_FILE, *UNSUPPORTED} | set(  # what may stand in config.json, too
+    """max_length do_sample diversity_penalty temperature top_k top_p min_p top_h epsilon_cutoff
+    eta_cutoff force_bos_token_to_be_generated decoder_start_token_id bos_token_id eos_token_id
+    pad_token_id""".split()
+)
+NOT_OF_THE_TEXT = set(  # what transformers knows, and what changes no text
+    """assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight
+    assistant_lookbehind cache_config cache_implementation compile_config
+    continuous_batching_config disable_compile is_assistant low_memory max_cache_len
+    max_matching_ngram_size num_assistant_tokens num_assistant_tokens_schedule output_attentions
+    output_hidden_states output_logits output_scores prefill_chunk_size prompt_lookup_num_tokens
+    remove_invalid_values return_dict_in_generate speculation_type target_lookbehind
+    transformers_version use_cache use_mtp""".split()
+)
+
+
+def read_generation_config(folder: Path, config: dict) -> dict:
+    """A folder's generation_config.json; where it has none, what its config.json says of generation, as checkpoints of
+    transformers 4 have it. Fields that nobody gives a meaning are warned of."""
+    file = folder / "generation_config.json"
+    if file.exists():
+        found = read_json(file)
+        unknown = sorted(n for n in found.keys() - GENERATION - NOT_OF_THE_TEXT if n[:1] != "_")
+        if unknown:
+            warnings.warn(f"{file}: ignored, as unknown: {', '.join(unknown)}", stacklevel=2)
+        return found
+    found = {name: value for name, value in config.items() if name in GENERATION}
+    if config.get("force_bos_token_to_be_generated"):
+        found["forced_bos_token_id"] = config.get("bos_token_id")
+    return found
+
+
+def make_generation_config(
+    given: dict, file: dict, config: dict, seq2seq: bool = False
+) -> GenerationConfig:
+    """How to generate: as the arguments `given` say, else as generation_config.json (`file`) does, else with the ids of
+    config.json, plainly. An `eos_token_id` of None among the arguments: a row never ends."""
+    for name, harmless in UNSUPPORTED.items():
+        fine = file.get(name) is None or file[name] in harmless
+        require(fine, f"generation_config.json: {name} = {file.get(name)!r} is not supported")
+    options = {n: file.get(n, config.get(n)) for n in ("eos_token_id", "pad_token_id")}
+    if seq2seq and is_number_in(file.get("max_length"), 2, 2**31, numbers.Integral):
+        options["max_new_tokens"] = file["max_length"] - 1
+    options |= {name: file[name] for name in FROM_FILE if file.get(name) is not None}
+    if given.get("eos_token_id", 0) is None:
+        options["eos_token_id"] = None
+    options |= {name: value for name, value in given.items() if value is not None}
+    if "stop_strings" in options:
+        options = {"stop": options.pop("stop_strings")} | options
+    unknown = sorted(options.keys() - {f.name for f in fields(GenerationConfig)})
+    require(not unknown, f"{', '.join(unknown)}: no such option of a generation")
+    options["eos_token_id"] = as_ids("eos_token_id", options["eos_token_id"])
+    made = GenerationConfig(**options)
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        token, vocab = getattr(made, name), config["vocab_size"]
+        require(token is None or token < vocab, f"{name} = {token}, expected less than {vocab}")
+    return made
 
 
 def uniform(seed: Tensor, step: Tensor, batch: int, vocab: int) -> Tensor:
     """Numbers in (0, 1), (batch, vocab), a function of seed, row, step and column alone: the same on every device and
     in every batch size (Salmon et al. 2011, counter-based random numbers)."""
 
-    def hashed(
-        x,
-    ):  # 32 bits with full avalanche, of the lowest 32 of x (Wellons' two-round prospector)
+    def hash32(x):  # full avalanche of the lowest 32 bits (Wellons' two-round prospector)
         x = x & 0xFFFFFFFF
         for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
             x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
         return x ^ (x >> 15)
 
-    rows, columns = (torch.arange(n, device=seed.device) for n in (batch, vocab))
-    state = hashed(hashed(hashed(seed) + rows) + step)
-    return ((hashed(state[:, None] + columns * 0x9E3779B9) >> 9).float() + 0.5) / 2**23
+    rows = torch.arange(batch, device=seed.device)
+    columns = torch.arange(vocab, device=seed.device)
+    state = hash32(hash32(hash32(seed) + rows) + step)
+    bits = hash32(state[:, None] + columns * 0x9E3779B9)
+    return ((bits >> 9).float() + 0.5) / 2**23
 
 
-def process_logits(
-    logits: Tensor, state: DecodeState, generation_config: GenerationConfig
-) -> Tensor:
-    """Logits or log-probabilities (batch, vocab), less what the knobs forbid after the ids so far."""
-    length, ids, column = (
-        state.cache.lengths,
-        state.ids,
-        torch.arange(logits.shape[-1], device=logits.device),
-    )
+# Logits processors: logits or log-probabilities (batch, vocab), the state after the ids so far, the config -> the same,
+# less what the config forbids. Numbers are tensors of the state: a compiled step is the same for others.
 
-    def newest(n):  # the last n ids (batch, n)
-        return ids.gather(1, (length - n + torch.arange(n, device=ids.device)).clamp(min=0))
 
-    if "repetition_penalty" in state.numbers:
-        penalty = state.numbers["repetition_penalty"]
-        logits = torch.where(
-            state.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits
-        )
-    if 0 < (n := generation_config.no_repeat_ngram_size) <= ids.shape[1]:
-        windows = ids.unfold(1, n, 1)
-        inside = torch.arange(windows.shape[1], device=ids.device) + n <= length
-        again = (windows[..., :-1] == newest(n - 1)[:, None]).all(-1) & inside
-        banned = torch.where(
-            again, windows[..., -1], len(column)
-        )  # what does not repeat goes to a column to spare
-        spare = torch.zeros(len(ids), len(column) + 1, dtype=torch.bool, device=ids.device)
-        logits = logits.masked_fill(spare.scatter_(1, banned, True)[:, :-1], -math.inf)
-    for *before, last in generation_config.bad_words_ids:
-        banned = (newest(len(before)) == ids.new_tensor(before)).all(-1, keepdim=True) & (
-            length >= len(before)
-        )
+def penalize_repetition(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
+    if "repetition_penalty" not in state.numbers:
+        return logits
+    penalty = state.numbers["repetition_penalty"]
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(state.seen, penalized, logits)
+
+
+def forbid_repeated_ngrams(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
+    n, vocab = config.no_repeat_ngram_size, logits.shape[-1]
+    if not 0 < n <= state.ids.shape[1]:
+        return logits
+    windows = state.ids.unfold(1, n, 1)  # (batch, windows, n)
+    written = torch.arange(windows.shape[1], device=logits.device) + n <= state.lengths
+    again = (windows[..., :-1] == state.newest(n - 1)[:, None]).all(-1) & written
+    # what does not repeat goes to a column to spare
+    banned = torch.where(again, windows[..., -1], vocab)
+    spare = torch.zeros(len(logits), vocab + 1, dtype=torch.bool, device=logits.device)
+    return logits.masked_fill(spare.scatter_(1, banned, True)[:, :-1], -math.inf)
+
+
+def forbid_bad_words(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
+    column = torch.arange(logits.shape[-1], device=logits.device)
+    for *before, last in config.bad_words_ids:
+        same = state.newest(len(before)) == state.ids.new_tensor(before)
+        banned = same.all(-1, keepdim=True) & (state.lengths >= len(before))
         logits = torch.where(banned & (column == last), -math.inf, logits)
-    if generation_config.min_length:
-        ends = (column[:, None] == state.ends).any(-1)
-        logits = torch.where(ends & (length < generation_config.min_length), -math.inf, logits)
-    forced = (
-        (generation_config.forced_bos_token_id, length == 1),
-        (generation_config.forced_eos_token_id, state.count == state.last),
-    )
-    for token, when in forced:
+    return logits
+
+
+def forbid_early_end(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
+    if not config.min_length:
+        return logits
+    column = torch.arange(logits.shape[-1], device=logits.device)
+    ends = (column[:, None] == state.ends).any(-1)
+    return torch.where(ends & (state.lengths < config.min_length), -math.inf, logits)
+
+
+def force_tokens(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
+    column = torch.arange(logits.shape[-1], device=logits.device)
+    for token, when in (
+        (config.forced_bos_token_id, state.lengths == 1),
+        (config.forced_eos_token_id, state.count == state.last),
+    ):
         if token is not None:
             logits = torch.where(when, torch.where(column == token, 0.0, -math.inf), logits)
     return logits
 
 
-def sample(logits: Tensor, state: DecodeState, generation_config: GenerationConfig) -> Tensor:
-    """The next id of each row of logits (batch, vocab), drawn by the Gumbel trick; at temperature 0 the likeliest."""
-    logits, numbers = process_logits(logits, state, generation_config), state.numbers
-    if "temperature" not in numbers:
+def process_logits(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
+    """Logits or log-probabilities (batch, vocab), less what the config forbids after the ids so far."""
+    logits = penalize_repetition(logits, state, config)
+    logits = forbid_repeated_ngrams(logits, state, config)
+    logits = forbid_bad_words(logits, state, config)
+    logits = forbid_early_end(logits, state, config)
+    return force_tokens(logits, state, config)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    least = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
+    return logits.masked_fill(logits < least, -math.inf)
+
+
+def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
+    ordered, order = logits.sort(descending=True)
+    p = ordered.softmax(-1)
+    outside = p.cumsum(-1) - p >= top_p  # what stands before it is enough already
+    outside[:, 0] = False
+    return logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
+
+
+def keep_min_p(logits: Tensor, min_p: Tensor) -> Tensor:
+    p = logits.softmax(-1)
+    return logits.masked_fill(p < min_p * p.amax(-1, keepdim=True), -math.inf)
+
+
+def sample(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
+    """The next id (batch,) of each row of logits (batch, vocab), drawn by the Gumbel trick; at temperature 0 the
+    likeliest."""
+    logits = process_logits(logits, state, config)
+    if "temperature" not in state.numbers:
         return logits.argmax(-1)
-    logits = logits / numbers["temperature"]
-    if generation_config.top_k:
-        least = logits.topk(min(generation_config.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if "top_p" in numbers:
-        ordered, order = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        outside = p.cumsum(-1) - p >= numbers["top_p"]  # what stands before it is enough already
-        outside[:, 0] = False
-        logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
-    if "min_p" in numbers:
-        p = logits.softmax(-1)
-        logits = logits.masked_fill(p < numbers["min_p"] * p.amax(-1, keepdim=True), -math.inf)
-    return (logits - (-uniform(state.seed, state.count, *logits.shape).log()).log()).argmax(-1)
+    logits = logits / state.numbers["temperature"]
+    if config.top_k:
+        logits = keep_top_k(logits, config.top_k)
+    if "top_p" in state.numbers:
+        logits = keep_top_p(logits, state.numbers["top_p"])
+    if "min_p" in state.numbers:
+        logits = keep_min_p(logits, state.numbers["min_p"])
+    noise = uniform(state.seed, state.count, *logits.shape)
+    return (logits - (-noise.log()).log()).argmax(-1)
 
 
 class BeamSearch:
     """The likeliest continuation of each row that a search finds, step by step as transformers does it: candidates that
     end in a step compete, by their score, for as many places as there are beams."""
 
-    def __init__(self, generation_config: GenerationConfig, batch: int):
-        n = generation_config.num_beams
-        self.generation_config, self.texts = generation_config, [[] for _ in range(batch * n)]
-        self.sums = [
-            0.0,
-            *[-1e9] * (n - 1),
-        ] * batch  # log-probabilities; all beams begin alike: only the first counts
+    def __init__(self, config: GenerationConfig, batch: int):
+        n = config.num_beams
+        self.config = config
+        self.candidates = max(2, 1 + len(config.eos_token_id)) * n  # of a row, looked at in a step
+        self.texts = [[] for _ in range(batch * n)]  # new ids of each beam
+        self.sums = [0.0, *[-1e9] * (n - 1)] * batch  # log-probabilities; at first one beam counts
         self.found = [[] for _ in range(batch)]  # (score, text) of what has ended, the best first
         self.open = [True] * batch  # the row may still find a better one
 
-    def choose(
-        self, logits: Tensor, state: DecodeState, generation_config: GenerationConfig
-    ) -> Tensor:
-        """The next id of each beam, (batch * beams,), in the place of `sample`."""
-        scores = process_logits(logits.log_softmax(-1), state, generation_config)
-        scores = scores.log_softmax(-1) if generation_config.renormalize_logits else scores
-        keep = max(2, 1 + len(generation_config.eos_token_id)) * generation_config.num_beams
-        top, index = (
-            (scores + scores.new_tensor(self.sums)[:, None]).view(len(self.open), -1).topk(keep)
-        )
-        beams = [
-            beam
-            for row, candidates in enumerate(zip(top.tolist(), index.tolist()))
-            for beam in self.advance(row, logits.shape[-1], *candidates)
-        ]
-        rows, self.sums, self.texts = zip(*beams)
-        state.reorder(torch.tensor(rows, device=logits.device))
-        state.done |= not any(self.open)
-        return torch.tensor([text[-1] for text in self.texts], device=logits.device)
+    def advance(self, sums: list, places: list, vocab: int) -> list[int]:
+        """Go on with the best of each row's candidates: their sums (batch, candidates), the best first, and places
+        (batch, candidates), beam * vocab + token. Returns which of the old beams (batch * beams,) each new one
+        continues."""
+        going = []
+        for row, candidates in enumerate(zip(sums, places)):
+            going += self.advance_row(row, *candidates, vocab)
+        beams, self.sums, self.texts = map(list, zip(*going))
+        return beams
 
-    def advance(self, row: int, vocab: int, sums: list, places: list) -> list:
-        """(beam, sum, text) of the beams that a row goes on with, of its candidates, the best first."""
-        generation_config, n, found, going = (
-            self.generation_config,
-            self.generation_config.num_beams,
-            self.found[row],
-            [],
-        )
+    def advance_row(self, row: int, sums: list, places: list, vocab: int) -> list:
+        """(beam, sum, text) of the beams that a row goes on with."""
+        config, found, going = self.config, self.found[row], []
         length = len(self.texts[0]) + 1
-        last = length == generation_config.max_new_tokens
+        last = length == config.max_new_tokens
         for rank, (total, place) in enumerate(zip(sums, places)):
-            beam, token = row * n + place // vocab, place % vocab
+            beam, token = row * config.num_beams + place // vocab, place % vocab
             text = [*self.texts[beam], token]
-            if (token in generation_config.eos_token_id or last) and self.open[row] and rank < n:
-                found.append((total / length**generation_config.length_penalty, text))
-            if token not in generation_config.eos_token_id:
+            ends = token in config.eos_token_id
+            if (ends or last) and self.open[row] and rank < config.num_beams:
+                found.append((total / length**config.length_penalty, text))
+            if not ends:
                 going.append((beam, total, text))
+        while len(going) < config.num_beams:  # nearly every token ends a text: a beam to nowhere
+            going.append((beam, -math.inf, text))
         found.sort(key=lambda pair: -pair[0])
-        del found[n:]
-        longest = (
-            generation_config.max_new_tokens
-            if generation_config.early_stopping == "never" and generation_config.length_penalty > 0
-            else length
-        )
-        hope = going[0][1] / longest**generation_config.length_penalty
-        full = len(found) == n
-        self.open[row] &= not last and not (
-            full and (generation_config.early_stopping is True or hope <= found[-1][0])
-        )
-        return going[:n]
+        del found[config.num_beams :]
+        patient = config.early_stopping == "never" and config.length_penalty > 0
+        longest = config.max_new_tokens if patient else length
+        hope = going[0][1] / longest**config.length_penalty
+        if len(found) == config.num_beams:
+            self.open[row] &= config.early_stopping is not True and hope > found[-1][0]
+        self.open[row] &= not last
+        return going[: config.num_beams]
+
+    def best(self) -> list:
+        """The new ids of each row (batch,), of different lengths."""
+        return [found[0][1] for found in self.found]
+
+
+def choose_beams(
+    logits: Tensor, state: DecodeState, config: GenerationConfig, search: BeamSearch
+) -> Tensor:
+    """The next id of each beam (batch * beams,), in the place of `sample`; the state goes on from the best beams."""
+    scores = process_logits(logits.log_softmax(-1), state, config)
+    if config.renormalize_logits:
+        scores = scores.log_softmax(-1)
+    totals = (scores + scores.new_tensor(search.sums)[:, None]).view(len(search.open), -1)
+    sums, places = totals.topk(min(search.candidates, totals.shape[1]))
+    beams = search.advance(sums.tolist(), places.tolist(), logits.shape[-1])
+    state.reorder(torch.tensor(beams, device=logits.device))
+    state.done |= not any(search.open)
+    return torch.tensor([text[-1] for text in search.texts], device=logits.device)
 
 
 class DecodeState:
-    """All that changes while a batch is generated: tensors of fixed shape and, in a compiled step, fixed address."""
+    """All that changes while a batch is generated: tensors of fixed shape and, in a compiled step, fixed address.
 
-    def __init__(
-        self,
-        cache: KVCache,
-        vocab: int,
-        prompt: Tensor,
-        mask: Tensor,
-        context,
-        generation_config: GenerationConfig,
-    ):
-        def new(value, *shape, dtype=torch.long):
-            return torch.full(shape, value, dtype=dtype, device=prompt.device)
+    cache: its keys and values; cross_kv, encoder_mask: what `encode` gave; ids (batch, length + 1): the prompt and what came after it, by
+    position; seen (batch, vocab): ids that a row has had; token, one (batch, 1): the newest, and its mask; done
+    (batch,): the row has ended; alive (batch,): it had not before its newest token; finite: all logits were.
+    """
 
-        batch, real = len(prompt), mask.bool()
-        rows = torch.arange(batch, device=prompt.device)[:, None].expand_as(real)[real]
-        self.cache = cache
-        self.cross_kv, self.encoder_mask = tree_map_only(
-            Tensor, torch.clone, context or (None, None)
-        )
-        self.ids = new(-1, batch, cache.size[1] + 1)  # by position: prompt and what came after it
+    def __init__(self, lm: TinyLM, prompt: Tensor, source: tuple, config: GenerationConfig):
+        batch, vocab, length = len(prompt), lm.config.vocab_size, cache_length(prompt, config)
+
+        def new(*shape, dtype=torch.long):
+            return torch.zeros(shape, dtype=dtype, device=lm.device)
+
+        self.cache = KVCache(lm.config, batch, length, lm.dtype, lm.device)
+        self.cross_kv, self.encoder_mask = tree_map_only(Tensor, torch.clone, source)
+        self.ids = new(batch, length + 1)
+        self.seen = new(batch, vocab, dtype=torch.bool)
+        self.token = new(batch, 1)
+        self.one = new(batch, 1) + 1
+        self.done = new(batch, dtype=torch.bool)
+        self.alive = new(batch, dtype=torch.bool)
+        self.finite = new(dtype=torch.bool)
+        self.ends = new(len(config.eos_token_id))
+        self.pad, self.seed = new(), new()
+        self.count, self.last = new(), new()  # tokens written, and before the last one
+        self.numbers = {name: new(dtype=torch.float32) for name in active_numbers(config)}
+
+    @staticmethod
+    def signature(lm: TinyLM, prompt: Tensor, source: tuple, config: GenerationConfig) -> tuple:
+        """What the shapes of a state follow from."""
+        shapes = [x.shape for x in tree_leaves(source) if isinstance(x, Tensor)]
+        size = (len(prompt), cache_length(prompt, config), lm.dtype, lm.device)
+        return (*size, len(config.eos_token_id), *active_numbers(config), *shapes)
+
+    def begin(self, prompt: Tensor, mask: Tensor, source: tuple, config: GenerationConfig):
+        """Everything as it is before the first token of a prompt (batch, seq), in place."""
+        real = mask.bool()
+        rows = torch.arange(len(prompt), device=prompt.device)[:, None].expand_as(real)[real]
+        self.cache.reset()
+        for kept, given in zip(
+            tree_leaves((self.cross_kv, self.encoder_mask)), tree_leaves(source)
+        ):
+            if kept is not None:
+                kept.copy_(given)
+        self.ids.fill_(-1)
         self.ids[rows, count_positions(mask)[0][real]] = prompt[real]
-        self.seen = new(False, batch, vocab, dtype=torch.bool)
+        self.seen.fill_(False)
         self.seen[rows, prompt[real]] = True
-        self.token, self.one = new(0, batch, 1), new(1, batch, 1)  # the newest, and its mask
-        self.done, self.alive = (
-            new(False, batch, dtype=torch.bool) for _ in range(2)
-        )  # has ended; had not before
-        self.ends = torch.tensor(generation_config.eos_token_id, device=prompt.device).long()
-        self.pad = new(min(generation_config.pad_token_id, vocab - 1))
-        self.count, self.last = new(0), new(generation_config.max_new_tokens - 1)
-        self.seed = (
-            torch.randint(2**31, ()).to(prompt)
-            if generation_config.seed is None
-            else new(generation_config.seed)
+        self.done.fill_(False)
+        self.finite.fill_(True)
+        self.ends.copy_(torch.tensor(config.eos_token_id))
+        self.pad.fill_(min(config.pad_token_id, self.seen.shape[1] - 1))
+        self.seed.copy_(
+            torch.randint(2**31, ()) if config.seed is None else torch.tensor(config.seed)
         )
-        self.numbers = {
-            name: new(value, dtype=torch.float32)
-            for name, value in generation_config.numbers().items()
-        }
+        self.count.fill_(0)
+        self.last.fill_(config.max_new_tokens - 1)
+        for name, value in active_numbers(config).items():
+            self.numbers[name].fill_(value)
 
-    def take(self, token: Tensor):
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row (batch, 1), the prompt's included."""
+        return self.cache.lengths
+
+    def newest(self, n: int) -> Tensor:
+        """The last n ids of each row (batch, n)."""
+        columns = self.lengths - n + torch.arange(n, device=self.ids.device)
+        return self.ids.gather(1, columns.clamp(min=0))
+
+    def append(self, token: Tensor):
         """The new ids (batch,) join the text."""
-        self.ids.scatter_(1, self.cache.lengths, token[:, None])
+        self.ids.scatter_(1, self.lengths, token[:, None])
         self.alive.copy_(~self.done)
         self.done |= (token[:, None] == self.ends).any(-1)
         self.seen.scatter_(1, token[:, None], True)
@@ -1708,46 +1654,227 @@ class DecodeState:
         self.count += 1
 
     def reorder(self, rows: Tensor):
+        """Row i goes on from what row rows[i] held (beam search)."""
         self.cache.reorder(rows)
-        self.ids, self.seen = self.ids[rows], self.seen[rows]
-
-    def form(self) -> list:
-        return [*self.numbers, *(x.shape for x in self.tensors())]
+        self.ids.copy_(self.ids[rows])
+        self.seen.copy_(self.seen[rows])
 
     def tensors(self) -> list:
         return [x for x in tree_leaves((vars(self), vars(self.cache))) if isinstance(x, Tensor)]
 
 
-def stream_text(tokenizer, tokens, stop: tuple = (), prompt=()):
-    """The text of a stream of ids after those of a prompt: whole characters only, and nothing from a stop string on.
+def cache_length(prompt: Tensor, config: GenerationConfig) -> int:
+    return -(-(prompt.shape[1] + config.max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
+
+
+def active_numbers(config: GenerationConfig) -> dict:
+    """The numbers that do something: a compiled step takes them as tensors, and is the same for others."""
+    idle = dict(temperature=0, top_p=1, min_p=0, repetition_penalty=1)
+    given = {name: getattr(config, name) for name in idle}
+    return {name: value for name, value in given.items() if value not in (None, idle[name])}
+
+
+def write_token(lm, state: DecodeState, ids, mask, columns, config, choose):
+    """Read ids (batch, seq), write one token: nothing here waits for the device."""
+    logits = lm(
+        ids,
+        mask,
+        cache=state.cache,
+        columns=columns,
+        cross_kv=state.cross_kv,
+        encoder_mask=state.encoder_mask,
+    )
+    logits = logits[:, -1].float()
+    state.finite &= (logits.amax(-1).isfinite() | state.done).all()  # NaN is the largest, too
+    state.append(torch.where(state.done, state.pad, choose(logits, state, config)))
+
+
+def prefill(lm: TinyLM, state: DecodeState, prompt: Tensor, mask: Tensor, config, choose=sample):
+    """Read the prompt (batch, seq) and write the first token."""
+    write_token(lm, state, prompt, mask, last_column(mask), config, choose)
+
+
+def decode_one_token(lm: TinyLM, state: DecodeState, config: GenerationConfig, choose=sample):
+    """Write the token after the newest. It can be compiled: shapes and addresses are the same in every step."""
+    write_token(lm, state, state.token, state.one, None, config, choose)
+
+
+def compiled_step(lm: TinyLM) -> Callable:
+    """`decode_one_token`, compiled once for a model; CUDA graphs on CUDA."""
+    if lm._compiled is None:
+        mode = "reduce-overhead" if lm.device.type == "cuda" else None
+        lm._compiled = torch.compile(
+            decode_one_token, fullgraph=True, dynamic=False, mode=mode, recompile_limit=256
+        )
+    return lm._compiled
+
+
+def make_state(lm: TinyLM, prompt, mask, source, config: GenerationConfig, compile: bool):
+    """A state for a generation. A compiled step finds the one that an earlier generation of its shape left, at the same
+    addresses; while that is still running, it gets one of its own."""
+    start = lm, prompt, source, config
+    state = lm._states.pop(DecodeState.signature(*start), None) if compile else None
+    if state is None:
+        # what is made in inference mode can be written there alone
+        with torch.inference_mode(False), torch.no_grad():
+            state = DecodeState(*start)
+        for tensor in state.tensors() if compile else ():
+            torch._dynamo.mark_static_address(tensor, guard=False)
+    state.begin(prompt, mask, source, config)
+    return state
+
+
+def prepare(lm: TinyLM, input_ids, attention_mask, config: GenerationConfig, compile: bool):
+    """What a generation begins with, checked: prompt and mask (batch * beams, seq), what `encode` gave."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    head = lm.config.head
+    fine = head == "lm" and lm.config.causal
+    require(fine, f"generate: the checkpoint's head is {head!r}, expected a language model's, 'lm'")
+    fine = not config.stop or lm.tokenizer
+    require(fine, f"stop = {config.stop} needs a tokenizer.json, which the checkpoint lacks")
+    lm._fits(input_ids, mask)
+    require(bool(mask.any(-1).all()), "attention_mask: a row has no token")
+    input_ids, source = input_ids.long(), (None, None)
+    seq, limit = 1 if lm.encoder else input_ids.shape[1], lm.config.max_position_embeddings
+    require(
+        lm.config.position not in LIMITED or seq + config.max_new_tokens <= limit,
+        f"max_new_tokens = {config.max_new_tokens} after {seq} tokens, expected at most {limit} in all",
+    )
+    if lm.encoder is not None:
+        if compile:  # a compiled step serves many lengths of the source
+            more = min(-input_ids.shape[1] % CACHE_BUCKET, max(limit - input_ids.shape[1], 0))
+            input_ids, attention_mask = F.pad(input_ids, (0, more)), F.pad(mask, (0, more))
+        source = lm.encode(input_ids, attention_mask)
+        input_ids = start_ids(lm, input_ids)
+        mask = torch.ones_like(input_ids)
+
+    def for_each_beam(x):
+        return x.repeat_interleave(config.num_beams, 0) if config.num_beams > 1 else x
+
+    return tree_map_only(Tensor, for_each_beam, (input_ids, mask, source))
+
+
+def start_ids(lm: TinyLM, input_ids: Tensor) -> Tensor:
+    """What new tokens stand behind: the ids, or behind an encoder the start token (batch, 1)."""
+    if lm.encoder is None:
+        return input_ids
+    ids = as_ids("decoder_start_token_id", lm.special_token_id("decoder_start_token_id"))
+    return input_ids.new_full((len(input_ids), 1), [*ids, lm.config.decoder_start_token_id][0])
+
+
+@torch.no_grad()
+def generate_steps(
+    lm: TinyLM, input_ids, attention_mask, config: GenerationConfig, compile=False, choose=sample
+):
+    """Yield, step by step, the new ids (batch,) and which rows (batch,) had not ended before it, until all rows have.
+    Raises Error where logits are not finite."""
+    prompt, mask, source = prepare(lm, input_ids, attention_mask, config, compile)
+    state = make_state(lm, prompt, mask, source, config, compile)
+    step = compiled_step(lm) if compile else decode_one_token
+    texts = []
+    if config.stop:
+        rows = zip(prompt, mask.bool())
+        starts = [() if lm.encoder else row[real].tolist() for row, real in rows]
+        texts = [TextStream(lm.tokenizer, config.stop, start) for start in starts]
+    on_gpu = prompt.device.type == "cuda"
+    look_every = STEPS_BETWEEN_LOOKS if on_gpu and not texts else 1
+    try:
+        prefill(lm, state, prompt, mask, config, choose)
+        for i in range(1, config.max_new_tokens + 1):
+            look = i % look_every == 0 or i == config.max_new_tokens
+            if look:
+                require(bool(state.finite), NOT_FINITE)
+            token, alive = state.token[:, 0].clone(), state.alive.clone()
+            yield token, alive
+            for row, text in enumerate(texts):
+                text.append(int(token[row]))
+                if text.ended:
+                    state.done[row] = True
+            if i == config.max_new_tokens or look and bool(state.done.all()):
+                return
+            if compile and on_gpu:
+                torch.compiler.cudagraph_mark_step_begin()
+            step(lm, state, config, choose)
+    finally:
+        if compile and bool(state.finite):  # keys that are not would spoil the next text
+            keep_state(lm, state, (lm, prompt, source, config))
+
+
+NOT_FINITE = (
+    "the model's logits are not finite (its numbers overflow): try another dtype or precision"
+)
+
+
+def keep_state(lm: TinyLM, state: DecodeState, start: tuple):
+    lm._states[DecodeState.signature(*start)] = state
+    for old in list(lm._states)[:-KEPT_STATES]:
+        lm._states.pop(old, None)
+
+
+class TextStream:
+    """The text of ids that come one by one behind those of a prompt: whole characters only, and nothing from a stop
+    string on. Stop strings are looked for in the text with its special tokens written out, which is not shown.
 
     New text is what a text has more than the same without its newest ids: a decoder may strip the first space of what
     it is given, so that ids alone do not say their text.
     """
-    ids, done, shown, held = list(prompt), 0, len(prompt), ""
 
-    def more():
-        return tokenizer.decode(ids[done:])[len(tokenizer.decode(ids[done:shown])) :]
+    def __init__(self, tokenizer, stop: tuple = (), prompt=()):
+        self.tokenizer, self.stop, self.ids = tokenizer, stop, list(prompt)
+        self.start, self.known = 0, len(self.ids)  # ids to compare with, and ids whose text is out
+        self.held = []  # (text with special tokens, text to show), which may begin a stop string
+        self.ended = False  # a stop string has come
 
+    def new_text(self, special: bool) -> str:
+        before = self.tokenizer.decode(self.ids[self.start : self.known], special)
+        return self.tokenizer.decode(self.ids[self.start :], special)[len(before) :]
+
+    def append(self, token: int) -> str:
+        """What there is to show once an id has come."""
+        self.ids.append(token)
+        full = self.new_text(bool(self.stop))
+        if full.endswith("\ufffd"):  # a character whose bytes are not all there
+            return ""
+        shown = self.new_text(False) if self.stop else full
+        if shown:  # ids without a text are no beginning to compare with
+            self.start = self.known
+        self.known = len(self.ids)
+        if not self.stop:
+            return shown
+        self.held.append((full, shown))
+        text = "".join(full for full, _ in self.held)
+        cut = min((text.find(stop) for stop in self.stop if stop in text), default=-1)
+        self.ended = cut >= 0
+        if not self.ended:  # keep back what may begin a stop string
+            begins = [
+                n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])
+            ]
+            cut = len(text) - max(begins, default=0)
+        return self.release(cut)
+
+    def release(self, cut: int) -> str:
+        """What is shown of the held text before a character; where it has ended, the rest is dropped."""
+        out = []
+        while self.held and (len(self.held[0][0]) <= cut or self.ended):
+            full, shown = self.held.pop(0)
+            out.append(shown if len(full) <= cut else os.path.commonprefix([shown, full[:cut]]))
+            cut = max(cut - len(full), 0)
+        return "".join(out)
+
+    def flush(self) -> str:
+        """The rest, once no more ids come."""
+        return "" if self.ended else "".join(shown for _, shown in self.held) + self.new_text(False)
+
+
+def stream_text(tokenizer, tokens, stop: tuple = (), prompt=()):
+    """The text of a stream of ids behind those of a prompt, piece by piece, as `TextStream` has it."""
+    text = TextStream(tokenizer, stop, prompt)
     for token in tokens:
-        ids.append(token)
-        new = more()
-        if new.endswith("\ufffd"):  # a character whose bytes are not all there
-            continue
-        done, shown = (
-            shown if new else done,
-            len(ids),
-        )  # ids without a text are no beginning to compare with
-        held += new
-        cut = min((held.find(s) for s in stop if s in held), default=-1)
-        if cut >= 0:
-            yield held[:cut]
+        if piece := text.append(token):
+            yield piece
+        if text.ended:
             return
-        keep = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    if rest := held + more():
+    if rest := text.flush():
         yield rest
 
 

@@ -71,7 +71,7 @@ from tinylm import (
     Transposed,
     __version__,
     all_reduce,
-    check,
+    check_fields,
     config_from_hf,
     config_to_hf,
     find_chat_template,
@@ -87,6 +87,7 @@ from tinylm import (
     require,
     shard_like,
     sources,
+    start_ids,
     target_labels,
     to_checkpoint,
     tokenizer_config,
@@ -181,7 +182,7 @@ class TrainOptions:
     quiet: bool = option(False, "print the result only")
 
     def __post_init__(self):
-        check(self, flag)
+        check_fields(self, flag)
         for name, ok, expected in (
             (
                 "vocab",
@@ -1667,7 +1668,7 @@ class Writing(Task):
             labels = lm.tokenizer.encode(row["target"])
             labels = labels[:-1] if labels[-1:] == end else labels
             example["labels"] = labels[: limit(lm, block) - 1] + end
-            start = int(lm._prompt(torch.zeros(1, 1, dtype=torch.long)))
+            start = int(start_ids(lm, torch.zeros(1, 1, dtype=torch.long)))
             example["decoder_input_ids"] = [start, *example["labels"][:-1]]
         yield example
 

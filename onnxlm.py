@@ -1915,8 +1915,8 @@ def stream_text(tokenizer, tokens, stop: tuple = (), prompt=()):
         yield rest
 
 
-def read_json(path: Path, missing: dict | None = None) -> dict:
-    """A file's JSON object; `missing`: what stands for a file that is not there."""
+def read_json(path: Path, missing: dict | list | None = None):
+    """A file's JSON object; `missing`: what stands for a file that is not there, a list where a list is expected."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -1925,7 +1925,9 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
         raise Error(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise Error(f"{path}: not readable as JSON ({error})") from None
-    require(isinstance(content, dict), f"{path}: expected a JSON object")
+    kind = "array" if isinstance(missing, list) else "object"
+    fine = isinstance(content, list if kind == "array" else dict)
+    require(fine, f"{path}: expected a JSON {kind}")
     return content
 
 

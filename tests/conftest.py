@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))  # test this checkout, not an installed copy
 import families
 import pytest
 import torch
+from filelock import FileLock
 
 torch.set_num_threads(
     1
@@ -48,6 +49,31 @@ def oracle(folder):
     return functools.cache(
         lambda case: families.load_oracle(folder(case), case.head).requires_grad_(False)
     )
+
+
+@pytest.fixture(scope="session")
+def exported_folder(folder, tmp_path_factory):
+    """exported_folder(name) -> the fp32 export of a case, with a tokenizer of words. Made once for all workers, and not
+    to be changed."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    @functools.cache
+    def export(name):
+        from export import export_onnx
+
+        cases = families.CASES + families.ENCODERS + families.CLASSIFIERS + families.SEQ2SEQ
+        (case,) = (case for case in cases if case.name == name)
+        out = base / "exported" / name
+        out.parent.mkdir(exist_ok=True)
+        with FileLock(out.with_suffix(".lock")):
+            if not out.exists():
+                source = shutil.copytree(folder(case), f"{out}.source", dirs_exist_ok=True)
+                families.save_word_tokenizer(Path(source))
+                export_onnx(source, out)
+        return out
+
+    return export
 
 
 @pytest.fixture

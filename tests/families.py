@@ -486,6 +486,26 @@ def save(case, folder, dialect="v5", **options):
     return Path(folder)
 
 
+def save_word_tokenizer(folder):
+    """Words w0, w1, ... of the vocabulary, between specials, for one text and for two."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3, "[UNK]": 4} | {
+        f"w{i}": i for i in range(5, 200)
+    }
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"mask_token": "[MASK]", "pad_token": "[PAD]"})
+    )
+
+
 def rewrite_config(folder, change):
     path = Path(folder, "config.json")
     path.write_text(json.dumps(change(json.loads(path.read_text())), indent=2))

@@ -41,37 +41,15 @@ WRITERS = ["t5", "t5-v1.1", "mbart", "marian"]
 
 
 @pytest.fixture(scope="module")
-def exported(folder, tmp_path_factory):
+def exported(exported_folder):
     """exported(name) -> (the model in torch, under ONNX Runtime, the folder of the export)."""
 
     @functools.cache
-    def write(name):
-        source, out = folder(CASES[name]), tmp_path_factory.mktemp("onnx") / name
-        tokenizer(source)
-        export_onnx(source, out)
-        return TinyLM.from_pretrained(source), OnnxLM(out, providers=CPU), out
+    def load(name):
+        out = exported_folder(name)
+        return TinyLM.from_pretrained(f"{out}.source"), OnnxLM(out, providers=CPU), out
 
-    return write
-
-
-def tokenizer(folder):
-    """Words w0, w1, ... of the vocabulary, between specials, for one text and for two."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3, "[UNK]": 4} | {
-        f"w{i}": i for i in range(5, 200)
-    }
-    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
-    )
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"mask_token": "[MASK]", "pad_token": "[PAD]"})
-    )
+    return load
 
 
 def batch(case):

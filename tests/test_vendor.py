@@ -1,6 +1,8 @@
-"""tinylm.py is one file: copied alone, it needs torch, einops and safetensors; and importing it is cheap."""
+"""Two files are made to be copied alone: tinylm.py needs torch, einops and safetensors, onnxlm.py needs numpy,
+onnxruntime and tokenizers. Importing them is cheap."""
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -9,6 +11,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+
+import onnxlm
 
 # In front of a script: only the standard library and what is listed is found, as if nothing else were installed.
 ALONE = """
@@ -25,9 +29,11 @@ sys.meta_path[:] = [Only()]
 sys.path.insert(0, "")
 """
 WHOLE_LIFE = """
+import sys
 import torch
-import tinylm
-from tinylm import Config, MuonAdamW, TinyLM, train_step
+from PLACE import tinylm
+
+Config, MuonAdamW, TinyLM, train_step = tinylm.Config, tinylm.MuonAdamW, tinylm.TinyLM, tinylm.train_step
 
 text = "what is vendored must work alone: größer 🙂\\n" * 40
 lm = TinyLM(Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
@@ -75,7 +81,7 @@ def python(script, folder):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=environment | {"OMP_NUM_THREADS": "1"},
     )
 
@@ -86,21 +92,88 @@ def vendored(tmp_path):
     return tmp_path
 
 
+def alone(script, folder, *packages, also):
+    """Runs a script where only the standard library, packages with what they require, and modules `also` are found."""
+    allowed = set(sys.stdlib_module_names) | requirements(*packages) | set(also)
+    assert not allowed & {"transformers", "onnx"}
+    run = python(f"ALLOWED = {sorted(allowed)!r}\n{ALONE}{script}", folder)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 def test_alone_in_an_empty_folder(vendored):
     """Imports, trains, resumes, samples, saves and loads, where only its three requirements can be imported."""
-    allowed = (
-        set(sys.stdlib_module_names) | requirements("torch", "einops", "safetensors") | {"tinylm"}
+    script = WHOLE_LIFE.replace("from PLACE import tinylm", "import tinylm")
+    alone(script, vendored, "torch", "einops", "safetensors", also=["tinylm"])
+
+
+def test_alone_in_a_package(tmp_path):
+    """`from .vendor import tinylm`: nothing in the file asks for itself by its name."""
+    vendor = tmp_path / "app" / "vendor"
+    vendor.mkdir(parents=True)
+    for folder in (vendor.parent, vendor):
+        (folder / "__init__.py").touch()
+    shutil.copy(ROOT / "tinylm.py", vendor)
+    (vendor.parent / "work.py").write_text(WHOLE_LIFE.replace("PLACE", ".vendor"))
+    alone("import app.work", tmp_path, "torch", "einops", "safetensors", also=["app"])
+
+
+# One text of each kind of folder, a question with its context among them, from Python and as a command.
+RUNTIME = """
+import contextlib, io, json, runpy
+from app.vendor import onnxlm
+
+for folder, text in FOLDERS.items():
+    parts = text.split("\\t")
+    lm = onnxlm.OnnxLM(folder, providers=["CPUExecutionProvider"])
+    [answers] = lm.run(parts[:1], parts[1:] or None)
+    sys.argv = ["onnxlm.py", folder, text, "--json"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        runpy.run_path("onnxlm.py", run_name="__main__")
+    print(json.dumps([folder, answers, json.loads(printed.getvalue())]))
+assert "torch" not in sys.modules
+"""
+KINDS = {
+    "bert-bare": "w9 w17 w30",
+    "roberta-mlm": "w9 <mask> w30",
+    "distilbert-classify": "w9 w17 w30",
+    "electra-tokens": "w9 w17 w30",
+    "bert-qa": "w9 w17\tw50 w9 w51 w52",
+    "qwen3": "w9 w17 w30",
+    "qwen3-classify": "w9 w17 w30",
+    "t5": "w9 w17 w30",
+}
+
+
+def test_runtime_alone(exported_folder, tmp_path):
+    """Every kind of exported folder, where numpy, onnxruntime and tokenizers are all that is installed: the answers
+    are those given here."""
+    vendor = tmp_path / "app" / "vendor"
+    vendor.mkdir(parents=True)
+    for folder in (tmp_path, vendor):
+        shutil.copy(ROOT / "onnxlm.py", folder)
+    folders = {str(exported_folder(name)): text for name, text in KINDS.items()}
+    (runtime,) = {"onnxruntime", "onnxruntime-gpu"} & set(
+        importlib.metadata.packages_distributions()["onnxruntime"]
     )
-    assert not allowed & {"numpy", "transformers", "tokenizers", "onnx", "onnxruntime", "tqdm"}
-    run = python(f"ALLOWED = {sorted(allowed)!r}\n{ALONE}{WHOLE_LIFE}", vendored)
-    assert run.returncode == 0, run.stderr
+    packages = ("numpy", runtime, "tokenizers")
+    printed = alone(
+        f"FOLDERS = {folders!r}\n{RUNTIME}", tmp_path, *packages, also=["app", "onnxlm"]
+    )
+    lines = [json.loads(line) for line in printed.splitlines()]
+    assert [folder for folder, *_ in lines] == list(folders)
+    for folder, answers, line in lines:
+        text = folders[folder]
+        parts = text.split("\t")
+        lm = onnxlm.OnnxLM(folder, providers=["CPUExecutionProvider"])
+        assert [answers] == lm.run(parts[:1], parts[1:] or None), folder
+        assert line == {"input": text, "output": answers}, folder
 
 
 def test_what_needs_a_library_says_so(vendored):
     """Without `tokenizers`, a checkpoint that brings a tokenizer.json is one line that says what to install."""
-    allowed = (
-        set(sys.stdlib_module_names) | requirements("torch", "einops", "safetensors") | {"tinylm"}
-    )
+    allowed = set(sys.stdlib_module_names) | requirements("torch", "einops", "safetensors")
     script = """
 import tinylm
 tinylm.TinyLM(tinylm.Config(hidden_size=32, num_hidden_layers=1)).save_pretrained("m")
@@ -110,7 +183,7 @@ try:
 except tinylm.Error as error:
     sys.exit(str(error))
 """
-    run = python(f"ALLOWED = {sorted(allowed)!r}\n{ALONE}{script}", vendored)
+    run = python(f"ALLOWED = {sorted(allowed | {'tinylm'})!r}\n{ALONE}{script}", vendored)
     assert run.returncode == 1 and "pip install tokenizers" in run.stderr, run.stderr
     assert run.stderr.count("\n") == 1
 

@@ -140,134 +140,146 @@ class Config:
     Raises Error where a value is out of its range.
     """
 
+    # Sizes
     vocab_size: Size = 320  # rows of the embedding; bytes and two specials, padded to 64
     hidden_size: Width = 256  # width of the residual stream
-    intermediate_size: Size | None = (
-        None  # width inside the MLP; None: 8/3 of hidden (gated), 4 times (plain)
-    )
+    intermediate_size: Size | None = None  # inside the MLP; None: 8/3 of hidden, or 4 times ungated
     num_hidden_layers: Layers = 4  # of the decoder, or of the only stack
-    num_attention_heads: Width = 4  # query heads
-    num_key_value_heads: Width | None = None  # None: as many as query heads; fewer: grouped queries
-    head_dim: Width | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: Size = 1024  # the longest sequence it is made for
-    causal: bool = True  # a token sees only what stands before it; False: an encoder
     num_encoder_layers: Count = 0  # above 0: an encoder-decoder
     encoder_attention_heads: Width | None = None  # None: num_attention_heads
     encoder_intermediate_size: Size | None = None  # None: intermediate_size
+
+    # Attention
+    causal: bool = True  # a token sees only what stands before it; False: an encoder
+    num_attention_heads: Width = 4  # query heads
+    num_key_value_heads: Width | None = None  # None: as many as query heads; fewer: grouped queries
+    head_dim: Width | None = None  # None: hidden_size / num_attention_heads
+    qk_norm: Literal["head", "full", None] = "head"  # of q and k: over each head, or over all heads
+    attention_bias: bool = False  # bias of q, k, v
+    attention_output_bias: bool | None = None  # bias of o; None: as attention_bias
+    query_pre_attn_scalar: Real | None = None  # scores are q.k / sqrt(this); None: head_dim
+    attn_logit_softcapping: Real | None = None  # c: scores become c tanh(scores / c)
+    sliding_window: Size | None = None  # keys seen by a sliding layer, itself included
+    layer_types: tuple | list | None = None  # of LAYER_TYPES, one per layer; None: all alike
+
+    # Norms
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: Real = 1e-6
     norm_offset: float = 0.0  # added to the RMS norm's weight (Gemma: 1)
-    norm_position: Literal["pre", "post", "output", "sandwich"] = (
-        "pre"  # x + f(norm(x)) | norm(x + f(x)) |
-    )
-    final_norm: bool = True  # x + norm(f(x)) | x + norm(f(norm(x))); a norm after the last layer
+    # pre: x + f(norm(x)); post: norm(x + f(x)); output: x + norm(f(x)); sandwich: x + norm(f(norm(x)))
+    norm_position: Literal["pre", "post", "output", "sandwich"] = "pre"
+    final_norm: bool = True  # a norm after the last layer
+
+    # MLP
+    hidden_act: Act = "silu"
+    gated: bool = True  # act(gate(x)) * up(x), else act(up(x))
+    mlp_bias: bool = False
+
+    # Positions
     position: Literal["rope", "learned", "sinusoidal", "relative"] = "rope"
     position_offset: Count = 0  # rows of a learned table before that of position 0
     rope_theta: Real = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": a key of ROPE_KEYS, "factor": ...}
-    rope_local_base_freq: Real | None = (
-        None  # theta of the sliding layers, unscaled; None: as the full ones
-    )
+    rope_local_base_freq: Real | None = None  # theta of sliding layers, unscaled; None: as the full
     partial_rotary_factor: Share = 1.0  # the part of each head that rotates
     relative_attention_num_buckets: Annotated[int, 4, 2**20] = 32
     relative_attention_max_distance: Annotated[int, 2, 2**31] = 128
-    sliding_window: Size | None = None  # keys seen by a sliding layer, itself included
-    layer_types: tuple | list | None = (
-        None  # full_attention | sliding_attention per layer; None: all alike
-    )
-    qk_norm: Literal["head", "full", None] = (
-        "head"  # norm of q and k: over each head, or over all heads
-    )
-    attention_bias: bool = False  # bias of q, k, v
-    attention_output_bias: bool | None = None  # bias of o; None: as attention_bias
-    query_pre_attn_scalar: Real | None = None  # scores are q.k / sqrt(this); None: head_dim
-    attn_logit_softcapping: Real | None = None  # c tanh(scores / c)
-    final_logit_softcapping: Real | None = None  # c tanh(logits / c)
-    hidden_act: Act = "silu"
-    gated: bool = True  # act(gate(x)) * up(x), else act(up(x))
-    mlp_bias: bool = False
-    embedding_size: Width | None = (
-        None  # width of the embeddings, projected to hidden; None: hidden_size
-    )
+
+    # Embeddings
+    embedding_size: Width | None = None  # projected to hidden_size; None: hidden_size
     type_vocab_size: Count = 0  # token types; 0: none
     scale_embedding: bool = False  # embeddings times sqrt(hidden_size)
     embedding_norm: bool = False  # a norm after all embeddings are added
-    tie_word_embeddings: bool = True  # the head is the embedding
-    scale_logits: bool = False  # the head's input over sqrt(hidden_size) (T5)
+    tie_word_embeddings: bool = True  # the head's weight is the embedding
+    initializer_range: Real = 0.02  # standard deviation of weights that begin at random
+
+    # Head
     head: Literal["lm", "mlm", "classify", "tokens", "qa", None] = "lm"  # None: hidden states
     head_act: Act | None = None  # a dense layer with this activation before the head's output
     head_norm: bool = False  # and a norm after that
     head_bias: bool = False  # bias of the head's output
+    scale_logits: bool = False  # the head's input over sqrt(hidden_size) (T5)
+    final_logit_softcapping: Real | None = None  # c: logits become c tanh(logits / c)
     id2label: dict | None = None  # classes of a classifying head; None: two
-    problem_type: Problem | None = (
-        None  # what the classes mean to the loss; None: one of them is right
-    )
-    attention_dropout: Dropout = 0.0  # of attention weights, in training
-    hidden_dropout: Dropout = 0.0  # of what each sub-layer adds, in training
+    problem_type: Problem | None = None  # what classes mean to the loss; None: one of them is right
+
+    # Dropout, in training
+    attention_dropout: Dropout = 0.0  # of attention weights
+    hidden_dropout: Dropout = 0.0  # of what each sub-layer adds
     embedding_dropout: Dropout = 0.0
     head_dropout: Dropout | None = (
-        None  # before the head's output; None: an encoder's classifier as hidden
+        None  # before the output; None: an encoder's classifier as hidden
     )
-    initializer_range: Real = 0.02
+
+    # Special tokens, and the family
     bos_token_id: Id | None = None
     eos_token_id: int | tuple | list | None = None
     pad_token_id: Id | None = None
     decoder_start_token_id: Id | None = None  # what a decoder behind an encoder begins with
-    model_type: Literal[tuple(FAMILIES)] | None = (
-        None  # to save as; None: the first that can express it
-    )
+    model_type: Literal[tuple(FAMILIES)] | None = None  # None: the first that can express it
 
     def __post_init__(self):
         check_fields(self, "config: {}".format)
-        hidden, heads, inner = self.hidden_size, self.num_attention_heads, self.intermediate_size
         self._expect(
             "num_attention_heads",
-            self.head_dim or hidden % heads == 0,
-            f"a divisor of hidden_size = {hidden}, or head_dim",
+            self.head_dim or self.hidden_size % self.num_attention_heads == 0,
+            f"a divisor of hidden_size = {self.hidden_size}, or head_dim",
         )
-        inner = inner or (-(-hidden * 8 // 3 // 64) * 64 if self.gated else 4 * hidden)
-        kind = LAYER_TYPES[self.sliding_window is not None]
-        meant = dict(
-            head_dim=hidden // heads,
+        given = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in vars(self).items()
+            if value is not None
+        }
+        vars(self).update(self._defaults() | given)
+        self._check_attention()
+        self._check_head()
+        if self.position == "rope":
+            self._check_rope()
+
+    def _defaults(self) -> dict:
+        """Fields whose default follows from others."""
+        heads, inner = self.num_attention_heads, self.intermediate_size
+        if (
+            inner is None
+        ):  # a gated MLP has three matrices, a plain one two: both get as many weights
+            inner = -(-self.hidden_size * 8 // 3 // 64) * 64 if self.gated else 4 * self.hidden_size
+        layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
+        defaults = dict(
+            head_dim=self.hidden_size // heads,
             num_key_value_heads=heads,
             intermediate_size=inner,
-            embedding_size=hidden,
-            layer_types=(kind,) * self.num_hidden_layers,
+            embedding_size=self.hidden_size,
+            layer_types=(layer_type,) * self.num_hidden_layers,
             attention_output_bias=self.attention_bias,
         )
         if self.num_encoder_layers:
-            start = self.bos_token_id if self.bos_token_id is not None else self.pad_token_id or 0
-            meant |= dict(
+            start = self.pad_token_id or 0
+            defaults |= dict(
                 encoder_attention_heads=heads,
                 encoder_intermediate_size=inner,
-                decoder_start_token_id=start,
+                decoder_start_token_id=start if self.bos_token_id is None else self.bos_token_id,
             )
         if self.head in ("classify", "tokens"):
-            meant["id2label"] = {0: "LABEL_0", 1: "LABEL_1"}
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        vars(self).update(
-            meant | {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
-        )
-        self._check()
+            defaults["id2label"] = {0: "LABEL_0", 1: "LABEL_1"}
+        return defaults
 
     def _expect(self, name: str, fine, expected: str):
         require(fine, f"config: {name} = {getattr(self, name)!r}, expected {expected}")
 
-    def _check(self):
-        """Refuse fields that do not go together."""
-        heads, kinds, labels = self.num_attention_heads, self.layer_types, self.id2label
+    def _check_attention(self):
+        heads, types = self.num_attention_heads, self.layer_types
         self._expect(
             "num_key_value_heads",
             heads % self.num_key_value_heads == 0,
             f"a divisor of num_attention_heads = {heads}",
         )
-        self._expect(
-            "position",
-            self.position != "relative"
-            or heads == self.num_key_value_heads
-            and self.attn_logit_softcapping is None,
-            "another one with grouped queries or soft-capped scores",
-        )
+        if self.position == "relative":
+            self._expect(
+                "position",
+                heads == self.num_key_value_heads and self.attn_logit_softcapping is None,
+                "another one with grouped queries or soft-capped scores",
+            )
         self._expect(
             "encoder_attention_heads",
             self.encoder_attention_heads in (None, heads)
@@ -275,87 +287,84 @@ class Config:
             f"a divisor of hidden_size = {self.hidden_size}",
         )
         self._expect(
-            "embedding_size",
-            not self.tied
-            or self.embedding_size == self.hidden_size
-            or self.head == "mlm"
-            and self.head_act,
-            f"hidden_size = {self.hidden_size}, as the head is the embedding",
-        )
-        self._expect(
-            "id2label",
-            self.head not in ("classify", "tokens")
-            or isinstance(labels, dict)
-            and list(labels) == list(range(len(labels))) != [],
-            "names for 0, 1, 2, ...",
-        )
-        self._expect(
             "layer_types",
-            isinstance(kinds, tuple)
-            and len(kinds) == self.num_hidden_layers
-            and set(kinds) <= set(LAYER_TYPES),
+            isinstance(types, tuple)
+            and len(types) == self.num_hidden_layers
+            and set(types) <= set(LAYER_TYPES),
             f"{self.num_hidden_layers} of {', '.join(LAYER_TYPES)}",
         )
+        if "sliding_attention" in types:
+            self._expect("sliding_window", self.causal, "none in an encoder")
+            self._expect(
+                "sliding_window",
+                self.sliding_window,
+                "a number, as layer_types has a sliding_attention",
+            )
+
+    def _check_head(self):
+        projected = self.head == "mlm" and self.head_act
         self._expect(
-            "sliding_window",
-            self.sliding_window and self.causal or LAYER_TYPES[1] not in kinds,
-            "a number, as layer_types has a sliding_attention"
-            if self.causal
-            else "none in an encoder",
+            "embedding_size",
+            not self.tied or self.embedding_size == self.hidden_size or projected,
+            f"hidden_size = {self.hidden_size}, as the head is the embedding",
         )
-        if self.position == "rope":
+        if self.head in ("classify", "tokens"):
+            labels = self.id2label
             self._expect(
-                "head_dim",
-                self.rotary_dim in range(2, self.head_dim + 1, 2),
-                f"an even number of channels that rotate, not {self.rotary_dim}",
+                "id2label",
+                isinstance(labels, dict) and list(labels) == list(range(len(labels))) != [],
+                "names for 0, 1, 2, ...",
             )
-            scaling = {"rope_type": "default"} if self.rope_scaling is None else self.rope_scaling
-            kind = isinstance(scaling, dict) and scaling.get("rope_type")
+
+    def _check_rope(self):
+        self._expect(
+            "head_dim",
+            self.rotary_dim in range(2, self.head_dim + 1, 2),
+            f"an even number of channels that rotate, not {self.rotary_dim}",
+        )
+        scaling = {"rope_type": "default"} if self.rope_scaling is None else self.rope_scaling
+        kind = isinstance(scaling, dict) and scaling.get("rope_type")
+        self._expect(
+            "rope_scaling", kind in [*ROPE_KEYS], f"an object with rope_type {', '.join(ROPE_KEYS)}"
+        )
+        optional = ("original_max_position_embeddings",) + YARN_KEYS * (kind == "yarn")
+        for key in {*ROPE_KEYS[kind], *scaling} - {"rope_type"}:
+            known = key in ROPE_KEYS[kind] + optional
+            self._expect("rope_scaling", known, f"no {key} in type {kind!r}")
+            value = scaling.get(key)
+            unset = key in optional and value in (None, True, False)
             self._expect(
-                "rope_scaling",
-                kind in [*ROPE_KEYS],
-                f"an object with rope_type {', '.join(ROPE_KEYS)}",
+                "rope_scaling", unset or is_number_in(value, 1e-6, 1e9), f"a positive {key}"
             )
-            may = ("original_max_position_embeddings",) + YARN_KEYS * (kind == "yarn")
-            for key in {*ROPE_KEYS[kind], *scaling} - {"rope_type"}:
-                value = scaling.get(key)
-                self._expect(
-                    "rope_scaling", key in ROPE_KEYS[kind] + may, f"no {key} in type {kind!r}"
-                )
-                self._expect(
-                    "rope_scaling",
-                    is_number_in(value, 1e-6, 1e9) or key in may and value in (None, True, False),
-                    f"a positive {key}",
-                )
 
     @property
     def rotary_dim(self) -> int:
+        """Channels of each head that rotate."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def qkv_sizes(self) -> tuple:
         """Rows of q, k and v in the fused projection."""
-        return tuple(
-            n * self.head_dim for n in (self.num_attention_heads,) + 2 * (self.num_key_value_heads,)
-        )
+        kv_size = self.num_key_value_heads * self.head_dim
+        return self.num_attention_heads * self.head_dim, kv_size, kv_size
 
     @property
     def encoder(self) -> Config:
         """The encoder of an encoder-decoder, as a model of its own."""
-        same = self.encoder_attention_heads == self.num_attention_heads
+        same_heads = self.encoder_attention_heads == self.num_attention_heads
         return replace(
             self,
             causal=False,
             num_encoder_layers=0,
             num_hidden_layers=self.num_encoder_layers,
-            head=None,
             num_attention_heads=self.encoder_attention_heads,
-            layer_types=None,
-            head_act=None,
-            sliding_window=None,
-            num_key_value_heads=self.num_key_value_heads if same else None,
-            head_dim=self.head_dim if same else None,
+            num_key_value_heads=self.num_key_value_heads if same_heads else None,
+            head_dim=self.head_dim if same_heads else None,
             intermediate_size=self.encoder_intermediate_size,
+            layer_types=None,
+            sliding_window=None,
+            head=None,
+            head_act=None,
         )
 
     @property
@@ -364,10 +373,12 @@ class Config:
 
     @property
     def outputs(self) -> int:
-        """So many numbers the head says of each text or token."""
-        return {"lm": self.vocab_size, "mlm": self.vocab_size, "qa": 2, None: 0}.get(
-            self.head, self.num_labels
-        )
+        """Numbers that the head gives for each text or token."""
+        if self.head is None:
+            return 0
+        if self.head in ("lm", "mlm"):
+            return self.vocab_size
+        return 2 if self.head == "qa" else self.num_labels
 
     @property
     def tied(self) -> bool:
@@ -385,17 +396,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias. A single row on a CPU only waits for memory, and there the compiler's fused sum streams the
     weights up to twice as fast as the library's matrix product does."""
-    if (
-        torch.compiler.is_dynamo_compiling()
-        and x.device.type == "cpu"
-        and x.shape[:-1].numel() == 1
-    ):
-        row = x.reshape(-1).as_strided(
-            (x.shape[-1],), (1,)
-        )  # in memory: else what made it runs again in every sum
-        y = (row * weight).sum(-1).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
-    return F.linear(x, weight, bias)
+    one_row = x.device.type == "cpu" and x.shape[:-1].numel() == 1
+    if not (one_row and torch.compiler.is_dynamo_compiling()):
+        return F.linear(x, weight, bias)
+    # In memory, by as_strided: otherwise what made the row is computed again in every sum.
+    row = x.reshape(-1).as_strided((x.shape[-1],), (1,))
+    y = (row * weight).sum(-1).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
@@ -403,13 +410,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
 
     x (batch, seq, heads * head_dim); cos, sin (batch, seq, r / 2).
     """
-    half, x = cos.shape[-1], rearrange(x, "b s (h d) -> b s h d", d=head_dim)
-    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
-    x1, x2, rest = x.split(
-        (half, half, head_dim - 2 * half), dim=-1
-    )  # whose gradient is one concatenation
-    turned = torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin), rest
-    return rearrange(torch.cat(turned, dim=-1), "b s h d -> b s (h d)")
+    x = rearrange(x, "b s (h d) -> b s h d", d=head_dim)
+    cos = cos[:, :, None].to(x.dtype)
+    sin = sin[:, :, None].to(x.dtype)
+    half = cos.shape[-1]
+    # One split, whose gradient is one concatenation.
+    x1, x2, rest = x.split((half, half, head_dim - 2 * half), dim=-1)
+    turned1 = torch.addcmul(x1 * cos, x2, sin, value=-1)
+    turned2 = torch.addcmul(x2 * cos, x1, sin)
+    return rearrange(torch.cat((turned1, turned2, rest), dim=-1), "b s h d -> b s (h d)")
 
 
 def attend(
@@ -435,25 +444,35 @@ def attend(
     q, k, v = (rearrange(x, "b s (h d) -> b h s d", d=head_dim) for x in (q, k, v))
     if cache is not None:
         k, v = cache.update(layer, k, v)
-    groups, s = q.shape[1] // k.shape[1], q.shape[2]
+    groups = q.shape[1] // k.shape[1]  # query heads that share a key head
+    seq = q.shape[2]
     if softcap is not None:
         if mask is None and causal:
-            mask = torch.ones(s, s, dtype=torch.bool, device=q.device).tril()
+            mask = torch.ones(seq, seq, dtype=torch.bool, device=q.device).tril()
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        x = F.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), dropout) @ v
+        x = softcapped_attention(q, k, v, mask, scale, softcap, dropout)
     elif mask is None:
         x = F.scaled_dot_product_attention(
             q, k, v, None, dropout, causal, scale=scale, enable_gqa=groups > 1
         )
-    else:  # queries that share a key head stand below each other, so that keys are read once and not expanded
+    else:  # the queries of a key head stand below each other: keys are read once, and not expanded
         q = rearrange(q, "b (g r) s d -> b g (r s) d", r=groups)
-        mask = mask.expand(-1, -1, s, -1).repeat(1, 1, groups, 1) if min(groups, s) > 1 else mask
+        if min(groups, seq) > 1:
+            mask = mask.expand(-1, -1, seq, -1).repeat(1, 1, groups, 1)
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
-        x = rearrange(x, "b g (r s) d -> b (g r) s d", s=s)
+        x = rearrange(x, "b g (r s) d -> b (g r) s d", s=seq)
     return rearrange(x, "b h s d -> b s (h d)")
+
+
+def softcapped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float, dropout: float
+) -> Tensor:
+    """softmax(cap tanh(q k^T scale / cap)) v of (batch, heads, seq, head_dim), for which there is no fused kernel."""
+    scores = cap * torch.tanh(q @ k.transpose(-1, -2) * (scale / cap))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
 
 
 class Linear(nn.Linear):
@@ -468,70 +487,49 @@ class Norm(nn.Module):
 
     def __init__(self, config: Config, size: int):
         super().__init__()
-        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.eps = config.norm_eps
+        self.offset = config.norm_offset
         self.weight = nn.Parameter(torch.full((size,), 1.0 - self.offset))
         self.bias = nn.Parameter(torch.zeros(size)) if config.norm == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != len(self.weight):  # heads side by side
-            return self(x.unflatten(-1, (-1, len(self.weight)))).flatten(-2)
+        size = len(self.weight)
+        if x.shape[-1] != size:
+            heads = rearrange(x, "... (h d) -> ... h d", d=size)
+            return rearrange(self(heads), "... h d -> ... (h d)")
         if self.bias is not None:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        return rms_norm(
-            x, self.weight.float() + self.offset if self.offset else self.weight, self.eps
-        )
+        weight = self.weight.float() + self.offset if self.offset else self.weight
+        return rms_norm(x, weight, self.eps)
 
 
 class Rotary(nn.Module):
     """Angles of positions (batch, seq): their cos and sin, each (batch, seq, dim / 2).
 
-    Scalings: linear (kaiokendev 2023), dynamic (NTK-aware, per row: its own length stretches its base), llama3
-    (Llama 3.1) and yarn (Peng et al. 2023).
+    `limit` is the model's longest sequence. Scalings stretch it: linear (kaiokendev 2023), dynamic (NTK-aware, per row:
+    its own length stretches its base), llama3 (Llama 3.1) and yarn (Peng et al. 2023).
     """
 
     def __init__(self, dim: int, theta: float, limit: int, scaling: dict | None = None):
         super().__init__()
         scaling = scaling or {"rope_type": "default"}
-        self.kind, self.dim, self.theta, self.limit = scaling["rope_type"], dim, theta, limit
+        self.kind = scaling["rope_type"]
         self.factor = scaling.get("factor", 1.0)
-        self.magnitude = 1.0  # of cos and sin
+        self.dim = dim
+        self.theta = theta
+        self.limit = limit
+        self.magnitude = 1.0  # what cos and sin are multiplied by
         original = scaling.get("original_max_position_embeddings") or limit
         # Explicitly on the CPU: a model is made on the meta device before its weights are read.
-        inv_freq = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+        inv_freq = inverse_frequencies(dim, theta, "cpu")
         if self.kind == "linear":
             inv_freq = inv_freq / self.factor
-        elif (
-            self.kind == "llama3"
-        ):  # long waves are stretched, short ones kept, those between blended
-            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-            keep = ((original * inv_freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-            inv_freq = keep * inv_freq + (1 - keep) * inv_freq / self.factor
+        elif self.kind == "llama3":
+            inv_freq = llama3_frequencies(inv_freq, scaling, original)
         elif self.kind == "yarn":
-            stretch = self._yarn_ramp(scaling, original)
-            inv_freq = stretch * inv_freq / self.factor + (1 - stretch) * inv_freq
-            self.magnitude = self._yarn_magnitude(scaling)
+            inv_freq = yarn_frequencies(inv_freq, scaling, original, theta)
+            self.magnitude = yarn_magnitude(scaling)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
-
-    def _yarn_ramp(self, scaling: dict, original: int) -> Tensor:
-        """How much each channel is stretched (dim / 2): from none that turns beta_fast times within the original
-        length to all that turn beta_slow times or less."""
-        ends = []
-        for rotations in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1):
-            waves = math.log(original / (rotations * 2 * math.pi))
-            ends.append(self.dim * waves / (2 * math.log(self.theta)))
-        low, high = ends
-        if scaling.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, self.dim - 1)
-        width = high - low or 0.001
-        return ((torch.arange(self.dim // 2, device="cpu") - low) / width).clamp(0, 1)
-
-    def _yarn_magnitude(self, scaling: dict) -> float:
-        if scaling.get("attention_factor") is not None:
-            return scaling["attention_factor"]
-        growth = 0.1 * math.log(max(self.factor, 1))
-        m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        return (growth * m + 1) / (growth * m_all + 1) if m and m_all else growth + 1
 
     def _apply(self, fn, recurse=True):
         """Moves with the model, but is never rounded to its dtype."""
@@ -542,16 +540,55 @@ class Rotary(nn.Module):
         inv_freq = self.inv_freq
         if self.kind == "dynamic":
             length = (positions.amax(-1, keepdim=True) + 1).clamp(min=self.limit)
-            stretch = (self.factor * length / self.limit - (self.factor - 1)) ** (
-                self.dim / (self.dim - 2)
-            )
-            exponent = (
-                torch.arange(0, self.dim, 2, dtype=torch.float32, device=positions.device)
-                / self.dim
-            )
-            inv_freq = 1.0 / (self.theta * stretch) ** exponent
+            stretch = self.factor * length / self.limit - (self.factor - 1)
+            base = self.theta * stretch ** (self.dim / (self.dim - 2))
+            inv_freq = inverse_frequencies(self.dim, base, positions.device)
         angles = positions[..., None].float() * inv_freq[..., None, :]
         return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+
+
+def inverse_frequencies(dim: int, theta: float | Tensor, device) -> Tensor:
+    """The angle by which each pair of channels turns from one position to the next: theta^(-2i / dim), (dim / 2,)."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    return 1.0 / theta**exponents
+
+
+def llama3_frequencies(inv_freq: Tensor, scaling: dict, original: int) -> Tensor:
+    """Long waves are stretched, short ones kept, those between blended."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = original * inv_freq / (2 * math.pi)  # within the original length
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
+
+
+def yarn_frequencies(inv_freq: Tensor, scaling: dict, original: int, theta: float) -> Tensor:
+    """Channels that turn less than beta_slow times within the original length are stretched, those that turn more than
+    beta_fast times kept, those between blended."""
+    dim = 2 * len(inv_freq)
+
+    def channel(turns):  # the one that turns so often within the original length
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = channel(scaling.get("beta_fast") or 32)
+    high = channel(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, dim - 1)
+    channels = torch.arange(dim // 2, device="cpu")
+    stretch = ((channels - low) / (high - low or 0.001)).clamp(0, 1)
+    return stretch * inv_freq / scaling["factor"] + (1 - stretch) * inv_freq
+
+
+def yarn_magnitude(scaling: dict) -> float:
+    """What yarn multiplies cos and sin by, which makes attention as sharp as it was at the original length."""
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+
+    growth = 0.1 * math.log(max(scaling["factor"], 1))
+    m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return (growth * m + 1) / (growth * m_all + 1) if m and m_all else growth + 1
 
 
 class Attention(nn.Module):
@@ -560,23 +597,26 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, cross: bool = False):
         super().__init__()
-        self.sizes, self.head_dim, self.causal = (
-            config.qkv_sizes,
-            config.head_dim,
-            config.causal and not cross,
-        )
+        self.sizes = config.qkv_sizes
+        self.head_dim = config.head_dim
+        self.causal = config.causal and not cross
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
-        self.softcap, self.dropout = config.attn_logit_softcapping, config.attention_dropout
-        project = lambda *sizes: Linear(config.hidden_size, sum(sizes), bias=config.attention_bias)  # noqa: E731
+        self.softcap = config.attn_logit_softcapping
+        self.dropout = config.attention_dropout
+        q_size, k_size, v_size = self.sizes
+        hidden, bias = config.hidden_size, config.attention_bias
         if cross:
-            self.q, self.kv = project(self.sizes[0]), project(*self.sizes[1:])
+            self.q = Linear(hidden, q_size, bias=bias)
+            self.kv = Linear(hidden, k_size + v_size, bias=bias)
         else:
-            self.qkv = project(*self.sizes)
-        self.o = Linear(self.sizes[0], config.hidden_size, bias=config.attention_output_bias)
-        over = {None: (0, 0), "head": (self.head_dim,) * 2, "full": self.sizes[:2]}[config.qk_norm]
-        self.q_norm, self.k_norm = (
-            Norm(config, width) if width else nn.Identity() for width in over
-        )
+            self.qkv = Linear(hidden, q_size + k_size + v_size, bias=bias)
+        self.o = Linear(q_size, hidden, bias=config.attention_output_bias)
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if config.qk_norm is not None:
+            over_head = config.qk_norm == "head"
+            self.q_norm = Norm(config, config.head_dim if over_head else q_size)
+            self.k_norm = Norm(config, config.head_dim if over_head else k_size)
 
     def forward(
         self,
@@ -587,30 +627,23 @@ class Attention(nn.Module):
         layer: int = 0,
         keys_values: tuple | None = None,
     ) -> Tensor:
+        """x (batch, seq, hidden); rope: cos and sin of the positions; keys_values: those of another sequence."""
         if keys_values is None:
             q, k, v = self.qkv(x).split(self.sizes, dim=-1)
-            q, k = self.q_norm(q), self.k_norm(k)
+            k = self.k_norm(k)
         else:
-            q, (k, v) = self.q_norm(self.q(x)), keys_values
+            q = self.q(x)
+            k, v = keys_values
+        q = self.q_norm(q)
         if rope is not None:
-            q, k = (rotate(x, *rope, self.head_dim) for x in (q, k))
-        return self.o(
-            attend(
-                q,
-                k,
-                v,
-                mask,
-                self.head_dim,
-                self.scale,
-                self.softcap,
-                self.dropout if self.training else 0.0,
-                cache,
-                layer,
-                self.causal,
-            )
-        )
+            q = rotate(q, *rope, self.head_dim)
+            k = rotate(k, *rope, self.head_dim)
+        dropout = self.dropout if self.training else 0.0
+        shape = self.head_dim, self.scale, self.softcap
+        return self.o(attend(q, k, v, mask, *shape, dropout, cache, layer, self.causal))
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (batch, source, kv_heads * head_dim) of another sequence x (batch, source, hidden)."""
         k, v = self.kv(x).split(self.sizes[1:], dim=-1)
         return self.k_norm(k), v
 
@@ -620,19 +653,20 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.act, bias = ACTIVATIONS[config.hidden_act], config.mlp_bias
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.act = ACTIVATIONS[config.hidden_act]
         self.gated = config.gated
         if self.gated:
-            self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
+            self.gate_up = Linear(hidden, 2 * inner, bias=bias)
         else:
-            self.up = Linear(config.hidden_size, config.intermediate_size, bias=bias)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=bias)
+            self.up = Linear(hidden, inner, bias=bias)
+        self.down = Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gated:
-            gate, up = self.gate_up(x).chunk(2, dim=-1)
-            return self.down(self.act(gate) * up)
-        return self.down(self.act(self.up(x)))
+        if not self.gated:
+            return self.down(self.act(self.up(x)))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.act(gate) * up)
 
 
 class Block(nn.Module):
@@ -641,18 +675,22 @@ class Block(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        before, after = (
-            config.norm_position != "output",
-            config.norm_position in ("output", "sandwich"),
-        )
-        norm = lambda there: Norm(config, config.hidden_size) if there else nn.Identity()  # noqa: E731
+        before = config.norm_position != "output"
+        after = config.norm_position in ("output", "sandwich")
+
+        def norm(there: bool) -> nn.Module:
+            return Norm(config, config.hidden_size) if there else nn.Identity()
+
         self.post = config.norm_position == "post"
-        self.attention_norm, self.attention_output_norm = norm(before), norm(after)
+        self.attention_norm = norm(before)
+        self.attention_output_norm = norm(after)
         self.attention = Attention(config)
         self.cross_attention = Attention(config, cross=True) if config.num_encoder_layers else None
         if self.cross_attention is not None:
-            self.cross_attention_norm, self.cross_attention_output_norm = norm(before), norm(after)
-        self.mlp_norm, self.mlp_output_norm = norm(before), norm(after)
+            self.cross_attention_norm = norm(before)
+            self.cross_attention_output_norm = norm(after)
+        self.mlp_norm = norm(before)
+        self.mlp_output_norm = norm(after)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -668,33 +706,18 @@ class Block(nn.Module):
     ) -> Tensor:
         """x (batch, seq, hidden); cross_kv: keys and values of a source, (batch, source, kv_heads * head_dim) each, for
         every layer; encoder_mask (batch, 1, 1, source), True where the source has a token, None without padding."""
-        x = self.add(
-            x,
-            self.attention,
-            self.attention_norm,
-            self.attention_output_norm,
-            rope,
-            mask,
-            cache,
-            layer,
-        )
+        attention = self.attention, self.attention_norm, self.attention_output_norm
+        x = self.add(x, *attention, rope, mask, cache, layer)
         if cross_kv is not None:
-            x = self.add(
-                x,
-                self.cross_attention,
-                self.cross_attention_norm,
-                self.cross_attention_output_norm,
-                None,
-                encoder_mask,
-                None,
-                layer,
-                cross_kv[layer],
-            )
+            norms = self.cross_attention_norm, self.cross_attention_output_norm
+            arguments = None, encoder_mask, None, layer, cross_kv[layer]
+            x = self.add(x, self.cross_attention, *norms, *arguments)
         return self.add(x, self.mlp, self.mlp_norm, self.mlp_output_norm)
 
     def add(
         self, x: Tensor, sublayer, norm: nn.Module, output_norm: nn.Module, *arguments
     ) -> Tensor:
+        """x and what a sub-layer says of it."""
         y = self.dropout(output_norm(sublayer(x if self.post else norm(x), *arguments)))
         return norm(x + y) if self.post else x + y
 
@@ -726,21 +749,18 @@ def visible(
 
 def last_column(mask: Tensor) -> Tensor:
     """The column (batch, 1) of the last real token. In floats, which ONNX Runtime's CUDA kernel takes."""
-    return (mask.float() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(
-        -1, keepdim=True
-    )
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask.float() * columns).argmax(-1, keepdim=True)
 
 
 def pooled_column(input_ids: Tensor, mask: Tensor | None, config: Config) -> Tensor:
     """The column (batch, 1) whose state stands for the text: the first real token's in an encoder, else the last's. As
     transformers has it, the latter is no pad id, whatever the mask says of it."""
     real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    if not config.causal:
+        return real.float().argmax(-1, keepdim=True)
     pad = -1 if config.pad_token_id is None else config.pad_token_id
-    return (
-        last_column(real & (input_ids != pad))
-        if config.causal
-        else real.float().argmax(-1, keepdim=True)
-    )
+    return last_column(real & (input_ids != pad))
 
 
 class KVCache:
@@ -751,27 +771,21 @@ class KVCache:
     """
 
     def __init__(self, config: Config, batch: int, length: int, dtype=torch.float32, device=None):
-        self.size, shape = (
-            (batch, length, dtype, device),
-            (batch, config.num_key_value_heads, length, config.head_dim),
-        )
-        self.k = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
-        ]
-        self.v = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
-        ]
-        self.key_positions = torch.full((batch, length), NEVER, device=device)
-        self.lengths = torch.zeros(
-            (batch, 1), dtype=torch.long, device=device
-        )  # real tokens of each row
-        self.columns = torch.zeros(
-            0, dtype=torch.long, device=device
-        )  # written by the current call
-        self.written = torch.zeros(1, dtype=torch.long, device=device)  # columns used so far
+        self.size = batch, length, dtype, device
+        shape = batch, config.num_key_value_heads, length, config.head_dim
+        layers = range(config.num_hidden_layers)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        long = dict(dtype=torch.long, device=device)
+        self.key_positions = torch.full((batch, length), NEVER, **long)
+        self.lengths = torch.zeros((batch, 1), **long)  # real tokens of each row
+        self.columns = torch.zeros(0, **long)  # written by the current call
+        self.written = torch.zeros(1, **long)  # columns used so far
 
-    def reset(self):
-        self.key_positions.fill_(NEVER), self.lengths.zero_(), self.written.zero_()
+    def reset(self) -> KVCache:
+        self.key_positions.fill_(NEVER)
+        self.lengths.zero_()
+        self.written.zero_()
         return self
 
     def extend(self, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -784,16 +798,18 @@ class KVCache:
         return positions, self.key_positions
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self.k[layer].index_copy_(2, self.columns, k), self.v[layer].index_copy_(
-            2, self.columns, v
-        )
+        """Write k and v (batch, kv_heads, seq, head_dim) of the current call; all keys and values of the layer."""
+        keys = self.k[layer].index_copy_(2, self.columns, k)
+        values = self.v[layer].index_copy_(2, self.columns, v)
+        return keys, values
 
     def reorder(self, rows: Tensor):
         """Row i goes on from what row rows[i] held (beam search)."""
         columns = int(self.written)
-        for held in (*self.k, *self.v):
-            held[:, :, :columns] = held[rows, :, :columns]
-        self.key_positions[:], self.lengths[:] = self.key_positions[rows], self.lengths[rows]
+        for stored in (*self.k, *self.v):
+            stored[:, :, :columns] = stored[rows, :, :columns]
+        self.key_positions[:] = self.key_positions[rows]
+        self.lengths[:] = self.lengths[rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -804,35 +820,28 @@ class Stack(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, width = config, config.embedding_size
+        self.config = config
+        hidden = config.hidden_size
+        width = config.embedding_size
+        limit = config.max_position_embeddings
         if config.position == "learned":
-            self.position_embed = nn.Embedding(
-                config.max_position_embeddings + config.position_offset, width
-            )
+            self.position_embed = nn.Embedding(limit + config.position_offset, width)
         elif config.position == "relative":
-            self.relative_bias = nn.Embedding(
-                config.relative_attention_num_buckets, config.num_attention_heads
-            )
+            buckets = config.relative_attention_num_buckets
+            self.relative_bias = nn.Embedding(buckets, config.num_attention_heads)
         else:
-            dim, limit = (
-                config.rotary_dim if config.position == "rope" else width,
-                config.max_position_embeddings,
-            )
-            self.rotary = nn.ModuleDict(
-                {"full_attention": Rotary(dim, config.rope_theta, limit, config.rope_scaling)}
-            )
+            dim = config.rotary_dim if config.position == "rope" else width
+            full = Rotary(dim, config.rope_theta, limit, config.rope_scaling)
+            self.rotary = nn.ModuleDict({"full_attention": full})
             if config.rope_local_base_freq is not None:
                 self.rotary["sliding_attention"] = Rotary(dim, config.rope_local_base_freq, limit)
-        self.type_embed = (
-            nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
-        )
+        types = config.type_vocab_size
+        self.type_embed = nn.Embedding(types, width) if types else None
         self.embedding_norm = Norm(config, width) if config.embedding_norm else nn.Identity()
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
-        self.embedding_project = (
-            Linear(width, config.hidden_size) if width != config.hidden_size else nn.Identity()
-        )
+        self.embedding_project = Linear(width, hidden) if width != hidden else nn.Identity()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = Norm(config, config.hidden_size) if config.final_norm else nn.Identity()
+        self.norm = Norm(config, hidden) if config.final_norm else nn.Identity()
 
     def states(
         self,
@@ -844,101 +853,106 @@ class Stack(nn.Module):
         encoder_mask: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (batch, seq, hidden) of word embeddings x (batch, seq, embedding_size)."""
-        config, seq = self.config, x.shape[1]
-        real = (
-            torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
-            if attention_mask is None
-            else attention_mask
-        )
+        padded = attention_mask is not None
+        real = attention_mask
+        if not padded:
+            real = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
         if cache is not None:
-            positions, keys = cache.extend(real)
+            positions, key_positions = cache.extend(real)
         else:  # rows without padding share their positions
-            positions, keys = count_positions(real[:1] if attention_mask is None else real)
-        masks, ropes = {}, {}
-        for kind in dict.fromkeys(config.layer_types):
-            window = config.sliding_window if kind == "sliding_attention" else None
-            plain = (
-                cache is None
-                and attention_mask is None
-                and (window is None or config.causal and seq <= window)
-            )
-            if config.position == "relative":
-                masks[kind] = self.relative_mask(positions, keys, window, x.dtype)
-            else:
-                masks[kind] = None if plain else visible(positions, keys, window, config.causal)
-            if config.position == "rope":
-                ropes[kind] = self.rotary[kind if kind in self.rotary else "full_attention"](
-                    positions
-                )
-        if config.scale_embedding:
-            x = x * x.new_full(
-                (), config.hidden_size**0.5
-            )  # rounded to the dtype, as the reference rounds it
-        if config.position == "learned":
-            x = x + self.position_embed(positions + config.position_offset)
-        if config.position == "sinusoidal":  # sines, then cosines, in the order of Marian
-            x = x + torch.cat(self.rotary["full_attention"](positions)[::-1], dim=-1)[
-                ..., : x.shape[-1]
-            ].to(x.dtype)
-        if self.type_embed is not None:
-            x = x + self.type_embed(
-                torch.zeros_like(positions) if token_type_ids is None else token_type_ids
-            )
-        x = self.embedding_project(self.embedding_dropout(self.embedding_norm(x)))
-        for layer, (block, kind) in enumerate(zip(self.layers, config.layer_types)):
+            positions, key_positions = count_positions(real if padded else real[:1])
+        plain = cache is None and not padded
+        masks = {}
+        ropes = {}
+        for kind in dict.fromkeys(self.config.layer_types):
+            masks[kind] = self.layer_mask(kind, positions, key_positions, plain, x.dtype)
+            if self.config.position == "rope":
+                rotary = self.rotary[kind if kind in self.rotary else "full_attention"]
+                ropes[kind] = rotary(positions)
+        x = self.embed_positions(x, positions, token_type_ids)
+        for layer, (block, kind) in enumerate(zip(self.layers, self.config.layer_types)):
             x = block(x, ropes.get(kind), masks[kind], cache, layer, cross_kv, encoder_mask)
         return self.norm(x)
 
-    def relative_mask(self, positions: Tensor, keys: Tensor, window: int | None, dtype) -> Tensor:
+    def embed_positions(
+        self, x: Tensor, positions: Tensor, token_type_ids: Tensor | None
+    ) -> Tensor:
+        """What the first block reads, (batch, seq, hidden): word embeddings and all that is added to them."""
+        config = self.config
+        if config.scale_embedding:  # rounded to the dtype, as the reference rounds it
+            x = x * x.new_full((), config.hidden_size**0.5)
+        if config.position == "learned":
+            x = x + self.position_embed(positions + config.position_offset)
+        if config.position == "sinusoidal":  # sines, then cosines, in the order of Marian
+            cos, sin = self.rotary["full_attention"](positions)
+            x = x + torch.cat((sin, cos), dim=-1)[..., : x.shape[-1]].to(x.dtype)
+        if self.type_embed is not None:
+            types = torch.zeros_like(positions) if token_type_ids is None else token_type_ids
+            x = x + self.type_embed(types)
+        return self.embedding_project(self.embedding_dropout(self.embedding_norm(x)))
+
+    def layer_mask(
+        self, kind: str, positions: Tensor, key_positions: Tensor, plain: bool, dtype
+    ) -> Tensor | None:
+        """The attention mask of a kind of layer, as `attend` takes it; plain: nothing is cached and nothing padded."""
+        config = self.config
+        window = config.sliding_window if kind == "sliding_attention" else None
+        if config.position == "relative":
+            return self.relative_mask(positions, key_positions, window, dtype)
+        if plain and (window is None or config.causal and positions.shape[1] <= window):
+            return None
+        return visible(positions, key_positions, window, config.causal)
+
+    def relative_mask(
+        self, positions: Tensor, key_positions: Tensor, window: int | None, dtype
+    ) -> Tensor:
         """What is added to the scores, (batch, heads, seq, keys): little where masked, else the bias of the distance,
         which T5 sorts into buckets, the near ones one by one, the far ones by the logarithm."""
-        config, distance = self.config, keys[:, None, :] - positions[:, :, None]
+        config = self.config
+        distance = key_positions[:, None, :] - positions[:, :, None]
+        steps = -distance.clamp(max=0) if config.causal else distance.abs()
         buckets = config.relative_attention_num_buckets // (1 if config.causal else 2)
-        near, steps = buckets // 2, -distance.clamp(max=0) if config.causal else distance.abs()
+        near = buckets // 2
         scale = (buckets - near) / math.log(config.relative_attention_max_distance / near)
         far = near + ((steps.float() / near).clamp(min=1).log() * scale).long()
         bucket = torch.where(steps < near, steps, far.clamp(max=buckets - 1))
-        bias = self.relative_bias(
-            bucket if config.causal else bucket + buckets * (distance > 0)
-        ).to(dtype)
-        mask = visible(positions, keys, window, config.causal)
-        return rearrange(bias, "b s t h -> b h s t").masked_fill(~mask, torch.finfo(dtype).min)
+        if not config.causal:  # what follows has buckets of its own
+            bucket = bucket + buckets * (distance > 0)
+        bias = rearrange(self.relative_bias(bucket).to(dtype), "b s t h -> b h s t")
+        allowed = visible(positions, key_positions, window, config.causal)
+        return bias.masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 class Head(nn.Module):
     """What the model is for, read off its hidden states: a dense layer, an activation and a norm where the config has
-    them, then one output per word or class."""
+    them, then one output per word or class. Without outputs the rest only travels along (a pooler)."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.act, width = ACTIVATIONS.get(config.head_act), config.hidden_size
+        width = config.hidden_size
+        self.act = ACTIVATIONS.get(config.head_act)
         if config.head_act:
             inner = config.embedding_size if config.head == "mlm" else width
-            self.dense, width = Linear(width, inner), inner
+            self.dense = Linear(width, inner)
+            width = inner
         self.norm = Norm(config, width) if config.head_norm else nn.Identity()
-        usual = (
-            config.hidden_dropout
-            if config.head in ("classify", "tokens") and not config.causal
-            else 0.0
-        )
-        self.dropout = nn.Dropout(usual if config.head_dropout is None else config.head_dropout)
-        self.bare = not config.outputs
-        if not self.bare:
-            self.out = Linear(width, config.outputs, bias=config.head_bias)
-            if config.tied:
-                self.out.register_parameter("weight", None)
+        dropout = config.head_dropout
+        if dropout is None:
+            classifies = config.head in ("classify", "tokens") and not config.causal
+            dropout = config.hidden_dropout if classifies else 0.0
+        self.dropout = nn.Dropout(dropout)
+        self.out = Linear(width, config.outputs, bias=config.head_bias) if config.outputs else None
+        if config.tied:
+            self.out.register_parameter("weight", None)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Outputs (..., outputs) of hidden states (..., hidden); a tied head's weight is the `embedding`."""
-        if self.bare:  # hidden states as they are; a pooler only travels along
+        if self.out is None:
             return x
         if self.act is not None:
             x = self.norm(self.act(self.dense(x)))
-        return linear(
-            self.dropout(x),
-            embedding if self.out.weight is None else self.out.weight,
-            self.out.bias,
-        )
+        weight = embedding if self.out.weight is None else self.out.weight
+        return linear(self.dropout(x), weight, self.out.bias)
 
 
 class TinyLM(Stack):
@@ -986,6 +1000,7 @@ class TinyLM(Stack):
         cross_kv: list | None = None,
         encoder_mask: Tensor | None = None,
         columns: Tensor | None = None,
+        apply_head: bool = True,
     ) -> Tensor:
         """What the head says, one tensor: of a language model, masked or not, logits (batch, seq, vocab); of a
         classifier (batch, labels), of tokens (batch, seq, labels); start and end logits of an answer (batch, seq, 2);
@@ -994,7 +1009,7 @@ class TinyLM(Stack):
         input_ids (batch, seq); attention_mask (batch, seq), 1 for a token and 0 for padding on either side;
         decoder_input_ids (batch, target) behind an encoder; a cache (its own columns only) if the ids continue what it
         holds; cross_kv and encoder_mask, what `encode` gave, if the ids are the decoder's; columns (batch, n) to get
-        logits (batch, n, vocab) of those columns alone.
+        logits (batch, n, vocab) of those columns alone; apply_head False for the hidden states that the head would read.
         """
         if self.encoder is not None and cross_kv is None:
             require(
@@ -1020,6 +1035,8 @@ class TinyLM(Stack):
             x = x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
         if self.config.scale_logits:
             x = x * self.config.hidden_size**-0.5
+        if not apply_head:
+            return x
         logits = self.head(x, self.embed.weight)
         if self.config.final_logit_softcapping is not None and self.config.head == "lm":
             logits = self.config.final_logit_softcapping * torch.tanh(
@@ -3908,11 +3925,7 @@ def loss_sum(
 def chunked_loss(model: TinyLM, inputs: tuple, columns: Tensor | None, labels: Tensor) -> Tensor:
     """The cross-entropy of a language model whose logits are never there all at once."""
     head = model.head
-    head.bare = True  # gives hidden states
-    try:
-        states = head.dropout(model(*inputs, columns=columns)).flatten(0, -2)
-    finally:
-        head.bare = False
+    states = head.dropout(model(*inputs, columns=columns, apply_head=False)).flatten(0, -2)
     weight = (model.embed if head.out.weight is None else head.out).weight.to(states.dtype)
     return F.linear_cross_entropy(
         states,

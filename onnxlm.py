@@ -976,7 +976,6 @@ CLASS_TOKENS = {  # tokenizer class of transformers -> the special tokens that i
     "BertTokenizer": _BERT,
     "DistilBertTokenizer": _BERT,
     "ElectraTokenizer": _BERT,
-    "MPNetTokenizer": _ROBERTA | {"unk_token": "[UNK]"},
     "RobertaTokenizer": _ROBERTA,
     "BartTokenizer": _ROBERTA,
     "XLMRobertaTokenizer": _ROBERTA,
@@ -995,7 +994,6 @@ MODEL_TOKENIZERS = {  # model_type -> tokenizer class of transformers; "": whate
     "bert": "BertTokenizer",
     "distilbert": "BertTokenizer",
     "electra": "BertTokenizer",
-    "mpnet": "MPNetTokenizer",
     "roberta": "RobertaTokenizer",
     "bart": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
@@ -1010,6 +1008,7 @@ MODEL_TOKENIZERS = {  # model_type -> tokenizer class of transformers; "": whate
     "t5": "T5Tokenizer",
     "mistral": "",
     "olmo2": "",
+    "phi3": "",
 }
 
 
@@ -1037,7 +1036,7 @@ def tokenizer_class(files: dict[str, bytes], hf_config: dict) -> str:
     declared = parse_json_file(files, "tokenizer_config.json").get("tokenizer_class")
     declared = str(declared or hf_config.get("tokenizer_class") or "").removesuffix("Fast")
     registered = MODEL_TOKENIZERS.get(hf_config.get("model_type"))
-    if declared == "LlamaTokenizer" and hf_config.get("model_type") not in ("qwen2", "phi3"):
+    if declared == "LlamaTokenizer" and hf_config.get("model_type") != "qwen2":
         if b'"ByteLevel"' in files.get("tokenizer.json", b""):  # Llama 3
             return ""
     if declared and registered == "":
@@ -1084,6 +1083,8 @@ class Tokenizer:
         self.special_tokens = special_tokens(files, hf_config, self.backend.padding)
         self.backend.no_truncation()  # what the file says of both is about somebody's batches
         self.backend.no_padding()
+        config = parse_json_file(files, "tokenizer_config.json")
+        self.backend.encode_special_tokens = bool(config.get("split_special_tokens"))
         self.size = self.backend.get_vocab_size()
         self.eos_token_id = self.backend.token_to_id(self.special_tokens.get("eos_token", ""))
         self.pad_token_id = self.backend.token_to_id(self.special_tokens.get("pad_token", ""))

@@ -1928,7 +1928,6 @@ CLASS_TOKENS = {  # tokenizer class of transformers -> the special tokens that i
     "BertTokenizer": _BERT,
     "DistilBertTokenizer": _BERT,
     "ElectraTokenizer": _BERT,
-    "MPNetTokenizer": _ROBERTA | {"unk_token": "[UNK]"},
     "RobertaTokenizer": _ROBERTA,
     "BartTokenizer": _ROBERTA,
     "XLMRobertaTokenizer": _ROBERTA,
@@ -1947,7 +1946,6 @@ MODEL_TOKENIZERS = {  # model_type -> tokenizer class of transformers; "": whate
     "bert": "BertTokenizer",
     "distilbert": "BertTokenizer",
     "electra": "BertTokenizer",
-    "mpnet": "MPNetTokenizer",
     "roberta": "RobertaTokenizer",
     "bart": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
@@ -1962,6 +1960,7 @@ MODEL_TOKENIZERS = {  # model_type -> tokenizer class of transformers; "": whate
     "t5": "T5Tokenizer",
     "mistral": "",
     "olmo2": "",
+    "phi3": "",
 }
 
 
@@ -1989,7 +1988,7 @@ def tokenizer_class(files: dict[str, bytes], hf_config: dict) -> str:
     declared = parse_json_file(files, "tokenizer_config.json").get("tokenizer_class")
     declared = str(declared or hf_config.get("tokenizer_class") or "").removesuffix("Fast")
     registered = MODEL_TOKENIZERS.get(hf_config.get("model_type"))
-    if declared == "LlamaTokenizer" and hf_config.get("model_type") not in ("qwen2", "phi3"):
+    if declared == "LlamaTokenizer" and hf_config.get("model_type") != "qwen2":
         if b'"ByteLevel"' in files.get("tokenizer.json", b""):  # Llama 3
             return ""
     if declared and registered == "":
@@ -2036,6 +2035,8 @@ class Tokenizer:
         self.special_tokens = special_tokens(files, hf_config, self.backend.padding)
         self.backend.no_truncation()  # what the file says of both is about somebody's batches
         self.backend.no_padding()
+        config = parse_json_file(files, "tokenizer_config.json")
+        self.backend.encode_special_tokens = bool(config.get("split_special_tokens"))
         self.size = self.backend.get_vocab_size()
         self.eos_token_id = self.backend.token_to_id(self.special_tokens.get("eos_token", ""))
         self.pad_token_id = self.backend.token_to_id(self.special_tokens.get("pad_token", ""))
@@ -2212,24 +2213,356 @@ def tokenizer_config(eos: str, pad: str, **more) -> bytes:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer | ByteTokenizer | None:
-    """The tokenizer of a checkpoint folder, or None if it has none. A byte tokenizer of ours needs no library."""
+    """The tokenizer of a checkpoint folder as transformers' AutoTokenizer reads it, or None if it has none. Where that is
+    not what tokenizer.json says alone, the tokenizer's `files` have one that says it. A byte tokenizer of ours needs no
+    library."""
     folder = Path(folder)
     files = read_tokenizer_files(folder)
-    if "tokenizer.json" not in files:
-        return None
-    if files["tokenizer.json"] == ByteTokenizer().files["tokenizer.json"]:
+    if files.get("tokenizer.json") == ByteTokenizer().files["tokenizer.json"]:
         del files["tokenizer.json"]
         return ByteTokenizer(files)
+    names = ("tokenizer.json", "vocab.txt", "vocab.json")
+    source = next((name for name in names if name in files), None)
+    if source is None:
+        for name in files:
+            require(
+                not name.endswith((".model", ".spm")),
+                f"{folder / name}: a SentencePiece model alone, expected a tokenizer.json; where transformers can convert "
+                f"it, AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}) writes one",
+            )
+        return None
     try:
-        return Tokenizer(files, read_json(folder / "config.json", {}))
+        hf_config = read_json(folder / "config.json", {})
+        return Tokenizer(resolve_tokenizer(files, hf_config), hf_config)
     except ImportError:
-        raise Error(
-            f"{folder / 'tokenizer.json'}: reading it needs `pip install tokenizers`"
-        ) from None
+        raise Error(f"{folder / source}: reading it needs `pip install tokenizers`") from None
     except Error as error:
         raise Error(f"{folder}: {error}") from None
     except Exception as error:  # the library raises plain Exception
-        raise Error(f"{folder / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
+        raise Error(f"{folder / source}: not a readable tokenizer ({error})") from None
+
+
+def resolve_tokenizer(files: dict[str, bytes], hf_config: dict) -> dict[str, bytes]:
+    """The files, with a tokenizer.json that says all that transformers' AutoTokenizer reads from them: the tokens that
+    only other files name; of some classes, the flags of tokenizer_config.json in place of what tokenizer.json says."""
+    from tokenizers import Tokenizer as Backend
+
+    config = parse_json_file(files, "tokenizer_config.json")
+    kind = tokenizer_class(files, hf_config)
+    if "tokenizer.json" in files:
+        config = {k: v for k, v in config.items() if k not in ("add_bos_token", "add_eos_token")}
+    else:
+        kind, files = kind_of_vocabulary(files, kind, config)
+    spec = json.loads(files["tokenizer.json"])
+    model, before = spec["model"], spec.get("added_tokens") or []
+    tokens = special_tokens(files, hf_config, spec.get("padding"))
+    parts, (model_type, pipeline) = {}, CLASS_PIPELINES.get(kind, (None, None))
+    if pipeline and model_type == model.get("type"):
+        parts = pipeline(config, tokens, spec)
+    found = tokens_to_add(files, tokens, before, kind if parts else "")
+    have = {token["content"]: token for token in before}
+    same_tokens = all(is_same_token(token, have.get(token.content)) for token in found)
+    same_tokens &= not parts or len(found) == len(have)
+    same_parts = all(has_parts(spec.get(name), part) for name, part in parts.items())
+    if same_tokens and same_parts:
+        backend = None
+        vocabulary = model["vocab"]
+        if isinstance(vocabulary, list):
+            vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+        ids = vocabulary | {token["content"]: token["id"] for token in before}
+    else:
+        if parts:
+            parts["model"] = model | parts["model"]
+            spec = spec | parts | {"added_tokens": []}
+        backend = Backend.from_str(json.dumps(spec))
+        backend.add_tokens(found)
+        ids = backend.get_vocab()
+    around = class_post_processor(kind, config, tokens, ids) if parts else None
+    if backend is None and (around is None or has_parts(spec.get("post_processor"), around)):
+        return files
+    resolved = json.loads(backend.to_str()) if backend else spec
+    if around:
+        resolved["post_processor"] = around
+    return files | {"tokenizer.json": json.dumps(resolved, ensure_ascii=False).encode("utf-8")}
+
+
+def is_same_token(token, written: dict | None) -> bool:
+    """Is it an added token that tokenizer.json has, with the same flags?"""
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return written is not None and all(getattr(token, name) == written[name] for name in flags)
+
+
+def has_parts(spec, parts) -> bool:
+    """Does a piece of tokenizer.json say what the parts say? What is null, empty or false need not be there."""
+    if isinstance(parts, dict) and isinstance(spec, dict):
+        return all(has_parts(spec.get(name), part) for name, part in parts.items())
+    if isinstance(parts, list) and isinstance(spec, list):
+        return len(parts) == len(spec) and all(map(has_parts, spec, parts))
+    return spec == parts or not spec and not parts
+
+
+def kind_of_vocabulary(files: dict[str, bytes], kind: str, config: dict) -> tuple[str, dict]:
+    """(tokenizer class, files with a tokenizer.json) of a folder that has a vocabulary in other files."""
+    declared = config.get("tokenizer_class")
+    if "vocab.txt" in files:
+        model, default = "WordPiece", "BertTokenizer"
+        lines = files["vocab.txt"].decode("utf-8").splitlines()
+        content = {"type": model, "vocab": {token: i for i, token in enumerate(lines)}}
+        content |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+        content["unk_token"] = "[UNK]"
+    else:
+        model, default = "BPE", "GPT2Tokenizer"
+        require("merges.txt" in files, "vocab.json without merges.txt, expected both")
+        lines = files["merges.txt"].decode("utf-8").split("\n")
+        merges = [line.rstrip("\r") for line in lines if line.strip() and line[:8] != "#version"]
+        content = {"type": model, "vocab": json.loads(files["vocab.json"]), "merges": merges}
+    kind = kind or ("" if declared else default)
+    require(
+        CLASS_PIPELINES.get(kind, (None,))[0] == model,
+        f"tokenizer_class = {declared or kind!r} without a tokenizer.json is not supported",
+    )
+    files = {"tokenizer_config.json": json.dumps({"tokenizer_class": kind}).encode()} | files
+    spec = {"version": "1.0", "added_tokens": [], "model": content}
+    return kind, files | {"tokenizer.json": json.dumps(spec).encode()}
+
+
+def tokens_to_add(files: dict[str, bytes], tokens: dict[str, str], before: list, kind: str) -> list:
+    """What the files name beside the vocabulary, in transformers' order: by id, then the special tokens."""
+    from tokenizers import AddedToken
+
+    def added(value, **flags) -> AddedToken:
+        fields = {"content": value} if isinstance(value, str) else dict(value)
+        for name in ("id", "__type"):
+            fields.pop(name, None)
+        return AddedToken(**fields | flags)
+
+    config = parse_json_file(files, "tokenizer_config.json")
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    by_id = {
+        int(i): added(value) for i, value in (config.get("added_tokens_decoder") or {}).items()
+    }
+    if "added_tokens_decoder" not in config:
+        named = parse_json_file(files, "special_tokens_map.json")
+        extra = extra or named.get("additional_special_tokens") or []
+        extra = (
+            [*extra, *(named.get("extra_special_tokens") or [])]
+            if isinstance(extra, list)
+            else extra
+        )
+        config = config | named
+        special = {*tokens.values(), *map(str, extra)}
+        for text, i in parse_json_file(files, "added_tokens.json").items():
+            by_id[i] = added(text, normalized=text not in special, special=text in special)
+        for value in before:
+            by_id[value["id"]] = added(value)
+    if isinstance(extra, dict):  # names of their own, which are among the tokens already
+        extra = []
+    if kind == "T5Tokenizer" and not config.get("additional_special_tokens"):
+        extra = [*extra, *(f"<extra_id_{i}>" for i in range(config.get("extra_ids", 100)))]
+    found = [token for _, token in sorted(by_id.items(), key=lambda item: item[0])]
+    known = {token.content for token in found}
+    if not kind:  # tokenizer.json's own stay
+        known |= {value["content"] for value in before}
+    for name, text in [*tokens.items(), *((None, value) for value in extra)]:
+        value = config.get(name, text) if name else text
+        token = added(value if isinstance(value, dict) else text, special=True)
+        if token.content and token.content not in known:
+            found.append(token)
+            known.add(token.content)
+    special = {*tokens.values(), *(value["content"] for value in before if value["special"])}
+    for token in found:
+        token.special = token.special or token.content in special
+    return found
+
+
+# Classes of transformers that make their own pipeline of tokenizer_config.json and of tokenizer.json's vocabulary:
+# (config, special tokens, tokenizer.json) -> the parts of tokenizer.json that they write.
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": True,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+BYTE_LEVEL_BPE = {
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": "",
+    "end_of_word_suffix": "",
+    "fuse_unk": False,
+    "byte_fallback": False,
+    "ignore_merges": False,
+}
+QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def sequence(kind: str, *parts: dict) -> dict:
+    return {"type": "Sequence", kind: list(parts)}
+
+
+def metaspace(scheme: str, split: bool = True) -> dict:
+    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+
+
+def byte_level_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
+    words = BYTE_LEVEL | {"add_prefix_space": bool(config.get("add_prefix_space"))}
+    return {
+        "normalizer": None,
+        "pre_tokenizer": words,
+        "decoder": BYTE_LEVEL,
+        "model": BYTE_LEVEL_BPE,
+    }
+
+
+def qwen2_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
+    words = {
+        "type": "Split",
+        "pattern": {"Regex": QWEN2_WORDS},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    bytes_of = BYTE_LEVEL | {"add_prefix_space": bool(config.get("add_prefix_space"))}
+    parts = byte_level_pipeline(config, tokens, spec)
+    parts["normalizer"] = {"type": "NFC"}
+    parts["pre_tokenizer"] = sequence("pretokenizers", words, bytes_of | {"use_regex": False})
+    return parts
+
+
+def bert_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
+    normalizer = {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
+        "strip_accents": config.get("strip_accents"),
+        "lowercase": config.get("do_lower_case", True),
+    }
+    return {
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {"unk_token": tokens["unk_token"]},
+    }
+
+
+def llama_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
+    prefix = config.get("add_prefix_space") in (None, True)
+    scheme = "never" if not prefix else "always" if config.get("legacy") else "first"
+    decoders = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    model = BYTE_LEVEL_BPE | {"fuse_unk": True, "byte_fallback": True}
+    model |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}
+    return {
+        "normalizer": None,
+        "pre_tokenizer": metaspace(scheme, split=False),
+        "decoder": sequence("decoders", *decoders),
+        "model": model,
+    }
+
+
+def gemma_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
+    parts = llama_pipeline({"add_prefix_space": False}, tokens, spec)
+    space = {"String": " "}
+    parts["normalizer"] = {"type": "Replace", "pattern": space, "content": "▁"}
+    parts["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": space,
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
+    parts["model"] |= {"unk_token": tokens.get("unk_token")}
+    return parts
+
+
+def unigram_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
+    """XLM-RoBERTa's and T5's; a normalizer that comes from SentencePiece stays."""
+    normalizer = spec.get("normalizer") or {}
+    normalizers = normalizer.get("normalizers", [normalizer])
+    charsmap = [part for part in normalizers if part.get("type") == "Precompiled"]
+    scheme = "always" if config.get("add_prefix_space", True) else "never"
+    return {
+        "normalizer": charsmap[0] if charsmap else None,
+        "pre_tokenizer": sequence("pretokenizers", {"type": "WhitespaceSplit"}, metaspace(scheme)),
+        "decoder": metaspace(scheme),
+        "model": {"byte_fallback": False, "unk_id": 3},
+    }
+
+
+def t5_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
+    parts = unigram_pipeline(config, tokens, spec)
+    parts["model"]["unk_id"] = 2
+    return parts
+
+
+CLASS_PIPELINES = {  # class -> (type of its model in tokenizer.json, its pipeline)
+    "BertTokenizer": ("WordPiece", bert_pipeline),
+    "DistilBertTokenizer": ("WordPiece", bert_pipeline),
+    "ElectraTokenizer": ("WordPiece", bert_pipeline),
+    "RobertaTokenizer": ("BPE", byte_level_pipeline),
+    "BartTokenizer": ("BPE", byte_level_pipeline),
+    "GPT2Tokenizer": ("BPE", byte_level_pipeline),
+    "Qwen2Tokenizer": ("BPE", qwen2_pipeline),
+    "LlamaTokenizer": ("BPE", llama_pipeline),
+    "GemmaTokenizer": ("BPE", gemma_pipeline),
+    "XLMRobertaTokenizer": ("Unigram", unigram_pipeline),
+    "T5Tokenizer": ("Unigram", t5_pipeline),
+}
+
+
+def class_post_processor(kind: str, config: dict, tokens: dict, ids: dict) -> dict | None:
+    """The special tokens that a class puts around a text, as tokenizer.json says it; None: those of tokenizer.json.
+    ids: token -> id."""
+
+    def template(single: list, pair: list) -> dict:
+        """A and B are the texts, what else there is are tokens; all of type 0, but for what follows the B of Bert's."""
+        used = dict.fromkeys(name for name in pair if name not in ("A", "B"))
+        special = {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in used}
+
+        def pieces(names: list, types: list) -> list:
+            return [
+                {"Sequence": {"id": name, "type_id": type_id}}
+                if name in ("A", "B")
+                else {"SpecialToken": {"id": name, "type_id": type_id}}
+                for name, type_id in zip(names, types)
+            ]
+
+        types = [0] * len(pair)
+        if bert or explicit:
+            first = pair.index("B") - (explicit and bool(config.get("add_bos_token")))
+            types[first:] = [1] * (len(pair) - first)
+        return {
+            "type": "TemplateProcessing",
+            "single": pieces(single, [0] * len(single)),
+            "pair": pieces(pair, types),
+            "special_tokens": special,
+        }
+
+    bert = CLASS_PIPELINES[kind][0] == "WordPiece"
+    explicit = not bert and bool(config.get("add_bos_token") or config.get("add_eos_token"))
+    if bert:
+        start, end = tokens["cls_token"], tokens["sep_token"]
+        return template([start, "A", end], [start, "A", end, "B", end])
+    if kind in ("RobertaTokenizer", "BartTokenizer"):
+        ends = {name: tokens[f"{name}_token"] for name in ("sep", "cls")}
+        ends = {name: [text, ids[text]] for name, text in ends.items()}
+        flags = {
+            "trim_offsets": config.get("trim_offsets", True),
+            "add_prefix_space": bool(config.get("add_prefix_space")),
+        }
+        return {"type": "RobertaProcessing"} | ends | flags
+    if kind == "XLMRobertaTokenizer":
+        start, end = tokens["bos_token"], tokens["eos_token"]
+        return template([start, "A", end], [start, "A", end, end, "B", end])
+    if kind == "T5Tokenizer":
+        return template(["A", "</s>"], ["A", "</s>", "B", "</s>"])
+    if explicit:
+        start = [tokens["bos_token"]] if config.get("add_bos_token") else []
+        end = [tokens["eos_token"]] if config.get("add_eos_token") else []
+        return template([*start, "A", *end], [*start, "A", *end, *start, "B", *end])
+    return None
 
 
 # Chat templates are programs that come with a checkpoint. They run in jinja2's sandbox, and there in bounds.

@@ -1,7 +1,7 @@
 """tinylm: a whole language-model library in one file.
 
     from tinylm import Config, TinyLM, train_step
-    lm = TinyLM.from_pretrained("SmolLM2-135M-Instruct")          # GPT, Llama, Qwen, BERT, T5, BART, ...: see FAMILIES
+    lm = TinyLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")    # or a folder; see FAMILIES for what it reads
     for piece in lm.stream("The capital of France is", max_new_tokens=20): print(piece, end="")
     lm.save_pretrained("copy")                                     # transformers, vLLM and llama.cpp load it unchanged
     lm = TinyLM(Config(hidden_size=256, num_hidden_layers=4))      # or start from nothing, with a loop around train_step
@@ -3661,73 +3661,74 @@ def refuse_unsupported(row: Family, raw: dict, source: str, ignored: list):
 
 
 ORIGINAL = "original_max_position_embeddings"
+ROPE_OPTIONS = {
+    "llama3": {ORIGINAL},
+    "yarn": {ORIGINAL, *YARN_KEYS},
+}  # rope_type -> keys it may have
 ROPE_UNUSED = {*YARN_KEYS, *sum(ROPE_KEYS.values(), ()), ORIGINAL, "finetuned"}  # by some types
 
 
 def flat_rope(row: Family, raw: dict, source: str, ignored: list):
     """Rotary positions in one dialect, in place: `rope_theta`, `partial_rotary_factor`, `rope_scaling` for the rest.
 
-    As transformers has it: `rope_scaling` goes before the `rope_parameters` of version 5 (which are nested per layer
-    type in Gemma 3), and what stands inside of these before what stands beside them, but for the original length.
+    As transformers has it: `rope_scaling` goes before the `rope_parameters` of version 5, and what stands inside of
+    these before what stands beside them, but for the original length. Adds to `ignored` what the rope_type ignores.
     """
-    rope, scaling = (raw.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    rope, scaling = raw.pop("rope_parameters", None) or {}, raw.get("rope_scaling") or {}
     for value in (rope, scaling):
         require(isinstance(value, dict), f"{source}: rope_scaling = {value!r}, expected an object")
-    raw.pop("rope_parameters", None)
-    beside = raw.get("original_max_position_embeddings")
+    beside = raw.get(ORIGINAL)
     if "rope_local_base_freq" in row.defaults:
-        strange = [key for key in rope if key not in LAYER_TYPES]
-        require(not strange, f"{source}: rope_parameters has {strange}, expected {LAYER_TYPES}")
-        full, local = (rope.get(kind) or {"rope_type": "default"} for kind in LAYER_TYPES)
-        raw["rope_local_base_freq"] = local.pop("rope_theta", raw["rope_local_base_freq"])
-        require(
-            local in ({}, {"rope_type": "default"}),
-            f"{source}: rope_parameters of sliding_attention = {local} is "
-            "not supported (supported: rope_type 'default')",
-        )
-        rope, beside = full | scaling, None
-        rope.pop("truncate", None)
-    else:
-        rope = scaling or rope
+        rope, beside = nested_rope(raw, rope, source) | scaling, None
+        rope.pop("truncate", None)  # which transformers looks for elsewhere
+    elif scaling:
+        rope = scaling
     rope = {key: value for key, value in rope.items() if value is not None}
     for key in ("rope_theta", "partial_rotary_factor"):
         raw[key] = rope.pop(key, raw.get(key))
-    name = rope.get("type", "default")
-    kind = rope.get("rope_type", name)
+    kind = rope.get("rope_type", rope.get("type", "default"))
     require(
-        kind == rope.pop("type", kind),
-        f"{source}: rope_scaling has rope_type = {kind!r} and type = {name!r}",
+        rope.pop("type", kind) == kind,
+        f"{source}: rope_scaling has rope_type = {kind!r} and another type",
     )
-    raw["rope_scaling"] = None
     if not isinstance(kind, str) or kind not in ROPE_KEYS:  # which Config refuses
         raw["rope_scaling"] = rope | {"rope_type": kind}
         return
-    used = {"rope_type", *ROPE_KEYS[kind]}
-    if kind in ("llama3", "yarn"):
-        used |= {ORIGINAL, *(YARN_KEYS if kind == "yarn" else ())}
-        rope.setdefault(ORIGINAL, raw["max_position_embeddings"])
-        if beside is not None:
-            rope[ORIGINAL] = beside
+    if kind in ROPE_OPTIONS:
+        length = raw["max_position_embeddings"]
+        original = rope[ORIGINAL] = rope.get(ORIGINAL, length) if beside is None else beside
         require(
-            is_number_in(rope[ORIGINAL], 1, 2**31),
-            f"{source}: {ORIGINAL} = {rope[ORIGINAL]!r}, expected a positive number",
+            is_number_in(original, 1, 2**31),
+            f"{source}: {ORIGINAL} = {original!r}, expected a size",
         )
-    if kind == "llama3":
-        low, high = (rope.get(f"{end}_freq_factor", 0) for end in ("low", "high"))
-        require(
-            low < high or not high,
-            f"{source}: rope_scaling has low_freq_factor = {low}, expected less than high_freq_factor = {high}",
-        )
-    if kind == "yarn" and "factor" not in rope:
-        rope["factor"] = raw["max_position_embeddings"] / rope[ORIGINAL]
+        if kind == "yarn":
+            rope.setdefault("factor", length / original)
+        else:
+            low, high = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", 1e9)
+            require(low < high, f"{source}: low_freq_factor = {low}, expected less than {high}")
+    used = {"rope_type", *ROPE_KEYS[kind], *ROPE_OPTIONS.get(kind, ())}
     for key in rope.keys() - used:
         known = key in ROPE_UNUSED or (key, rope[key]) == ("attn_factor", 1)
         require(
             known, f"{source}: rope_scaling has {key} = {rope[key]!r}, not supported in {kind!r}"
         )
         ignored.append(f"{key} of rope_scaling")
-    if kind != "default":
-        raw["rope_scaling"] = {"rope_type": kind} | {k: rope[k] for k in rope if k in used}
+    told = {key: value for key, value in rope.items() if key in used}
+    raw["rope_scaling"] = None if kind == "default" else told | {"rope_type": kind}
+
+
+def nested_rope(raw: dict, rope: dict, source: str) -> dict:
+    """Gemma 3 has `rope_parameters` for each type of layers: those of the full ones; the others have but a theta."""
+    strange = [key for key in rope if key not in LAYER_TYPES]
+    require(not strange, f"{source}: rope_parameters has {strange}, expected {LAYER_TYPES}")
+    full, local = (dict(rope.get(kind) or {"rope_type": "default"}) for kind in LAYER_TYPES)
+    raw["rope_local_base_freq"] = local.pop("rope_theta", raw["rope_local_base_freq"])
+    require(
+        local in ({}, {"rope_type": "default"}),
+        f"{source}: rope_parameters of sliding_attention = {local} is not supported "
+        "(supported: rope_type 'default')",
+    )
+    return full
 
 
 UNSET = dict(  # where Config's default is an architecture or a size of its own

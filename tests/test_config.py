@@ -229,8 +229,12 @@ def test_what_is_not_there_means_what_transformers_takes(name):
 
 
 def test_config_from_hf_takes_the_dict_alone():
-    raw = dict(LLAMA)
-    assert config_from_hf(raw).head == "lm" and raw == LLAMA
+    """And leaves it as it is: guards a theta that a second reading did not find."""
+    local = dict(full_attention=dict(rope_theta=7.0), sliding_attention=dict(rope_theta=5.0))
+    for raw in (LLAMA, RAW["gemma3_text"] | dict(rope_parameters=local)):
+        before = json.dumps(raw)
+        config = config_from_hf(raw)
+        assert config.head == "lm" and config_from_hf(raw) == config and json.dumps(raw) == before
 
 
 # ---- a tied tensor under its other name ------------------------------------------------------------------------------

@@ -2637,16 +2637,21 @@ def find_chat_template(
         found["default"] = files["chat_template.jinja"]
     if found:
         templates = {name: text.decode("utf-8", errors="replace") for name, text in found.items()}
+        if [*found] == ["default"]:
+            templates = templates["default"]  # the only one has no name
     if not isinstance(templates, dict):
-        templates = {"default": templates}
+        require(
+            templates or chosen,
+            "chat: the checkpoint has no chat_template in tokenizer_config.json and no chat_template.jinja",
+        )
+        return templates if chosen is None else chosen
     if chosen is not None:
         return templates.get(chosen, chosen)
     if tools is not None and "tool_use" in templates:
         return templates["tool_use"]
     require(
         templates.get("default"),
-        "chat: the checkpoint has no chat_template in tokenizer_config.json and no chat_template.jinja"
-        + (f", only templates named {', '.join(templates)}" if found else ""),
+        f"chat: the checkpoint has chat templates named {', '.join(map(str, templates))}, but no default",
     )
     return templates["default"]
 

@@ -3601,13 +3601,13 @@ def normalize_hf_config(row: Family, raw: dict, source: str) -> dict:
     """
     raw, ignored = row.defaults | raw, []
     for name, key in row.aliases.items():
-        value = raw.pop(name, None)
-        if value is not None:
-            require(
-                raw.get(key) in (None, row.defaults.get(key), value),
-                f"{source}: {name} = {value!r} and {key} = {raw.get(key)!r}, expected the same",
-            )
-            raw[key] = value
+        value, known = raw.pop(name, None), raw.get(key)
+        if known is None or known == row.defaults.get(key):
+            raw[key] = known if value is None else value
+        require(
+            value in (None, raw[key]) or name == "num_hidden_layers",  # which the tensors tell
+            f"{source}: {name} = {value!r} and {key} = {known!r}, expected the same",
+        )
     if "rope_scaling" in row.fields:
         flat_rope(row, raw, source, ignored)
     if "use_sliding_window" in row.defaults and not raw["use_sliding_window"]:
@@ -3639,16 +3639,19 @@ def refuse_unsupported(row: Family, raw: dict, source: str, ignored: list):
     read = INERT | GENERATION | row.defaults.keys() | set(row.fields.values())
     hidden, heads = (raw.get(row.fields[name]) for name in ("hidden_size", "num_attention_heads"))
     whole = is_number_in(hidden, 1, 2**31, int) and is_number_in(heads, 1, 2**31, int)
-    causal, seq2seq = row.fixed.get("causal", True), "num_encoder_layers" in row.fields
+    causal, position = row.fixed.get("causal", True), row.fixed.get("position", "rope")
+    seq2seq = "num_encoder_layers" in row.fields
     kind = LAYER_TYPES[raw.get("sliding_window") is not None]
     neutral = dict.fromkeys(NEUTRAL_AT_ONE, 1) | row.fixed
     neutral |= {
+        "causal": causal,
         "is_decoder": causal and not seq2seq,
         "is_encoder_decoder": seq2seq,
         "layer_types": [kind] * len(raw.get("layer_types") or ()),
         "num_key_value_heads": heads,
         "head_dim": whole and hidden // heads,
         "embedding_size": hidden,
+        "position_embedding_type": {"rope": "rope", "learned": "absolute"}.get(position),
     }
     only = row.only | ({"is_causal": True} if causal else {})
     for key, value in raw.items():
@@ -3900,7 +3903,7 @@ def read_json(path: Path, missing: dict | list | None = None):
 
 
 CHECKPOINT_FILES = """config.json generation_config.json model*.safetensors model.safetensors.index.json tokenizer.json
-tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json merges.txt *.jinja modules.json
+tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json merges.txt *.model *.jinja modules.json
 *sentence*.json */config.json [0-9]*_*/model.safetensors""".split()
 
 

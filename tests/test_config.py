@@ -83,6 +83,10 @@ NEUTRAL = [
     (LLAMA, dict(partial_rotary_factor=1.0, is_decoder=True, layer_types=["full_attention"] * 4)),
     (LLAMA, dict(sliding_window=None, num_experts=0, use_mrope=False, attn_logit_softcapping=None)),
     (LLAMA, dict(embedding_multiplier=1.0, residual_multiplier=1, logits_scaling=1.0)),
+    (LLAMA, dict(causal=True, position_embedding_type="rope", use_alibi=False)),
+    (BART, dict(num_hidden_layers=4, num_attention_heads=8)),
+    (BART, dict(num_hidden_layers=9)),  # as in distilled ones; encoder_layers and the tensors tell
+    (RAW["gpt2"], dict(n_ctx=9, hidden_size=64, position_embedding_type="absolute")),
     (LLAMA, dict(is_causal=True, rope_interleaved=False, quantization_config=None)),
     (LLAMA, dict(use_cache=False, torch_dtype="float16", _attn_implementation="eager")),
     (LLAMA, dict(rope_scaling=dict(rope_type="default"), attn_implementation="sdpa")),
@@ -147,6 +151,8 @@ def test_a_field_of_another_nature_is_refused():
         (BART, dict(is_decoder=True)),
         (RAW["gpt2"], dict(scale_attn_by_inverse_layer_idx=True)),
         (RAW["t5"], dict(dense_act_fn="gelu_new")),
+        (BART, dict(num_attention_heads=16)),
+        (RAW["gpt2"], dict(hidden_size=32)),
         (RAW["gemma3_text"], dict(use_bidirectional_attention=True)),
     ):
         with pytest.raises(tinylm.Error, match=next(iter(field))):
@@ -226,6 +232,27 @@ def test_what_is_not_there_means_what_transformers_takes(name):
     full = json.loads(json.dumps(CONFIG_MAPPING[name](**RAW[name]).to_dict(), default=str))
     ours, theirs = config_from_hf(RAW[name]), config_from_hf(full | {"id2label": None})
     assert ours == theirs
+
+
+def test_second_names_of_a_size():
+    """As the attribute_map of transformers has them: a GPT-2 whose file says hidden_size and not n_embd."""
+    for name in ("gpt2", "distilbert", "t5", "bart"):
+        row, raw = tinylm.FAMILIES[name], dict(RAW[name])
+        config = config_from_hf(raw)
+        for alias, key in row.aliases.items():
+            if key in raw:
+                raw[alias] = raw.pop(key)
+        assert config_from_hf(raw) == config and alias in raw
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_json_always_says_what_the_model_is_for(name):
+    """`architectures` names a class of transformers, from which the head is read again."""
+    for head in tinylm.FAMILIES[name].heads:
+        config = config_from_hf(RAW[name], head=head)
+        raw = tinylm.config_to_hf(config)
+        assert hasattr(transformers, raw["architectures"][0])
+        assert config_from_hf(raw) == config and config.head == head
 
 
 def test_config_from_hf_takes_the_dict_alone():

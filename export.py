@@ -6,9 +6,10 @@
     from onnxlm import OnnxLM                         # numpy, onnxruntime and tokenizers; no torch
     for piece in OnnxLM("smollm2").stream("The capital of France is"): print(piece, end="")
 
-The graph is traced from the model of tinylm.py itself: only its three leaves (`rms_norm`, `rotate`, `attend`) are
+The graph is traced from the model of tinylm.py itself: only its leaves (`rms_norm`, `rotate`, `attend`, `linear`) are
 swapped for single ONNX operators, which ONNX Runtime has fast kernels for on CPU and CUDA and would not find by
-itself in their written-out form. Names and axes are those of optimum and transformers.js.
+itself in their written-out form. A leaf that somebody replaced is traced as it is. Names and axes are those of optimum
+and transformers.js.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ import argparse
 import ast
 import contextlib
 import copy
+import hashlib
 import itertools
+import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -57,6 +63,7 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped besid
 MARK = ".tinylm-export"  # this file says: the next export may replace the folder
 OPSET = 23  # the first with Attention, RotaryEmbedding, RMSNormalization
 BLOCK = {4: 32, 8: 64}  # bits -> weights in a row that share a scale, at most
+LEAST_BLOCK = 32  # weights in a block; shorter ones are padded
 SHARES = (1.1, 1.05, 1, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a block's range, tried for the least error
 PARTS = ("blocks", "scales", "zero_points")  # tensors that a rounded matrix is stored in
 EXTERNAL_ABOVE = 2**31 - 2**26  # bytes; a protobuf file ends at 2 GiB
@@ -65,17 +72,20 @@ WINDOW, WINDOWS, MEASURED = 256, 40, 8  # tokens, windows to round for and, of t
 
 @dataclass(frozen=True)
 class Precision:
-    """How the numbers of a graph are stored."""
+    """How the numbers of a graph are stored.
+
+    tolerance: largest difference from torch with the same weights, relative to the largest value, before the products
+    with rounded weights are told to compute in 8 bits; dtype: of what flows through the graph, and of weights that are
+    not rounded; bits: of its matrices, but 8 for embedding and head, and 0 where they are as dtype; exact: greedy
+    decoding must say what torch says; cache: dtype of keys and values in a decoder's cache, where it is another.
+    """
 
     name: str
-    tolerance: (
-        float  # largest difference from torch with the same weights, relative to the largest value,
-    )
-    # before the products with rounded weights are told to compute in 8 bits
-    dtype: str = "float32"  # of what flows through it, and of weights that are not rounded
-    bits: int = 0  # of its matrices, but 8 for embedding and head; 0: as dtype
-    exact: bool = False  # greedy decoding must say what torch says
-    cache: str = ""  # dtype of keys and values in a decoder's cache, where it is another
+    tolerance: float
+    dtype: str = "float32"
+    bits: int = 0
+    exact: bool = False
+    cache: str = ""
 
     @property
     def suffix(self) -> str:
@@ -98,8 +108,13 @@ PRECISIONS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tracing: the model's leaves as single operators. From here on torch is needed.
+# Tracing: the model's leaves as single operators
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_own(leaf) -> bool:
+    """Is it tinylm's own, and not what somebody put in its place?"""
+    return getattr(leaf, "__globals__", None) is vars(tinylm)
 
 
 def operator(name: str, inputs: tuple, like, *shapes, rest=None, **attributes):
@@ -147,36 +162,35 @@ def onnx_attend(
     return cache.append(layer, "Attention", (q, k, v, mask), k.shape[1], q, **options)
 
 
-def grouped_attention(self, x, rope, mask, cache, layer):
+OPERATORS = {"rms_norm": onnx_rms_norm, "rotate": onnx_rotate, "attend": onnx_attend}
+
+
+def grouped_attention(self, x, rope, mask, cache, layer, keys_values=None):
     """tinylm's `Attention.forward` as ONNX Runtime's own operator: it rotates by the tables of all positions, writes
     keys and values behind those of the past, in place where past and present are one buffer, and masks by lengths."""
     qkv = self.qkv(x)
-    like, inputs = qkv[..., : self.sizes[0]], (qkv, None, None)
+    inputs = qkv, None, None
     if not isinstance(self.q_norm, nn.Identity):
         q, k, v = qkv.split(self.sizes, dim=-1)
         inputs = self.q_norm(q), self.k_norm(k), v
-    heads, groups, _ = (size // self.head_dim for size in self.sizes)
-    more = dict(softcap=self.softcap) if self.softcap else {}
-    more |= dict(local_window_size=cache.windows[layer]) if cache.windows[layer] else {}
-    scales = ()
+    options = {
+        "num_heads": self.sizes[0] // self.head_dim,
+        "kv_num_heads": self.sizes[1] // self.head_dim,
+        "scale": self.scale,
+        "do_rotary": 1,
+    }
+    if self.softcap:
+        options["softcap"] = self.softcap
+    if cache.windows[layer]:
+        options["local_window_size"] = cache.windows[layer]
+    more = (*cache.lengths, *rope)
     if cache.scales:
-        scales = None, None, None, *cache.scales[layer]
-        more |= dict(kv_cache_bit_width=8, k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL")
-    return self.o(
-        cache.append(
-            layer,
-            "com.microsoft::GroupQueryAttention",
-            inputs,
-            x.shape[1],
-            like,
-            (*cache.lengths, *rope, *scales),
-            num_heads=heads,
-            kv_num_heads=groups,
-            scale=self.scale,
-            do_rotary=1,
-            **more,
-        )
-    )
+        more = (*more, None, None, None, *cache.scales[layer])
+        options |= {"kv_cache_bit_width": 8}
+        options |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+    like = qkv[..., : self.sizes[0]]
+    name = "com.microsoft::GroupQueryAttention"
+    return self.o(cache.append(layer, name, inputs, x.shape[1], like, more, **options))
 
 
 def onnx_linear(x, weight, bias, blocks: QuantizedWeight | None):
@@ -202,28 +216,24 @@ def onnx_embedding(table, ids):
     single operator for it."""
     codes, scales, zeros = (getattr(table, part).index_select(0, ids.flatten()) for part in PARTS)
     rows = (codes.to(scales.dtype) - zeros[..., None].to(scales.dtype)) * scales[..., None]
-    return rows.flatten(1).unflatten(0, ids.shape)
-
-
-def rotary_tables(self, positions):
-    """tinylm's `Rotary.forward` where the attention looks up its positions by itself."""
-    return self.cos, self.sin
+    return rows.flatten(1)[:, : table.embedding_dim].unflatten(0, ids.shape)
 
 
 class Past:
-    """The cache of an exported graph, in the place of tinylm's KVCache: past comes in, present goes out, longer."""
+    """The cache of an exported graph, in the place of tinylm's KVCache: past comes in, present goes out, longer.
 
-    def __init__(
-        self, past: list, positions, lengths: tuple = (), windows: tuple = (), scales: tuple = ()
-    ):
-        self.past, self.positions, self.lengths, self.windows, self.present = (
-            past,
-            positions,
-            lengths,
-            windows,
-            [],
-        )
-        self.scales = scales  # of keys and values of 8 bits, by layer
+    past: keys and values of every layer, (batch, kv_heads, past, head_dim); positions (batch, seq) of the new tokens;
+    of grouped attention: lengths, what each row and the longest of them hold, and by layer the window (or False) and,
+    of keys and values of 8 bits, their scales.
+    """
+
+    def __init__(self, past: list, positions, lengths=(), windows=(), scales=()):
+        self.past = past
+        self.positions = positions
+        self.lengths = lengths
+        self.windows = windows
+        self.scales = scales
+        self.present = [None] * len(past)
 
     def append(
         self, layer: int, name: str, inputs: tuple, new: int, like, more: tuple = (), **attributes
@@ -232,22 +242,30 @@ class Past:
         past = self.past[2 * layer : 2 * layer + 2]
         batch, heads, length, width = past[0].shape
         longer = batch, heads, length + new, width
-        x, *present = operator(
-            name,
-            (*inputs, *past, *more),
-            like,
-            like.shape,
-            longer,
-            longer,
-            rest=past[0],
-            **attributes,
-        )
-        self.present += present
+        shapes = like.shape, longer, longer
+        inputs = (*inputs, *past, *more)
+        x, *present = operator(name, inputs, like, *shapes, rest=past[0], **attributes)
+        self.present[2 * layer : 2 * layer + 2] = present
         return x
+
+    def update(self, layer: int, k, v) -> list:
+        """What an `attend` that is written out asks for: all keys and values of a layer, the new ones behind the past."""
+        past = self.past[2 * layer : 2 * layer + 2]
+        present = [torch.cat((old, new), 2) for old, new in zip(past, (k, v))]
+        self.present[2 * layer : 2 * layer + 2] = present
+        return present
 
     def extend(self, mask):
         """Positions of the queries and of the keys; the mask spans past and new tokens."""
+        columns = self.past[0].shape[2] + self.positions.shape[1]
+        # its length has a name of its own, and tracing would ask for proof that both are one
+        mask = operator("Identity", (mask,), mask, (mask.shape[0], columns))
         return self.positions, tinylm.count_positions(mask)[1]
+
+    def outputs(self) -> list:
+        for i, x in enumerate(self.present):
+            require(x is not None, f"layer {i // 2} leaves the cache as it is")
+        return self.present
 
 
 @dataclass(frozen=True)
@@ -282,7 +300,7 @@ SIZES = {
     "eos_tokens": 4,
 }  # axes that vary: no two alike, none 0 or 1
 IDS = ("int64", "batch_size", "sequence_length")
-KNOBS = {
+OPTIONS = {
     "temperature": ("float32",),
     "top_k": ("int64",),
     "top_p": ("float32",),
@@ -292,81 +310,85 @@ KNOBS = {
 SOURCE_IDS = ("int64", "batch_size", "encoder_sequence_length")
 
 
-def groups_queries(config, stored: Precision) -> bool:
+def groups_queries(lm, stored: Precision) -> bool:
     """Does GroupQueryAttention compute it? In fp32 it has no CUDA kernel."""
+    config = lm.config
     scaling = config.rope_scaling or {}
     fixed = config.position == "rope" and scaling.get("rope_type", scaling.get("type")) != "dynamic"
-    return not stored.exact and fixed and config.head_dim % 16 == 0 and config.rotary_dim % 16 == 0
+    fits = config.head_dim % 16 == 0 and config.rotary_dim % 16 == 0
+    return not stored.exact and fixed and fits and has_own_attention(lm)
 
 
-def decoder_graph(config, stored: Precision) -> list:
+def has_own_attention(lm) -> bool:
+    """Is nothing of its attention replaced, from the rotary positions to the products?"""
+    attentions = [getattr(block, "attention", None) for block in lm.layers]
+    forwards = [getattr(m, "forward", None) for m in (*attentions, *lm.rotary.values())]
+    return all(map(is_own, (tinylm.attend, tinylm.rotate, *forwards)))
+
+
+def decoder_graph(lm, stored: Precision) -> list:
     """With a cache: the mask spans past and new tokens, and positions follow from it. `position_ids`, which all loaders
     give, says by its columns how many logits are asked for: those of the last ones."""
-    past = key_values(
-        config, "past_key_values", {"": "past_sequence_length"}, stored.cache or stored.dtype
-    )
+    grouped = groups_queries(lm, stored)
+    dtype = stored.cache or stored.dtype
+    past = key_values(lm.config, "past_key_values", {"": "past_sequence_length"}, dtype)
 
     def forward(lm, feed):
-        return decoder_step(lm, feed, [feed[name] for name in past], stored)
+        return decoder_step(lm, feed, [feed[name] for name in past], stored, grouped)
 
     inputs = {
         "input_ids": IDS,
         "attention_mask": ("int64", "batch_size", "total_sequence_length"),
         "position_ids": ("int64", "batch_size", "logits_length"),
     }
-    return [
-        Graph(
-            "model",
-            forward,
-            inputs | past,
-            ["logits", *key_values(config, "present", {"": ""})],
-            groups_queries(config, stored),
-        )
-    ]
+    outputs = ["logits", *key_values(lm.config, "present", {"": ""})]
+    return [Graph("model", forward, inputs | past, outputs, grouped)]
 
 
-def decoder_step(lm, feed: dict, past: list, stored: Precision) -> list:
+def decoder_step(lm, feed: dict, past: list, stored: Precision, grouped: bool) -> list:
     """Logits in float32, of as many last columns as position_ids has, and the cache after a call."""
-    ids, mask, lengths, config = feed["input_ids"], feed["attention_mask"], (), lm.config
-    seq, kept = ids.shape[1], feed["position_ids"].shape[1]
-    positions, last = tinylm.count_positions(mask)[0][:, -seq:], torch.arange(seq - kept, seq)
+    ids = feed["input_ids"]
+    mask = feed["attention_mask"]
+    seq = ids.shape[1]
+    kept = feed["position_ids"].shape[1]
+    positions = tinylm.count_positions(mask)[0][:, -seq:]
+    last = torch.arange(seq - kept, seq)
     columns = last[None].expand(ids.shape[0], kept)
-    if groups_queries(
-        config, stored
-    ):  # it takes rows that begin with their first token: padding goes behind
+    lengths = ()
+    if grouped:  # it takes rows that begin with their first token: padding goes behind
         new = mask[:, -seq:]
         columns = tinylm.count_positions(new)[0].index_select(1, last)
         ids = ids.gather(1, new.argsort(1, descending=True))
-        total = operator(
-            "Gather", (operator("Shape", (mask,), mask, (2,)), torch.tensor(1)), mask, ()
-        )
+        shape = operator("Shape", (mask,), mask, (2,))
+        total = operator("Gather", (shape, torch.tensor(1)), mask, ())
         lengths = (mask.sum(1) - 1).int(), total.int()
     windows = tuple(
-        kind == "sliding_attention" and config.sliding_window for kind in config.layer_types
+        kind == "sliding_attention" and lm.config.sliding_window for kind in lm.config.layer_types
     )
     scales = tuple(
         (block.attention.k_scale, block.attention.v_scale) for block in lm.layers if stored.cache
     )
     cache = Past(past, positions, lengths, windows, scales)
-    return [lm(ids, mask, cache=cache, columns=columns).float(), *cache.present]
+    return [lm(ids, mask, cache=cache, columns=columns).float(), *cache.outputs()]
 
 
-def generate_graph(config, stored: Precision) -> Graph:
+def generate_graph(lm, stored: Precision) -> Graph:
     """What `in_a_loop` repeats: a step of the decoder, the choice of a token, and whether all rows have ended."""
+    config = lm.config
+    grouped = groups_queries(lm, stored)
     past = key_values(config, "past", {"": "past_sequence_length"}, stored.cache or stored.dtype)
 
     def forward(lm, feed):
         ids, text, ended, ends = (feed[name] for name in ("ids", "text", "ended", "eos_token_id"))
         step = dict(input_ids=ids, attention_mask=torch.ones_like(text), position_ids=ids[:, :1])
-        logits, *present = decoder_step(lm, step, [feed[name] for name in past], stored)
-        generation_config = [
-            feed[name] for name in ("temperature", "top_k", "top_p", "seed", "step")
-        ]
+        held = [feed[name] for name in past]
+        logits, *present = decoder_step(lm, step, held, stored, grouped)
+        options = [feed[name] for name in ("temperature", "top_k", "top_p", "seed", "step")]
         token = torch.cond(
-            generation_config[0] > 0,
+            options[0] > 0,
             choose,
             lambda logits, *_: logits.argmax(-1),
-            (logits[:, 0], *generation_config),
+            (logits[:, 0], *options),
         )
         pad = lm.special_token_id("pad_token_id")
         pad = ends[0] if pad is None or pad < 0 else min(pad, config.vocab_size - 1)
@@ -380,17 +402,13 @@ def generate_graph(config, stored: Precision) -> Graph:
         "text": ("int64", "batch_size", "total_sequence_length"),
         "ended": ("bool", "batch_size"),
     } | past
-    return Graph(
-        "generate",
-        forward,
-        inputs | KNOBS,
-        ["go_on", "new_ids", "new_text", "have_ended", *key_values(config, "present", {"": ""})],
-        groups_queries(config, stored),
-    )
+    outputs = ["go_on", "new_ids", "new_text", "have_ended"]
+    outputs += key_values(config, "present", {"": ""})
+    return Graph("generate", forward, inputs | OPTIONS, outputs, grouped)
 
 
 def choose(logits, temperature, top_k, top_p, seed, step):
-    """tinylm's `sample` (batch, vocab) -> (batch,), where every knob is a tensor."""
+    """tinylm's `sample` (batch, vocab) -> (batch,), where every option is a tensor."""
     ordered, order = (logits / temperature).sort(descending=True)
     rank = torch.arange(logits.shape[1])
     ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), -math.inf)
@@ -402,26 +420,26 @@ def choose(logits, temperature, top_k, top_p, seed, step):
 
 
 def in_a_loop(model, config, stored: Precision):
-    """A traced `generate_graph` as the body of an ONNX Loop: from ids and knobs to whole sequences in one call."""
-    body, given = model.graph, {}
-    for value in [
-        value for value in body.inputs if value.name in KNOBS
-    ]:  # the body sees them from outside
+    """A traced `generate_graph` as the body of an ONNX Loop: from ids and options to whole sequences in one call. The
+    weights stay in the body: of the graph around it, ONNX Runtime before 1.29 reads rounded ones wrongly."""
+    body = model.graph
+    given = {}
+    for value in [value for value in body.inputs if value.name in OPTIONS]:
+        # the body sees them from outside
         body.inputs.remove(value)
         given[value.name] = ir.val(value.name, value.dtype, value.shape)
         ir.convenience.replace_all_uses_with(value, given[value.name])
     body.inputs.insert(1, ir.val("going_on", ir.DataType.BOOL, []))
-    weights = list(body.initializers.values())
-    body.initializers.clear()
     heads = ir.tensor(np.array([config.num_key_value_heads, 0, config.head_dim]), name="no_past")
-    weights.append(
-        ir.val(heads.name, const_value=heads, type=ir.TensorType(heads.dtype), shape=heads.shape)
+    no_past = ir.val(
+        heads.name, const_value=heads, type=ir.TensorType(heads.dtype), shape=heads.shape
     )
     prompt = ir.val("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
     steps = ir.val("max_new_tokens", ir.DataType.INT64, [])
-    nothing, false = np.zeros(1, stored.cache or stored.dtype), np.zeros(1, bool)
+    nothing = np.zeros(1, stored.cache or stored.dtype)
+    false = np.zeros(1, bool)
     batch = ir.node("Shape", [prompt], {"end": 1})
-    shape = ir.node("Concat", [batch.outputs[0], weights[-1]], {"axis": 0})
+    shape = ir.node("Concat", [batch.outputs[0], no_past], {"axis": 0})
     empty = ir.node("ConstantOfShape", shape.outputs, {"value": ir.tensor(nothing)})
     ended = ir.node("ConstantOfShape", batch.outputs, {"value": ir.tensor(false)})
     past = [empty.outputs[0]] * (2 * config.num_hidden_layers)
@@ -431,7 +449,8 @@ def in_a_loop(model, config, stored: Precision):
         {"body": body},
         num_outputs=3 + len(past),
     )
-    nodes, text = [batch, shape, empty, ended, loop], loop.outputs[1]
+    nodes = [batch, shape, empty, ended, loop]
+    text = loop.outputs[1]
     for i, value in enumerate(value for node in nodes for value in node.outputs):
         value.name = f"loop.{i}"  # no name of the body's
     text.name, text.type = "sequences", ir.TensorType(ir.DataType.INT64)
@@ -440,15 +459,16 @@ def in_a_loop(model, config, stored: Precision):
         [prompt, steps, *given.values()],
         [text],
         nodes=nodes,
-        initializers=weights,
+        initializers=[no_past],
         opset_imports=body.opset_imports,
         name="tinylm",
     )
     return ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
 
 
-def encoder_graph(config, stored: Precision) -> list:
+def encoder_graph(lm, stored: Precision) -> list:
     """Whatever reads a text in one call: no cache."""
+    config = lm.config
     names = ["input_ids", "attention_mask"] + ["token_type_ids"] * bool(config.type_vocab_size)
 
     def forward(lm, feed):
@@ -461,127 +481,98 @@ def encoder_graph(config, stored: Precision) -> list:
     return [Graph("model", forward, dict.fromkeys(names, IDS), outputs)]
 
 
-def encoder_decoder_graphs(config, stored: Precision) -> list:
+def encoder_decoder_graphs(lm, stored: Precision) -> list:
     """The encoder, and the decoder with two caches: of what it said, and of the source, filled by the first call."""
-    sides = {
-        ".decoder": "past_sequence_length",
-        ".encoder": "encoder_sequence_length",
-    }  # the latter may be 0 at first
-    past, outputs = (
-        key_values(config, "past_key_values", sides, stored.dtype),
-        [*key_values(config, "present", sides)],
-    )
+    config = lm.config
+    folds = not is_own(tinylm.attend)  # it takes keys as the model has them
+    plain_linear = torch.nn.functional.linear if is_own(tinylm.linear) else tinylm.linear
+    sides = {".decoder": "past_sequence_length", ".encoder": "encoder_sequence_length"}
+    # a source's may be 0 long
+    past_axes = key_values(config, "past_key_values", sides, stored.dtype)
+    outputs = list(key_values(config, "present", sides))
+    own_past, source_past = ([n for n in past_axes if side in n] for side in sides)
+    own_present, source_present = ([n for n in outputs if side in n] for side in sides)
 
     def encode(lm, feed):
         return [lm.encoder.states(lm.embed(feed["input_ids"]), feed["attention_mask"])]
 
+    def keys_and_values_of(lm, states):
+        found = (block.cross_attention.keys_values(states) for block in lm.layers)
+        parts = (part for both in found for part in both)
+        unfolded = (rearrange(part, "b s (h d) -> b h s d", d=config.head_dim) for part in parts)
+        return [part.contiguous() for part in unfolded]
+
     def decode(lm, feed):
-        own, kept = ([feed[name] for name in past if side in name] for side in sides)
-
-        def source():
-            states = feed["encoder_hidden_states"]
-            parts = (
-                part for block in lm.layers for part in block.cross_attention.keys_values(states)
+        past = [feed[name] for name in own_past]
+        kept = [feed[name] for name in source_past]
+        with mock.patch.object(tinylm, "linear", plain_linear):
+            # a branch takes no operator of our own
+            kept = torch.cond(
+                feed["use_cache_branch"],
+                lambda: [x.clone() for x in kept],
+                lambda: keys_and_values_of(lm, feed["encoder_hidden_states"]),
             )
-            return [
-                rearrange(part, "b s (h d) -> b h s d", d=config.head_dim).contiguous()
-                for part in parts
-            ]
-
-        with mock.patch.object(
-            tinylm, "linear", torch.nn.functional.linear
-        ):  # a branch takes no operator of our own
-            kept = torch.cond(feed["use_cache_branch"], lambda: [x.clone() for x in kept], source)
         ids = feed["input_ids"]
         encoder_mask = feed["encoder_attention_mask"].bool()[:, None, None, :]
-        ones = torch.ones(1, own[0].shape[2] + ids.shape[1], dtype=torch.long)
-        cache = Past(own, torch.arange(ones.shape[1])[None, -ids.shape[1] :])
-        cross_kv = list(zip(kept[::2], kept[1::2]))
+        ones = torch.ones(1, past[0].shape[2] + ids.shape[1], dtype=torch.long)
+        cache = Past(past, torch.arange(ones.shape[1])[None, -ids.shape[1] :])
+        seen = [rearrange(x, "b h s d -> b s (h d)") for x in kept] if folds else kept
+        cross_kv = list(zip(seen[::2], seen[1::2]))
         logits = lm(ids, ones, cache=cache, cross_kv=cross_kv, encoder_mask=encoder_mask).float()
-        present = dict(zip([n for n in outputs if ".decoder." in n], cache.present))
-        present |= zip([n for n in outputs if ".encoder." in n], kept)
-        return [logits, *map(present.get, outputs)]
+        present = dict(zip(own_present, cache.outputs())) | dict(zip(source_present, kept))
+        return [logits, *(present[name] for name in outputs)]
 
     states = (stored.dtype, "batch_size", "encoder_sequence_length", config.hidden_size)
     inputs = {
         "encoder_attention_mask": SOURCE_IDS,
         "input_ids": IDS,
         "encoder_hidden_states": states,
-    } | past
+        **past_axes,
+        "use_cache_branch": ("bool", 1),
+    }
     sources = dict.fromkeys(["input_ids", "attention_mask"], SOURCE_IDS)
     return [
         Graph("encoder_model", encode, sources, ["last_hidden_state"]),
-        Graph(
-            "decoder_model_merged",
-            decode,
-            inputs | {"use_cache_branch": ("bool", 1)},
-            ["logits", *outputs],
-        ),
+        Graph("decoder_model_merged", decode, inputs, ["logits", *outputs]),
     ]
 
 
-def graphs_of(config, stored: Precision) -> list:
+def graphs_of(lm, stored: Precision) -> list:
     """What a model is exported as."""
-    if config.num_encoder_layers:
-        return encoder_decoder_graphs(config, stored)
-    return (decoder_graph if config.causal and config.head == "lm" else encoder_graph)(
-        config, stored
-    )
+    if lm.config.num_encoder_layers:
+        return encoder_decoder_graphs(lm, stored)
+    if lm.config.causal and lm.config.head == "lm":
+        return decoder_graph(lm, stored)
+    return encoder_graph(lm, stored)
+
+
+class Traced(torch.nn.Module):
+    """A graph's forward over a list of tensors, in the order of its inputs."""
+
+    def __init__(self, lm, graph: Graph):
+        super().__init__()
+        self.lm, self.graph = lm, graph
+
+    def forward(self, tensors):
+        return self.graph.forward(self.lm, dict(zip(self.graph.inputs, tensors)))
 
 
 def trace(lm, graph: Graph, blocks: dict = {}):
     """An onnx_ir.Model; blocks: the rounded weights of `lm` by their names."""
-    leaves = mock.patch.multiple(
-        tinylm, rms_norm=onnx_rms_norm, rotate=onnx_rotate, attend=onnx_attend
-    )
-
-    class Traced(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lm = lm
-
-        def forward(self, tensors):
-            rounded = {
-                id(weight): blocks[name] for name, weight in lm.named_parameters() if name in blocks
-            }
-            linear = lambda x, weight, bias=None: onnx_linear(
-                x, weight, bias, rounded.get(id(weight))
-            )  # noqa: E731
-            with mock.patch.object(tinylm, "linear", linear):
-                return graph.forward(self.lm, dict(zip(graph.inputs, tensors)))
-
+    axes = [axes for _, *axes in graph.inputs.values()]
+    dtypes = [getattr(torch, dtype) for dtype, *_ in graph.inputs.values()]
+    sizes = [[SIZES.get(axis, axis) for axis in value] for value in axes]
+    arguments = [torch.ones(size, dtype=dtype) for size, dtype in zip(sizes, dtypes)]
     dims = {axis: torch.export.Dim(axis) for axis in SIZES}
-    arguments = [
-        torch.ones([SIZES.get(axis, axis) for axis in axes], dtype=getattr(torch, dtype))
-        for dtype, *axes in graph.inputs.values()
-    ]
-    shapes = [
-        {i: dims[axis] for i, axis in enumerate(axes) if axis in dims}
-        for _, *axes in graph.inputs.values()
-    ]
+    shapes = [{i: dims[axis] for i, axis in enumerate(value) if axis in dims} for value in axes]
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
         logging.ERROR
     )  # "no torchvision"
-    with torch.no_grad(), leaves, contextlib.ExitStack() as patches, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # that axes share names, as they should, and torch's own deprecations
-        if "embed.weight" in blocks:
-            for part, array in zip(
-                PARTS, blocks["embed.weight"].arrays(str(lm.dtype).removeprefix("torch."))
-            ):
-                lm.embed.register_buffer(part, torch.from_numpy(array), persistent=False)
-            patches.enter_context(
-                mock.patch.object(lm.embed, "forward", lambda ids: onnx_embedding(lm.embed, ids))
-            )
-        if graph.grouped:
-            patches.enter_context(mock.patch.object(tinylm.Attention, "forward", grouped_attention))
-            for rotary in lm.rotary.values():
-                positions = torch.arange(lm.config.max_position_embeddings)[None]
-                rotary.cos, rotary.sin = (x[0].to(lm.dtype) for x in rotary(positions))
-            patches.enter_context(mock.patch.object(tinylm.Rotary, "forward", rotary_tables))
+    with torch.no_grad(), single_operators(lm, graph, blocks), warnings.catch_warnings():
+        # that axes share names, as they should, and torch's own deprecations
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            Traced().eval(),
+            Traced(lm, graph).eval(),
             (arguments,),
             dynamo=True,
             opset_version=OPSET,
@@ -592,20 +583,45 @@ def trace(lm, graph: Graph, blocks: dict = {}):
         )
     model = tidy(program.model)
     put_blocks(model.graph, blocks)
-    for value in (
-        *model.graph.inputs,
-        *model.graph.outputs,
-    ):  # the axes of optimum, whose callers ask for all logits
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        # the axes of optimum, whose callers ask for all logits
         value.shape = ir.Shape(
             "sequence_length" if str(dim) == "logits_length" else dim for dim in value.shape
         )
-    if graph.grouped:
-        model.metadata_props["shared_cache"] = (
-            "1"  # present may be written in place, where past has the room
-        )
+    if graph.grouped:  # present may be written in place, where past has the room
+        model.metadata_props["shared_cache"] = "1"
     if graph.grouped or lm.config.position in tinylm.LIMITED:
         model.metadata_props["max_position_embeddings"] = str(lm.config.max_position_embeddings)
     return model
+
+
+@contextlib.contextmanager
+def single_operators(lm, graph: Graph, blocks: dict):
+    """While it lasts, the leaves that are tinylm's own give single operators."""
+
+    def rounded_linear(x, weight, bias=None):  # the tracer has put parameters of its own in place
+        rounded = (blocks.get(name) for name, p in lm.named_parameters() if p is weight)
+        return onnx_linear(x, weight, bias, next(rounded, None))
+
+    leaves = OPERATORS | {"linear": rounded_linear}
+    own = {name: leaf for name, leaf in leaves.items() if is_own(getattr(tinylm, name))}
+    with contextlib.ExitStack() as patches:
+        patch = lambda *what: patches.enter_context(mock.patch.object(*what))
+        for name, leaf in own.items():
+            patch(tinylm, name, leaf)
+        if "embed.weight" in blocks:
+            dtype = str(lm.dtype).removeprefix("torch.")
+            for part, array in zip(PARTS, blocks["embed.weight"].arrays(dtype)):
+                lm.embed.register_buffer(part, torch.from_numpy(array), persistent=False)
+            patch(lm.embed, "forward", partial(onnx_embedding, lm.embed))
+        if graph.grouped:
+            for block in lm.layers:
+                patch(block.attention, "forward", partial(grouped_attention, block.attention))
+            for rotary in lm.rotary.values():
+                positions = torch.arange(lm.config.max_position_embeddings)[None]
+                rotary.cos, rotary.sin = (x[0].to(lm.dtype) for x in rotary(positions))
+                patch(rotary, "forward", lambda _, rotary=rotary: (rotary.cos, rotary.sin))
+        yield
 
 
 def put_blocks(graph, blocks: dict):
@@ -639,6 +655,7 @@ def tidy(model):
             fuse_norm(graph, node)
     for value in list(graph.initializers.values()):
         rename(graph, value, value.name.removeprefix("lm."))
+    passes.IdentityEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
     passes.ClearMetadataAndDocStringPass()(model)
@@ -692,15 +709,18 @@ def rename(graph, value, name: str):
 
 
 class QuantizedWeight(NamedTuple):
-    """A matrix of whole numbers 0 to 2^bits - 1, a scale and a zero point for each block of them in a row."""
+    """A matrix of whole numbers 0 to 2^bits - 1, a scale and a zero point for each block of them in a row; the last
+    block of a row may be padded with zeros."""
 
     codes: object  # (rows, blocks, block)
     scales: object  # (rows, blocks, 1)
     zeros: object
     bits: int
+    columns: int  # without the padding
 
     def weight(self):
-        return ((self.codes - self.zeros) * self.scales).flatten(1)
+        """(rows, columns), as the graph computes with it."""
+        return ((self.codes - self.zeros) * self.scales).flatten(1)[:, : self.columns]
 
     def arrays(self, dtype) -> tuple:
         """Codes, scales and zero points, as ONNX Runtime has them: two codes of 4 bits in a byte, the first one low."""
@@ -715,45 +735,47 @@ def quantize(weight, bits: int, moments=None) -> QuantizedWeight:
     """Blocks for a weight (rows, columns). With the second moments (columns, columns) of the inputs it meets, ranges
     and zeros are those of least weighted error, and what rounding a column does to the outputs is made up for by the
     columns after it, the weightiest first (GPTQ, Frantar et al. 2022)."""
-    top, blocks = (
-        2**bits - 1,
-        weight.float().unflatten(1, (-1, math.gcd(weight.shape[1], BLOCK[bits]))),
-    )
-    low, high = (
-        blocks.amin(-1, keepdim=True).clamp(max=0),
-        blocks.amax(-1, keepdim=True).clamp(min=1e-6),
-    )
-    middle, least = (-low / (high - low) * top).round(), None
+    top = 2**bits - 1
+    columns = weight.shape[1]
+    block = max(math.gcd(columns, BLOCK[bits]), LEAST_BLOCK)
+    padding = -columns % block
+    weight = torch.nn.functional.pad(weight.float(), (0, padding))
+    if moments is not None:
+        moments = torch.nn.functional.pad(moments, (0, padding, 0, padding))
+    blocks = weight.unflatten(1, (-1, block))
     importance = 1 if moments is None else moments.diagonal().view(blocks.shape[1:])
-    for share, shift in ((1, 0),) if moments is None else itertools.product(SHARES, (0, -1, 1)):
+    scales, zeros = block_ranges(blocks, importance, top, search=moments is not None)
+    if moments is None:
+        codes = (blocks / scales + zeros).round().clamp(0, top)
+        return QuantizedWeight(codes, scales, zeros, bits, columns)
+    factor = inverse_hessian_cholesky(moments)
+    steps = gptq(weight, scales, zeros, factor, top) - zeros
+    # codes for these scales, the scales that suit those best, and codes for these
+    better = (steps * blocks * importance).sum(-1, keepdim=True)
+    better = better / (steps.square() * importance).sum(-1, keepdim=True).clamp(min=1e-12)
+    better = better.half().float()
+    scales = torch.where(better > 1e-7, better, scales)
+    codes = gptq(weight, scales, zeros, factor, top)
+    return QuantizedWeight(codes, scales, zeros, bits, columns)
+
+
+def block_ranges(blocks, importance, top: int, search: bool) -> tuple:
+    """Scale and zero point of every block (rows, blocks, block): of its whole range or, in a search, of the share of it
+    that leaves the least weighted error."""
+    low = blocks.amin(-1, keepdim=True).clamp(max=0)
+    high = blocks.amax(-1, keepdim=True).clamp(min=1e-6)
+    middle = (-low / (high - low) * top).round()
+    least = None
+    for share, shift in itertools.product(SHARES, (0, -1, 1)) if search else [(1, 0)]:
         scale = ((high - low) * (share / top)).half().float().clamp(min=1e-7)
         zero = (middle + shift).clamp(0, top)
         codes = (blocks / scale + zero).round().clamp(0, top)
         error = (((codes - zero) * scale - blocks).square() * importance).sum(-1, keepdim=True)
         found = error, scale, zero
-        least = (
-            found
-            if least is None
-            else [torch.where(error < least[0], *both) for both in zip(found, least)]
-        )
-    _, scales, zeros = least
-    codes = (blocks / scales + zeros).round().clamp(0, top)
-    if (
-        moments is not None
-    ):  # codes for these scales, the scales that suit those best, and codes for these
-        factor = inverse_hessian_cholesky(moments)
-        steps = gptq(weight, scales, zeros, factor, top) - zeros
-        better = (
-            (
-                (steps * blocks * importance).sum(-1, keepdim=True)
-                / (steps.square() * importance).sum(-1, keepdim=True).clamp(min=1e-12)
-            )
-            .half()
-            .float()
-        )
-        scales = torch.where(better > 1e-7, better, scales)
-        codes = gptq(weight, scales, zeros, factor, top)
-    return QuantizedWeight(codes, scales, zeros, bits)
+        if least is not None:
+            found = [torch.where(error < least[0], *both) for both in zip(found, least)]
+        least = found
+    return least[1:]
 
 
 def inverse_hessian_cholesky(moments) -> tuple:
@@ -765,18 +787,17 @@ def inverse_hessian_cholesky(moments) -> tuple:
 
 
 def gptq(weight, scales, zeros, factor: tuple, top: int):
-    """The codes of `nearest`, column by column."""
-    (_, groups, _), columns, (order, upper) = scales.shape, weight.shape[1], factor
+    """Codes (rows, blocks, block) for given scales and zeros, column by column: the error of each is made up for by the
+    columns after it."""
+    order, upper = factor
+    columns = weight.shape[1]
+    groups = scales.shape[1]
     block = columns // groups
-    w, scales, zeros = (
-        x.flatten(1).t()[order].contiguous()
-        for x in (  # a column is a row here: memory in one piece
-            weight.float(),
-            scales.expand(-1, -1, block),
-            zeros.expand(-1, -1, block),
-        )
-    )
-    codes, errors = torch.empty_like(w), torch.empty(block, len(weight))
+    wide = weight, scales.expand(-1, -1, block), zeros.expand(-1, -1, block)
+    # a column is a row here: memory in one piece
+    w, scales, zeros = (x.flatten(1).t()[order].contiguous() for x in wide)
+    codes = torch.empty_like(w)
+    errors = torch.empty(block, len(weight))
     for start in range(0, columns, block):
         stop = start + block
         for i in range(start, stop):
@@ -787,38 +808,45 @@ def gptq(weight, scales, zeros, factor: tuple, top: int):
     return codes[order.argsort()].t().unflatten(1, (groups, block))
 
 
-def quantize_weights(lm, bits: int, ids) -> dict:
-    """Round the matrices of a model in place; their Blocks by name. Embedding, head and fused query, key and value keep
-    8 bits: 4 cost more there than in all others. Keys and values of a source, made once, stay as they are. In 4 bits a
-    matrix is rounded for the inputs it meets when `ids` (batch, seq) run through what was rounded before it."""
-    linear, blocks = tinylm.linear, {}
-    modules = {"embed": lm.embed} | {
-        name: m for name, m in lm.named_modules() if isinstance(m, tinylm.Linear)
+def quantize_weights(lm, bits: int, ids, log=None) -> dict:
+    """Round the matrices of a model in place; their QuantizedWeight by name. Embedding, head and fused query, key and
+    value keep 8 bits: 4 cost more there than in all others. Keys and values of a source, made once, stay as they are,
+    and so do weights that a replaced `linear` or a module of somebody's own multiplies with. In 4 bits a matrix is
+    rounded for the inputs it meets when `ids` (batch, seq) run through what was rounded before it."""
+    linear = tinylm.linear
+    blocks = {}
+    if not is_own(linear):
+        if log:
+            log("nothing is rounded: tinylm.linear is replaced")
+        return blocks
+    linears = {name: m for name, m in lm.named_modules() if isinstance(m, tinylm.Linear)}
+    weights = {
+        name + ".weight": module.weight
+        for name, module in ({"embed": lm.embed} | linears).items()
+        if module.weight is not None and not name.endswith(".kv")
     }
-    names = {
-        id(module.weight): name + ".weight"
-        for name, module in modules.items()
-        if module.weight is not None
-        and module.weight.shape[1] % 32 == 0
-        and not name.endswith(".kv")
-    }
+    names = {id(weight): name for name, weight in weights.items()}
+    left = [name for name, p in lm.named_parameters() if p.ndim > 1 and id(p) not in names]
+    if left and log:
+        log(f"not rounded: {', '.join(left)}")
+    bar = Progress(f"rounding to {bits} bits", len(names))
 
     def put(weight, inputs=None):
         name = names.get(id(weight))
         if name is None or name in blocks:
             return
-        wide = (
-            bits == 8 or name in ("embed.weight", "head.out.weight") or name.endswith("qkv.weight")
-        )
+        wide = name in ("embed.weight", "head.out.weight") or name.endswith("qkv.weight")
+        wide = wide or bits == 8
         moments = None if wide or inputs is None else inputs.t() @ inputs / len(inputs)
         blocks[name] = quantize(weight.data, 8 if wide else bits, moments)
         weight.data = blocks[name].weight()
+        bar.update()
 
     def rounded(x, weight, bias=None):
         put(weight, x.flatten(0, -2))
         return linear(x, weight, bias)
 
-    with torch.no_grad():
+    with torch.no_grad(), bar:
         put(lm.embed.weight)
         if bits < 8 and ids is not None:
             with mock.patch.object(tinylm, "linear", rounded):
@@ -827,9 +855,8 @@ def quantize_weights(lm, bits: int, ids) -> dict:
                     decoder_input_ids=ids if lm.encoder else None,
                     columns=torch.zeros_like(ids[:, :1]),
                 )
-        for module in modules.values():
-            if module.weight is not None:
-                put(module.weight)
+        for weight in weights.values():
+            put(weight)
     return blocks
 
 
@@ -889,39 +916,76 @@ def keys_and_values(lm, change):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def verify(lm, folder: Path, precision: str, stored: Precision) -> dict:
-    """Largest difference from torch, relative to the largest value, per check; of ids the number of equal ones. Raises
-    Error where one is too large or, in fp32, where ids differ."""
+def verify(lm, folder: Path, precision: str, stored: Precision, text=None) -> dict:
+    """Largest difference from torch, relative to the largest value, per check; of ids the number of equal ones. text:
+    ids (batch, seq) of a real one, where there is any. Raises Error where a difference is too large or, in fp32, where
+    ids differ."""
 
     def reference(ids, mask, **more):
-        with (
-            torch.no_grad(),
-            keys_and_values(lm, round_to_scale) if stored.cache else contextlib.nullcontext(),
-        ):
-            more = {name: torch.from_numpy(x) for name, x in more.items()}
+        rounded = keys_and_values(lm, round_to_scale) if stored.cache else contextlib.nullcontext()
+        more = {name: torch.from_numpy(x) for name, x in more.items()}
+        with torch.no_grad(), rounded:
             return lm(torch.from_numpy(ids), torch.from_numpy(mask), **more).float().numpy()
 
     found = {}
-    for name, ours, theirs in checks(lm, OnnxLM(folder, precision, providers=[CPU]), reference):
-        if np.issubdtype(theirs.dtype, np.integer):
-            if (
-                stored.exact
-            ):  # elsewhere a near tie of random ids says nothing; `measure` counts on real ones
-                found[name] = equal_columns(ours, theirs)
-                require(
-                    found[name] == theirs.shape[1],
-                    f"verify: {precision} {name} differ from torch after "
-                    f"{found[name]} of {theirs.shape[1]}",
-                )
-        else:
+    onnx_lm = OnnxLM(folder, precision, providers=[CPU])
+    for name, ours, theirs in checks(lm, onnx_lm, reference, text):
+        if not np.issubdtype(theirs.dtype, np.integer):
             error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
             found[name] = max(error, found.get(name, 0.0))
             require(
-                error <= stored.tolerance,
+                error <= stored.tolerance,  # not so where it is no number
                 f"verify: {precision} {name} differs from torch by {error:.1e} of the "
                 f"largest value, expected at most {stored.tolerance:.0e}",
             )
+        elif (
+            stored.exact
+        ):  # elsewhere a near tie of random ids says nothing; `measure` counts on real ones
+            found[name] = equal_columns(ours, theirs)
+            require(
+                found[name] == theirs.shape[1],
+                f"verify: {precision} {name} differ from torch after "
+                f"{found[name]} of {theirs.shape[1]}",
+            )
     return found
+
+
+def check_range(lm, precision: str, stored: Precision, texts: list, log) -> None:
+    """Refuse a type that a weight or what flows through the model on its way over `texts`, ids (batch, seq), leaves; a
+    value near its end is named in the log."""
+    limit = torch.finfo(getattr(torch, stored.dtype)).max
+    if limit >= torch.finfo(torch.float32).max:
+        return
+    largest = {name: float(p.detach().abs().max()) for name, p in lm.named_parameters()}
+
+    def see(name, module, inputs, output):
+        for x in (*inputs[:1], output):
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                largest[name] = max(largest.get(name, 0.0), float(x.abs().max()))
+
+    seen = [(n, m) for n, m in lm.named_modules() if not isinstance(m, nn.Dropout | nn.Identity)]
+    hooks = [module.register_forward_hook(partial(see, name)) for name, module in seen]
+    try:
+        with torch.no_grad():
+            for ids in texts:
+                lm(ids, decoder_input_ids=ids if lm.encoder else None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    name = next((n for n, x in largest.items() if not x <= limit), max(largest, key=largest.get))
+    words = f"{name or 'the outputs'} reaches {largest[name]:.3g}, and {stored.dtype} ends at {limit:.0f}"
+    require(largest[name] <= limit, f"verify: {precision}: {words}; export another precision")
+    if largest[name] > limit / 4:
+        log(f"{precision}: take care: {words}")
+
+
+def range_texts(lm, text) -> list:
+    """Ids (batch, seq) to look for large values on: random ones, a real text and the ids of the largest embeddings."""
+    ids = [torch.from_numpy(ids) for ids, _ in list(examples(lm).values())[:1]]
+    largest = lm.embed.weight.detach().abs().amax(-1).topk(min(64, lm.config.vocab_size)).indices
+    width = min(8, lm.config.max_position_embeddings, len(largest))
+    ids.append(largest[: len(largest) // width * width].view(-1, width))
+    return ids if text is None else [*ids, text]
 
 
 def equal_columns(a, b) -> int:
@@ -931,24 +995,30 @@ def equal_columns(a, b) -> int:
 
 def examples(lm) -> dict:
     """Name -> random ids (2, seq) and their mask: whole, or the second row padded on one side."""
-    rng, limit, found = np.random.default_rng(0), min(lm.config.max_position_embeddings, 64), {}
-    ids, short = rng.integers(0, lm.config.vocab_size, (2, max(2, limit // 4))), max(1, limit // 8)
+    limit = min(lm.config.max_position_embeddings, 64)
+    short = max(1, limit // 8)
     rows = {
         "prefill": slice(None),
         "left padding": slice(-short, None),
         "right padding": slice(short),
     }
+    ids = np.random.default_rng(0).integers(0, lm.config.vocab_size, (2, max(2, limit // 4)))
+    found = {}
     for name, real in rows.items():
         mask = np.ones_like(ids)
-        mask[1], mask[1, real] = 0, 1
+        mask[1] = 0
+        mask[1, real] = 1
         found[name] = ids, mask
     return found
 
 
-def checks(lm, onnx_lm, reference):
-    """(name, what OnnxLM says, what torch says) of padded batches and, where text is written, of a step after others
-    and of greedy tokens."""
-    for name, (ids, mask) in examples(lm).items():
+def checks(lm, onnx_lm, reference, text=None):
+    """(name, what OnnxLM says, what torch says) of padded batches, of a real text where there is one and, where text is
+    written, of a step after others and of greedy tokens."""
+    rows = examples(lm)
+    if text is not None:
+        rows["text"] = text.numpy(), np.ones_like(text.numpy())
+    for name, (ids, mask) in rows.items():
         more = {"decoder_input_ids": ids[:, ::-1].copy()} if lm.encoder else {}
         if kinds := lm.config.type_vocab_size:
             more["token_type_ids"] = ids % kinds
@@ -956,20 +1026,25 @@ def checks(lm, onnx_lm, reference):
         seen = mask.astype(bool) if expected.ndim == 3 and not lm.encoder else slice(None)
         yield name, onnx_lm(ids, mask, **more)[seen], expected[seen]
         if onnx_lm.past and name == "left padding":
-            text, real = (
-                (more["decoder_input_ids"], np.ones_like(ids)) if lm.encoder else (ids, mask)
-            )
-            source, start = (onnx_lm.source(ids, mask), 1) if lm.encoder else (None, ids.shape[1])
-            _, past = onnx_lm.step(text[:, :-1], real[:, :-1], source=source)
-            yield "decode", onnx_lm.step(text[:, -1:], real, past, source)[0], expected[:, -1:]
-            new = min(32, lm.config.max_position_embeddings - start)
-            options = dict(max_new_tokens=new, eos_token_id=(), num_beams=1)
-            theirs = lm.generate(*map(torch.from_numpy, (ids, mask)), **options).numpy()
-            yield (
-                "greedy tokens",
-                onnx_lm.generate(ids, mask, **options)[:, start:],
-                theirs[:, start:],
-            )
+            yield from decoding_checks(lm, onnx_lm, ids, mask, expected, more)
+
+
+def decoding_checks(lm, onnx_lm, ids, mask, expected, more: dict):
+    """Of a step after others and of greedy tokens."""
+    written, real, source = ids, mask, None
+    start = ids.shape[1]
+    if lm.encoder:
+        written = more["decoder_input_ids"]
+        real = np.ones_like(written)
+        source = onnx_lm.source(ids, mask)
+        start = 1
+    _, past = onnx_lm.step(written[:, :-1], real[:, :-1], source=source)
+    yield "decode", onnx_lm.step(written[:, -1:], real, past, source)[0], expected[:, -1:]
+    new = min(32, lm.config.max_position_embeddings - start)
+    options = dict(max_new_tokens=new, eos_token_id=(), num_beams=1)
+    theirs = lm.generate(torch.from_numpy(ids), torch.from_numpy(mask), **options).numpy()
+    ours = onnx_lm.generate(ids, mask, **options)
+    yield "greedy tokens", ours[:, start:], theirs[:, start:]
 
 
 def check_loop(lm, onnx_lm, path: Path):
@@ -1006,41 +1081,46 @@ def check_loop(lm, onnx_lm, path: Path):
 
 
 def export_onnx(
-    lm_or_folder,
-    out,
+    model_or_folder: tinylm.TinyLM | str | Path,
+    out: str | Path,
     onnx: bool = True,
     safetensors: bool = True,
-    log=None,
-    precisions=("fp32",),
+    log: Callable[[str], None] | None = None,
+    precisions: Sequence[str] = ("fp32",),
     text: str | None = None,
     generate: bool = False,
     int8_cache: bool = False,
 ) -> dict:
-    """Write the folder `out` from a TinyLM or a checkpoint folder: config, tokenizer and model.safetensors in the
-    stored dtype, and the graphs in onnx/ in each of the precisions (keys of PRECISIONS), of a decoder with
-    genai_config.json for the first of them, and with `generate` onnx/generate.onnx: prefill, cache, sampling and
-    stopping in one graph. Weights of 4 bits and, with `int8_cache`, keys and values (in all but fp32) are rounded for a
-    text such as the model will meet; without one, for what it writes by itself. Returns what `verify` found, by
-    precision. The folder appears whole, after its check, or not at all; an earlier export in its place is replaced.
+    """Write the folder `out` from a TinyLM or a checkpoint (its folder, or its name on the hub): config, tokenizer and
+    model.safetensors in the stored dtype, and the graphs in onnx/ in each of the precisions (keys of PRECISIONS), of a
+    decoder with genai_config.json for the first of them, and with `generate` onnx/generate.onnx: prefill, cache,
+    sampling and stopping in one graph. Weights of 4 bits and, with `int8_cache`, keys and values (in all but fp32) are
+    rounded for a text such as the model will meet; without one, for what it writes by itself. Returns what `verify`
+    found, by precision. The folder appears whole, after its check, or not at all. An earlier export in its place is
+    replaced, but for the graphs in other precisions of the same weights.
 
-    Raises Error (or tinylm's) where the checkpoint cannot be read or a check fails.
+    Raises Error where the checkpoint cannot be read or a check fails.
     """
-    out, log, found = Path(out).resolve(), log or (lambda text: None), {}
+    out = Path(out).resolve()
+    log = log or (lambda text: None)
+    found = {}
     require(
         not out.exists() or out.is_dir() and (not any(out.iterdir()) or (out / MARK).exists()),
         f"{out}: exists and is no ONNX export; name another folder with --out",
     )
+    precisions = list(dict.fromkeys(precisions))
     for name in precisions:
         require(name in PRECISIONS, f"precision {name!r}: expected one of {', '.join(PRECISIONS)}")
-    if isinstance(lm_or_folder, tinylm.TinyLM):
-        lm, extras = copy.deepcopy(lm_or_folder), []
+    extras = []
+    if isinstance(model_or_folder, tinylm.TinyLM):
+        lm = copy.deepcopy(model_or_folder)
     else:
-        source = tinylm.find_checkpoint(lm_or_folder).resolve()
+        source = tinylm.find_checkpoint(model_or_folder).resolve()
         require(
             out not in (source, *source.parents),
             f"{out}: is the checkpoint itself, or holds it; name another folder",
         )
-        log(f"loading {lm_or_folder}")
+        log(f"loading {model_or_folder}")
         head = None if is_embedder(source) else "config"
         lm = tinylm.TinyLM.from_pretrained(source, head=head)
         extras = sentence_files(source)
@@ -1051,12 +1131,14 @@ def export_onnx(
         for name in extras:
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, work / name)
-        (work / MARK).write_text("")
+        weights = sha256(work)
+        tinylm.write_json(work / MARK, {"weights": weights})
         log(f"model.safetensors {megabytes(work / 'model.safetensors')}")
         if onnx:
-            found = write_graphs(
-                lm, work, list(dict.fromkeys(precisions)), text, generate, int8_cache, log
-            )
+            (work / "onnx").mkdir()
+            found = write_graphs(lm, work, precisions, text, generate, int8_cache, log)
+            keep_graphs(out, work, weights, precisions, log)
+            note_external_data(work)
         if not safetensors:
             (work / "model.safetensors").unlink()
         replace_directory(work, out)
@@ -1065,95 +1147,162 @@ def export_onnx(
     return found
 
 
+def sha256(folder: Path) -> str:
+    """Of what decides on a folder's graphs: its weights and settings."""
+    found = hashlib.sha256()
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        with open(folder / name, "rb") as file:
+            while chunk := file.read(2**24):
+                found.update(chunk)
+    return found.hexdigest()
+
+
+def keep_graphs(earlier: Path, folder: Path, weights: str, precisions: list, log):
+    """The graphs of an earlier export in other precisions, if they are of the same weights."""
+    if not (earlier / "onnx").is_dir():
+        return
+    try:
+        same = json.loads((earlier / MARK).read_text()).get("weights") == weights
+    except ValueError:  # an export before there was a hash
+        same = False
+    if not same:
+        return log("the earlier export has other weights: its graphs are replaced")
+    stems = "model|generate|encoder_model|decoder_model_merged"
+    suffixes = "|".join(
+        stored.suffix for name, stored in PRECISIONS.items() if name not in precisions
+    )
+    for path in sorted((earlier / "onnx").iterdir()):
+        if re.fullmatch(rf"({stems})({suffixes})\.onnx(_data)?", path.name):
+            shutil.copyfile(path, folder / "onnx" / path.name)
+            log(f"onnx/{path.name} is kept")
+
+
+def note_external_data(folder: Path):
+    """Where browsers look for what a graph's file leaves to another."""
+    large = [path.name.removesuffix("_data") for path in (folder / "onnx").glob("*.onnx_data")]
+    if large:
+        config = tinylm.read_json(folder / "config.json")
+        config["transformers.js_config"] = {"use_external_data_format": dict.fromkeys(large, True)}
+        tinylm.write_json(folder / "config.json", config)
+
+
+ONE_CALL_LACKS = (  # fields of generation_config.json
+    "no_repeat_ngram_size",
+    "min_length",
+    "bad_words_ids",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
+
+
+def check_options(lm, precisions: list, generate: bool, int8_cache: bool):
+    """Refuse what --generate and --int8-cache cannot do for this model."""
+    require(writes(lm) or not generate, "--generate: the model is no decoder that writes text")
+    found = [name for name in ONE_CALL_LACKS if lm.generation_config.get(name)]
+    if lm.generation_config.get("repetition_penalty", 1) not in (None, 1):
+        found.append("repetition_penalty")
+    require(
+        not (generate and found),
+        f"--generate: generation_config.json has {', '.join(found)}, which the graph lacks",
+    )
+    require(
+        not int8_cache or any(has_int8_cache(lm, name) for name in precisions),
+        f"--int8-cache: no graph of {', '.join(precisions)} groups queries",
+    )
+
+
+def writes(lm) -> bool:
+    """Is it a decoder that writes text?"""
+    return lm.config.causal and lm.config.head == "lm" and not lm.config.num_encoder_layers
+
+
+def has_int8_cache(lm, precision: str) -> bool:
+    return writes(lm) and groups_queries(lm, PRECISIONS[precision])
+
+
 def write_graphs(
     lm, folder: Path, precisions: list, text: str | None, generate: bool, int8_cache: bool, log
 ) -> dict:
     """onnx/ of a folder, each precision verified and, if there is more than fp32, measured."""
-    lm, found = lm.to("cpu", torch.float32).eval(), {}
-    writes = lm.config.causal and lm.config.head == "lm" and not lm.config.num_encoder_layers
-    require(writes or not generate, "--generate: the model is no decoder that writes text")
-    told = [
-        name
-        for name in (
-            "no_repeat_ngram_size",
-            "min_length",
-            "bad_words_ids",
-            "forced_bos_token_id",
-            "forced_eos_token_id",
-        )
-        if lm.generation_config.get(name)
-    ]
-    told += ["repetition_penalty"] * (
-        lm.generation_config.get("repetition_penalty", 1) not in (None, 1)
-    )
-    require(
-        not (generate and told),
-        f"--generate: generation_config.json has {', '.join(told)}, which the graph lacks",
-    )
-    caches = [name for name in precisions if writes and groups_queries(lm.config, PRECISIONS[name])]
-    require(
-        caches or not int8_cache,
-        f"--int8-cache: no graph of {', '.join(precisions)} groups queries",
-    )
-    (folder / "onnx").mkdir()
+    lm = lm.to("cpu", torch.float32).eval()
+    found = {}
+    check_options(lm, precisions, generate, int8_cache)
     measured = text is not None or precisions != ["fp32"]
-    ids = calibration_ids(lm, text, writes) if measured else None
+    ids = calibration_ids(lm, text, log) if measured else None
     rounded = {0: (lm, {})}
-    log(f"tracing {sum(p.numel() for p in lm.parameters()):,} parameters")
     for name in precisions:
         stored = PRECISIONS[name]
-        if int8_cache and name in caches:
-            stored = replace(
-                stored, cache="int8", tolerance=0.1
-            )  # a hair's breadth may tip what is rounded
+        if int8_cache and has_int8_cache(lm, name):
+            # a hair's breadth may tip what is rounded
+            stored = replace(stored, cache="int8", tolerance=0.1)
         if stored.bits not in rounded:
             log(f"rounding to {stored.bits} bits")
             model = copy.deepcopy(lm)
-            rounded[stored.bits] = (
-                model,
-                quantize_weights(model, stored.bits, None if ids is None else ids[MEASURED:]),
-            )
+            windows = None if ids is None else ids[MEASURED:]
+            rounded[stored.bits] = model, quantize_weights(model, stored.bits, windows, log)
         model, blocks = rounded[stored.bits]
         if stored.cache:
             scale_cache(model, ids[MEASURED:])
-        traced = copy.deepcopy(model).to(getattr(torch, stored.dtype))
-        try:
-            graphs = {
-                graph.stem: trace(traced, graph, blocks) for graph in graphs_of(lm.config, stored)
-            }
-            if generate:
-                graph = generate_graph(lm.config, stored)
-                graphs[graph.stem] = in_a_loop(trace(traced, graph, blocks), lm.config, stored)
-        except Exception as error:  # the exporter's own have no common base
-            raise Error(f"onnx: the trace of {name} failed ({first_line(error)})") from error
-        graphs = {
-            folder / "onnx" / f"{stem}{stored.suffix}.onnx": model for stem, model in graphs.items()
-        }
+        sample = None if ids is None else ids[:2, :64]
+        check_range(model, name, stored, range_texts(lm, None if ids is None else ids[:8]), log)
+        log(f"tracing {name}, {sum(p.numel() for p in lm.parameters()):,} parameters")
+        graphs = trace_graphs(model, folder, name, stored, blocks, generate)
         write_all(graphs)
-        found[name] = verify(model, folder, name, stored)
-        log(f"{name} verified against torch: " + format_differences(found[name]))
+        found[name] = verify(model, folder, name, stored, sample)
+        log(f"{name} verified against torch: {format_differences(found[name])}")
         if blocks:
             write_all(graphs, accuracy_level=4)
-            rough = verify(model, folder, name, replace(stored, tolerance=math.inf))
+            rough = verify(model, folder, name, replace(stored, tolerance=math.inf), sample)
             log(f"{name} in 8-bit arithmetic: {format_differences(rough)}")
         for path in graphs:
             log(f"onnx/{path.name} {megabytes(path)}")
         if generate:
             check_loop(lm, OnnxLM(folder, name, providers=[CPU]), path)
             log(f"onnx/{path.name} writes what onnx/model{stored.suffix}.onnx does")
-        if measured and writes:
-            log(f"{name} " + measure(lm, folder, name, ids[:MEASURED]))
-    if large := {
-        path.name: True
-        for path in (folder / "onnx").glob("*.onnx")
-        if Path(f"{path}_data").exists()
-    }:
-        config = tinylm.read_json(folder / "config.json")  # where browsers look
-        config["transformers.js_config"] = {"use_external_data_format": large}
-        tinylm.write_json(folder / "config.json", config)
-    if writes:
-        tinylm.write_json(folder / "genai_config.json", genai_config(lm, PRECISIONS[precisions[0]]))
+        if measured and writes(lm):
+            log(f"{name} {measure(lm, folder, name, ids[:MEASURED])}")
+    if writes(lm):
+        config, left = genai_config(lm, PRECISIONS[precisions[0]])
+        tinylm.write_json(folder / "genai_config.json", config)
+        if left:
+            log(f"genai_config.json cannot say {', '.join(left)} of generation_config.json")
     return found
+
+
+def trace_graphs(lm, folder: Path, name: str, stored: Precision, blocks: dict, generate: bool):
+    """Path -> onnx_ir.Model of a precision's graphs, that of the whole generation last."""
+    traced = copy.deepcopy(lm).to(getattr(torch, stored.dtype))
+    try:
+        graphs = {g.stem: trace(traced, g, blocks) for g in graphs_of(traced, stored)}
+        if generate:
+            graph = generate_graph(traced, stored)
+            graphs[graph.stem] = in_a_loop(trace(traced, graph, blocks), lm.config, stored)
+    except Exception as error:  # the exporter's own have no common base
+        raise Error(f"onnx: the trace of {name} failed ({first_line(error)})") from error
+    return {
+        folder / "onnx" / f"{stem}{stored.suffix}.onnx": model for stem, model in graphs.items()
+    }
+
+
+class Progress:
+    """How far a long stage is, on a terminal's standard error."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done = what, total, 0
+
+    def update(self):
+        self.done += 1
+        if sys.stderr.isatty():
+            print(
+                f"\r{self.what}: {self.done} of {self.total}", end="", file=sys.stderr, flush=True
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.done and sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def write_all(graphs: dict, **attributes):
@@ -1164,10 +1313,13 @@ def write_all(graphs: dict, **attributes):
                 node.attributes.update(
                     {name: ir.AttrInt64(name, value) for name, value in attributes.items()}
                 )
-        size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-        ir.save(
-            model, path, **({"external_data": path.name + "_data"} if size > EXTERNAL_ABOVE else {})
+        size = sum(
+            value.const_value.nbytes
+            for graph in model.graphs()
+            for value in graph.initializers.values()
         )
+        external = {"external_data": path.name + "_data"} if size > EXTERNAL_ABOVE else {}
+        ir.save(model, path, **external)
 
 
 def format_differences(found: dict) -> str:
@@ -1177,7 +1329,7 @@ def format_differences(found: dict) -> str:
     )
 
 
-def calibration_ids(lm, text: str | None, writes: bool):
+def calibration_ids(lm, text: str | None, log):
     """Windows (windows, WINDOW) of a text, or of what a decoder writes by itself; None where there is neither."""
     length = min(WINDOW, lm.config.max_position_embeddings)
     if text is not None:
@@ -1189,43 +1341,45 @@ def calibration_ids(lm, text: str | None, writes: bool):
             f"--text: {len(ids)} tokens, expected at least {(MEASURED + 1) * length}",
         )
         return torch.tensor(ids[: count * length]).view(count, length)
-    if not writes:
+    if not writes(lm):
         return None
-    begin = lm.config.bos_token_id if lm.config.bos_token_id in range(lm.config.vocab_size) else 0
-    return lm.generate(
-        torch.full((WINDOWS, 1), begin),
-        max_new_tokens=length - 1,
-        temperature=1.0,
-        eos_token_id=(),
-        seed=0,
-        num_beams=1,
+    log(
+        f"writing {WINDOWS} texts of {length} tokens to round for and to measure on; --text gives your own"
     )
+    begin = lm.config.bos_token_id if lm.config.bos_token_id in range(lm.config.vocab_size) else 0
+    with Progress("writing tokens", length - 1) as bar:
+        hook = lm.register_forward_hook(lambda *_: bar.update())
+        try:
+            return lm.generate(
+                torch.full((WINDOWS, 1), begin),
+                max_new_tokens=length - 1,
+                temperature=1.0,
+                eos_token_id=(),
+                seed=0,
+                num_beams=1,
+            )
+        finally:
+            hook.remove()
 
 
 def measure(lm, folder: Path, precision: str, ids) -> str:
     """What a precision costs against torch in fp32, on windows of ids that it was not rounded for."""
-    onnx_lm, array, half = (
-        OnnxLM(folder, precision, providers=[CPU]),
-        ids.numpy(),
-        ids.shape[1] // 2,
-    )
+    onnx_lm = OnnxLM(folder, precision, providers=[CPU])
 
-    def perplexity(model):
-        rows = array if model is onnx_lm else ids
-        logits = torch.cat([torch.as_tensor(model(row[None]))[0, :-1] for row in rows])
+    def perplexity(logits_of):
+        logits = torch.cat([torch.as_tensor(logits_of(row[None]))[0, :-1] for row in ids])
         return float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).exp())
 
     with torch.no_grad():
-        before, after = perplexity(lm), perplexity(onnx_lm)
+        before = perplexity(lm)
+    after = perplexity(lambda row: onnx_lm(row.numpy()))
+    half = ids.shape[1] // 2
     options = dict(max_new_tokens=max(1, min(32, half)), eos_token_id=(), num_beams=1)
-    new = slice(half, None)
-    ours, theirs = (
-        onnx_lm.generate(array[:, :half], **options)[:, new],
-        lm.generate(ids[:, :half], **options)[:, new],
-    )
-    agree = (ours == theirs.numpy()).cumprod(1).mean()
+    theirs = lm.generate(ids[:, :half], **options).numpy()[:, half:]
+    ours = onnx_lm.generate(ids[:, :half].numpy(), **options)[:, half:]
+    agree = (ours == theirs).cumprod(1).mean()
     begin = time.monotonic()
-    onnx_lm.generate(array[:1, :1], **options)
+    onnx_lm.generate(ids[:1, :1].numpy(), **options)
     speed = options["max_new_tokens"] / (time.monotonic() - begin)
     return (
         f"perplexity {after:.3f} (torch in fp32 {before:.3f}, {after / before - 1:+.2%}), {agree:.0%} of greedy "
@@ -1252,14 +1406,40 @@ def megabytes(path: Path) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def genai_config(lm, stored: Precision) -> dict:
-    """The settings of onnxruntime-genai for a graph."""
-    config, layers = lm.config, lm.config.num_hidden_layers
+GENAI_SEARCH = (  # what genai_config.json has in common with generation_config.json
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "num_beams",
+    "num_return_sequences",
+    "length_penalty",
+    "early_stopping",
+    "min_length",
+    "no_repeat_ngram_size",
+    "diversity_penalty",
+)
+NO_SEARCH = (  # fields of generation_config.json that say nothing of the search, or stand elsewhere
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "max_length",
+    "transformers_version",
+    "use_cache",
+    "cache_implementation",
+    "trust_remote_code",
+)
+
+
+def genai_config(lm, stored: Precision) -> tuple[dict, list]:
+    """The settings of onnxruntime-genai for a graph, and the fields of generation_config.json that they cannot say."""
+    config = lm.config
     ends = lm.ends()
     pad = lm.special_token_id("pad_token_id")
-    if (
-        pad not in range(config.vocab_size) or pad in ends
-    ):  # it wants one that ends nothing: of the last, used least
+    if pad not in range(config.vocab_size) or pad in ends:
+        # it wants one that ends nothing: of the last, used least
         pad = next(i for i in reversed(range(config.vocab_size)) if i not in ends)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -1267,7 +1447,7 @@ def genai_config(lm, stored: Precision) -> dict:
         "head_size": config.head_dim,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_heads": config.num_key_value_heads,
         "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")}
         | {f"past_{part}_names": f"past_key_values.%d.{part}" for part in ("key", "value")},
@@ -1275,23 +1455,37 @@ def genai_config(lm, stored: Precision) -> dict:
         | {f"present_{part}_names": f"present.%d.{part}" for part in ("key", "value")},
     }
     begin = config.bos_token_id if config.bos_token_id is not None else ends[0] if ends else 0
-    search = {
-        "do_sample": False,
-        "max_length": config.max_position_embeddings,
-        "past_present_share_buffer": groups_queries(config, stored),
+    search, left = genai_search(lm.generation_config, config.max_position_embeddings)
+    # beams cannot share a buffer
+    search["past_present_share_buffer"] = groups_queries(lm, stored) and search["num_beams"] == 1
+    model = {
+        "type": "decoder",
+        "vocab_size": config.vocab_size,
+        "bos_token_id": begin,
+        "context_length": config.max_position_embeddings,
+        "eos_token_id": list(ends) or [pad],
+        "pad_token_id": pad,
+        "decoder": decoder,
     }
-    return {
-        "model": {
-            "type": "decoder",
-            "vocab_size": config.vocab_size,
-            "bos_token_id": begin,
-            "context_length": config.max_position_embeddings,
-            "eos_token_id": list(ends) or [pad],
-            "pad_token_id": pad,
-            "decoder": decoder,
-        },
-        "search": search,
-    }
+    return {"model": model, "search": search}, left
+
+
+def genai_search(file: dict, positions: int) -> tuple[dict, list]:
+    """What generation_config.json says of the search, and the names of what onnxruntime-genai has no word for."""
+    search = {"do_sample": False, "num_beams": 1, "max_length": positions}
+    left = []
+    if isinstance(length := file.get("max_length"), int) and length > 0:
+        search["max_length"] = min(length, positions)
+    for name, value in file.items():
+        if value is None or name in NO_SEARCH or name.startswith(("_", "output_", "return_")):
+            continue
+        flag = name in ("do_sample", "early_stopping")
+        if name in GENAI_SEARCH and isinstance(value, bool) == flag and not isinstance(value, str):
+            search[name] = value
+        elif value or name.endswith("_token_id"):
+            inert = value == 1 and not name.endswith(("_token_id", "_new_tokens"))
+            left += [] if inert else [name]
+    return search, left
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1312,7 +1506,7 @@ def main(argv: list | None = None) -> int:
         return 1
 
 
-def run_export(argv: list) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinylm export",
         description="Turn a checkpoint into safetensors and ONNX "
@@ -1320,7 +1514,10 @@ def run_export(argv: list) -> int:
         "runs it later.",
     )
     parser.add_argument(
-        "folder", nargs="?", default=str(WEIGHTS), help="a checkpoint (default: the shipped one)"
+        "folder",
+        nargs="?",
+        default=str(WEIGHTS),
+        help="a checkpoint: its folder, or its name on the hub (default: the shipped one)",
     )
     parser.add_argument(
         "--onnx", action="store_true", help="write onnx/*.onnx, beside model.safetensors"
@@ -1353,13 +1550,25 @@ def run_export(argv: list) -> int:
         help="file of text such as the model will meet: weights of 4 bits are rounded for "
         "it, and every precision is measured on it",
     )
-    parser.add_argument("--out", default="exported", help="folder to write (default: exported)")
+    parser.add_argument(
+        "--out",
+        default="exported",
+        help="folder to write (default: exported); an earlier export there keeps its other precisions, if they are "
+        "of the same weights",
+    )
     parser.add_argument(
         "--prompt",
         help="text that the exported model continues, greedily (default: 'ROMEO:', "
         "sampled), or reads",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=160, help="of that text (default: 160)"
+    )
+    return parser
+
+
+def run_export(argv: list) -> int:
+    parser = make_parser()
     options = parser.parse_args(argv)
     if not (options.onnx or options.safetensors):
         parser.error("nothing to do: give --onnx, --safetensors or both")
@@ -1368,6 +1577,10 @@ def run_export(argv: list) -> int:
     ):
         parser.error("--generate, --int8-cache, --text and --prompt go with --onnx")
     begin = time.monotonic()
+
+    def log(text: str):
+        print(f"[{time.monotonic() - begin:5.1f} s] {text}", flush=True)
+
     precisions = [*PRECISIONS] if "all" in options.precision else options.precision
     text = Path(options.text).read_text(encoding="utf-8") if options.text else None
     export_onnx(
@@ -1378,16 +1591,17 @@ def run_export(argv: list) -> int:
         text=text,
         generate=options.generate,
         int8_cache=options.int8_cache,
-        log=lambda text: print(f"[{time.monotonic() - begin:5.1f} s] {text}", flush=True),
+        log=log,
     )
-    print(f"[{time.monotonic() - begin:5.1f} s] wrote {options.out}", flush=True)
-    if options.onnx:
-        lm = OnnxLM(options.out, precisions[0])
-        if lm.task == "lm":
-            sampled = {} if options.prompt else {"temperature": 0.7, "seed": 1}
-            show(lm, options.prompt or "ROMEO:", options.max_new_tokens, **sampled)
-        elif options.prompt:
-            run_lines(lm, [options.prompt], max_new_tokens=options.max_new_tokens)
+    log(f"wrote {options.out}")
+    if not options.onnx:
+        return 0
+    lm = OnnxLM(options.out, precisions[0])
+    if lm.task == "lm":
+        sampled = {} if options.prompt else {"temperature": 0.7, "seed": 1}
+        show(lm, options.prompt or "ROMEO:", options.max_new_tokens, **sampled)
+    elif options.prompt:
+        run_lines(lm, [options.prompt], max_new_tokens=options.max_new_tokens)
     return 0
 
 
@@ -1396,7 +1610,8 @@ def show(lm: OnnxLM, prompt: str, max_new_tokens: int, **options):
     if not (lm.folder / "tokenizer.json").exists():
         return print("no sample: the checkpoint has no tokenizer.json")
     print(f"\n{prompt}", end="", flush=True)
-    times, ids = [], lm.tokenizer.encode(prompt)
+    times = []
+    ids = lm.tokenizer.encode(prompt)
     max_new_tokens = max(1, min(max_new_tokens, lm.session.limit - len(ids)))
 
     def timed():

@@ -572,3 +572,14 @@ def ragged(tokens, layout):
         batch[row, start : start + len(prompt)] = prompt
         mask[row, start : start + len(prompt)] = 1
     return batch, mask
+
+
+def assert_same_text(ours, expected, logits, start, tolerance=1e-4):
+    """Where builds and processors may round differently: the ids after `start` are those expected, up to the first
+    step at which the two best of the logits (seq, vocab), of the expected ids, are closer than the tolerance, relative
+    to the largest."""
+    logits = torch.as_tensor(logits)[start - 1 : len(expected) - 1].float()
+    best = logits.topk(2).values
+    close = best[:, 0] - best[:, 1] < tolerance * logits.abs().max()
+    sure = start + int(close.float().argmax() if close.any() else len(close))
+    assert list(ours)[:sure] == list(expected)[:sure]

@@ -125,7 +125,7 @@ CHOSEN = {
 )
 def test_every_node_has_a_cuda_kernel(case, folder):
     lm = TinyLM.from_pretrained(folder(case)).float()
-    for graph in graphs_of(lm.config, PRECISIONS["fp32"]):
+    for graph in graphs_of(lm, PRECISIONS["fp32"]):
         assert not without_kernel(trace(lm, graph))
 
 
@@ -147,9 +147,9 @@ def test_precisions_for_cuda_run_there(precision, cache):
     blocks = quantize_weights(lm, stored.bits, None) if stored.bits else {}
     scale_cache(lm.eval(), torch.arange(8)[None])
     lm = lm.to(getattr(torch, stored.dtype))
-    (step,) = graphs_of(lm.config, stored)
+    (step,) = graphs_of(lm, stored)
     assert not without_kernel(trace(lm, step, blocks))
-    loop = in_a_loop(trace(lm, generate_graph(lm.config, stored), blocks), lm.config, stored)
+    loop = in_a_loop(trace(lm, generate_graph(lm, stored), blocks), lm.config, stored)
     assert {name for name, types in without_kernel(loop) if types != {"uint64"}} <= ON_CPU
 
 

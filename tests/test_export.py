@@ -13,7 +13,15 @@ import onnx
 import pytest
 import torch
 from conftest import ROOT
-from families import CASES, FAMILIES, difference, load_oracle, prompts, ragged
+from families import (
+    CASES,
+    FAMILIES,
+    assert_same_text,
+    difference,
+    load_oracle,
+    prompts,
+    ragged,
+)
 
 import export
 import onnxlm
@@ -74,7 +82,10 @@ def test_logits_and_tokens_are_those_of_transformers(case, folder, exported):
             eos_token_id=None,
             pad_token_id=0,
         )
-        assert row[batch.shape[1] :].tolist() == theirs[0, len(prompt) :].tolist()
+        with torch.no_grad():
+            logits = oracle(theirs).logits[0]
+        ours = [*prompt.tolist(), *row[batch.shape[1] :].tolist()]
+        assert_same_text(ours, theirs[0].tolist(), logits, len(prompt))
 
 
 @pytest.mark.parametrize("case", FAMILIES, ids=str)
@@ -248,6 +259,16 @@ print("".join(lm.stream("hi", max_new_tokens=4, temperature=1.0, seed=1)).encode
 def test_bad_arguments_are_named(arguments, words, small):
     with pytest.raises(ValueError, match=words):
         OnnxLM(small[2], **arguments)
+
+
+@pytest.mark.parametrize("version", ["1.23.2", "1.9.0"])
+def test_an_old_onnxruntime_is_refused(version, small, monkeypatch):
+    """Guards text that 1.23 writes wrongly, without a word."""
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    with pytest.raises(
+        ValueError, match=f"^onnxruntime {version}: too old, expected at least 1.24$"
+    ):
+        OnnxLM(small[2], providers=CPU)
 
 
 @pytest.mark.parametrize(
@@ -504,7 +525,7 @@ def test_bad_arguments_end_in_one_line(folder, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     for arguments, words in [
-        ((tmp_path / "none", "--onnx", "--out", tmp_path / "out"), "config.json: no such file"),
+        ((tmp_path / "none", "--onnx", "--out", tmp_path / "out"), "none: no such folder"),
         ((source, "--onnx", "--out", tmp_path / "mine"), "is no ONNX export"),
         ((source, "--onnx", "--out", source), "is no ONNX export"),
     ]:
@@ -644,3 +665,184 @@ def test_smollm2_is_exported_verified_and_knows_paris(smollm2, tmp_path):
     assert (
         size < 1.01 * (tmp_path / "out" / "model.safetensors").stat().st_size
     )  # the tied head is stored once
+
+
+# ---- a folder that is there already --------------------------------------------------------------------------------
+
+
+def test_an_export_adds_its_precisions(tmp_path):
+    """Guards a second run that destroys the first: other precisions of the same weights stay, of others they go."""
+    lm, out = TinyLM(Config(**TINY)).eval(), tmp_path / "out"
+    files = lambda: sorted(path.name for path in (out / "onnx").iterdir())
+    export_onnx(lm, out, precisions=["fp16"])
+    first = (out / "onnx" / "model_fp16.onnx").read_bytes()
+    lines = []
+    export_onnx(lm, out, log=lines.append)
+    assert files() == ["model.onnx", "model_fp16.onnx"]
+    assert (out / "onnx" / "model_fp16.onnx").read_bytes() == first
+    assert "onnx/model_fp16.onnx is kept" in lines
+    assert OnnxLM(out, "fp16", providers=CPU)(np.array([[1, 2]])).shape == (1, 2, 320)
+    with torch.no_grad():
+        lm.embed.weight[0] += 1
+    export_onnx(lm, out, log=lines.append)
+    assert files() == ["model.onnx"]
+    assert "the earlier export has other weights: its graphs are replaced" in lines
+
+
+def test_a_failed_export_leaves_the_earlier_one(tmp_path, monkeypatch):
+    lm, out = TinyLM(Config(**TINY)).eval(), tmp_path / "out"
+    export_onnx(lm, out)
+
+    def failing(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(export, "keep_graphs", failing)
+    monkeypatch.setattr(export, "write_graphs", lambda *_: {})
+    with pytest.raises(OSError, match="no space left"):
+        export_onnx(lm, out, precisions=["int8"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (out / "onnx").iterdir()] == ["model.onnx"]
+
+
+# ---- genai_config.json ----------------------------------------------------------------------------------------------
+
+
+def test_genai_config_has_the_search_of_generation_config():
+    """Guards a search that genai_config.json left out without a word."""
+    file = dict(
+        do_sample=True,
+        temperature=0.6,
+        top_k=20,
+        top_p=0.95,
+        repetition_penalty=1.1,
+        num_beams=4,
+        length_penalty=0.8,
+        early_stopping=True,
+        min_length=3,
+        no_repeat_ngram_size=2,
+        max_length=99,
+        # what it has no words for, and what says nothing
+        min_p=0.1,
+        bad_words_ids=[[3]],
+        forced_eos_token_id=0,
+        min_new_tokens=1,
+        stop_strings=["x"],
+        typical_p=1.0,
+        suppress_tokens=None,
+        use_cache=True,
+        bos_token_id=1,
+        transformers_version="5",
+        _from_model_config=True,
+    )
+    search, left = export.genai_search(file, 64)
+    assert search == dict(list(file.items())[:11]) | {"max_length": 64}
+    assert left == [
+        "min_p",
+        "bad_words_ids",
+        "forced_eos_token_id",
+        "min_new_tokens",
+        "stop_strings",
+    ]
+    assert export.genai_search({"early_stopping": "never"}, 64)[1] == ["early_stopping"]
+    assert export.genai_search({}, 64)[0] == dict(do_sample=False, num_beams=1, max_length=64)
+
+
+# ---- leaves that somebody replaced ----------------------------------------------------------------------------------
+
+
+class SquaredReLU(tinylm.MLP):
+    """The README's."""
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)).square())
+
+
+def plain_attend(
+    q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache=None, layer=0, causal=True
+):
+    """Attention as somebody writes it, with twice the scale and a cache that it asks for keys and values."""
+    q, k, v = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k, v))
+    if cache is not None:
+        k, v = cache.update(layer, k, v)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * (2 * scale)
+    if mask is None and causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def operators(folder, file="model.onnx"):
+    return Counter(node.op_type for node in onnx.load(folder / "onnx" / file).graph.node)
+
+
+@pytest.mark.parametrize(
+    "leaf, replacement, fields",
+    [
+        ("MLP", SquaredReLU, dict(gated=False)),
+        ("attend", plain_attend, dict(num_key_value_heads=1)),
+    ],
+)
+def test_a_replaced_leaf_is_traced_as_it_is(leaf, replacement, fields, tmp_path, monkeypatch):
+    """Guards the stock operator in the place of somebody's own leaf; what is not replaced stays a single operator."""
+    monkeypatch.setattr(tinylm, leaf, replacement)
+    torch.manual_seed(1)
+    sizes = TINY | dict(hidden_size=32, head_dim=16, initializer_range=0.4)
+    lm = TinyLM(Config(**sizes | fields)).eval().requires_grad_(False)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    ours = lm(ids)
+    precisions = ["fp32", "fp16"]  # in 16 bits the stock attention would be grouped
+    export_onnx(lm, tmp_path / "out", precisions=precisions)
+    for precision, tolerance in zip(precisions, (1e-4, 2e-2)):
+        onnx_lm = OnnxLM(tmp_path / "out", precision, providers=CPU)
+        assert difference(torch.from_numpy(onnx_lm(ids.numpy())), ours) < tolerance
+        held = onnx_lm.step(ids[:, :3].numpy(), np.ones((1, 3), np.int64))[1]
+        last = onnx_lm.step(ids[:, 3:].numpy(), np.ones((1, 5), np.int64), held)[0]
+        assert difference(torch.from_numpy(last), ours[:, 3:]) < tolerance
+    found = operators(tmp_path / "out"), operators(tmp_path / "out", "model_fp16.onnx")
+    assert found[0]["RotaryEmbedding"] == 2 and not found[1]["RotaryEmbedding"] or leaf == "attend"
+    assert [bool(x["Attention"] + x["GroupQueryAttention"]) for x in found] == [leaf == "MLP"] * 2
+    monkeypatch.undo()
+    if leaf == "attend":  # it did change something
+        assert difference(lm(ids), ours) > 1e-2
+
+
+def test_each_replaced_leaf_is_known(monkeypatch):
+    """Whatever takes its place: a function, one that is wrapped under its name, a lambda."""
+    for name in ("rms_norm", "rotate", "attend", "linear"):
+        own = getattr(tinylm, name)
+        assert export.is_own(own)
+        assert not export.is_own(functools.wraps(own)(lambda *_: None))
+    lm = TinyLM(Config(**TINY | dict(hidden_size=64)))
+    stored = export.PRECISIONS["fp16"]
+    assert export.groups_queries(lm, stored)
+
+    class Mine(tinylm.Attention):
+        def forward(self, *arguments):
+            return super().forward(*arguments)
+
+    monkeypatch.setattr(tinylm, "Attention", Mine)
+    assert not export.groups_queries(TinyLM(lm.config), stored)
+    assert export.groups_queries(lm, stored)
+    monkeypatch.setattr(tinylm, "rotate", lambda *_: None)
+    assert not export.groups_queries(lm, stored)
+
+
+# ---- numbers that overflow ------------------------------------------------------------------------------------------
+
+
+def test_values_beyond_float16_are_refused(tmp_path):
+    """Guards an fp16 graph that passed on random ids and gave NaN on others: one id's embedding is enough."""
+    lm = TinyLM(Config(**TINY, tie_word_embeddings=False)).eval().requires_grad_(False)
+    lm.embed.weight[7] = 30000.0
+    lines, texts = [], export.range_texts(lm, None)
+    assert 7 in texts[-1]
+    export.check_range(lm, "fp16", export.PRECISIONS["fp16"], texts, lines.append)
+    assert "fp16: take care" in lines[0] and "float16 ends at 65504" in lines[0]
+    lm.layers[0].mlp.down.bias = torch.nn.Parameter(torch.full((32,), 60000.0))
+    words = r"^verify: fp16: layers.0\S* reaches [\d.e+]+, and float16 ends at 65504"
+    with pytest.raises(export.Error, match=words):
+        export_onnx(lm, tmp_path / "out", precisions=["fp16"])
+    export.check_range(lm, "int8", export.PRECISIONS["int8"], texts, lines.append)
+    assert len(lines) == 1 and not (tmp_path / "out").exists()

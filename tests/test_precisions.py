@@ -12,9 +12,10 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
-from families import difference, ragged
+from families import assert_same_text, difference, ragged
 
 import export
+import tinylm
 from export import PRECISIONS, OnnxLM, export_onnx, quantize, quantize_weights
 from tinylm import Config, TinyLM
 
@@ -41,6 +42,7 @@ MODELS = {
         hidden_act="gelu_pytorch_tanh",
     ),
     "half rotary": dict(head_dim=32, partial_rotary_factor=0.5, model_type="tinylm"),
+    "narrow": dict(hidden_size=72, intermediate_size=90, num_hidden_layers=1, head_dim=32),
     "dynamic": dict(
         qk_norm=None, max_position_embeddings=64, rope_scaling=dict(rope_type="dynamic", factor=2.0)
     ),
@@ -58,6 +60,7 @@ EXPORTS = {
     "window": ["int8"],
     "softcap": ["int4"],
     "half rotary": ["q4f16"],
+    "narrow": ["int8", "q4f16"],
     "dynamic": ["int4"],
     "gpt2": ["q4f16"],
 }
@@ -116,12 +119,9 @@ def test_padded_rows_say_what_they_say_alone(name, precision, exported):
             < 5e-3
         )
         assert difference(torch.from_numpy(alone), lm(prompt[None])) < ROUGH[precision]
-        single = onnx_lm.generate(prompt[None].numpy(), max_new_tokens=12, eos_token_id=())[
-            0, len(prompt) :
-        ]
-        assert (
-            tokens[ids.shape[1] :][:4].tolist() == single[:4].tolist()
-        )  # random weights come to near ties
+        single = onnx_lm.generate(prompt[None].numpy(), max_new_tokens=12, eos_token_id=())
+        ours = [*prompt.tolist(), *tokens[ids.shape[1] :].tolist()]
+        assert_same_text(ours, single[0].tolist(), onnx_lm(single)[0], len(prompt), 1e-2)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
@@ -272,6 +272,30 @@ def test_rounding_for_its_inputs_serves_them_better(bits):
         for moments in (None, x.t() @ x / len(x))
     ]
     assert error[1] < 0.6 * error[0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_short_last_block_is_padded(bits):
+    """Guards widths that are no multiple of 32, which stayed as they were while the log said that they are rounded."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(200, 72), torch.randn(40, 72)
+    for moments in (None, x.t() @ x / len(x)):
+        found = quantize(weight, bits, moments)
+        assert found.codes.shape == (40, 3, 32) and found.weight().shape == weight.shape
+        assert (found.weight() - weight).abs().max() < 5 / 2**bits
+        codes, scales, zeros = found.arrays("float32")
+        assert codes.shape == (40, 3, 32 * bits // 8)
+
+
+def test_what_is_not_rounded_is_named(monkeypatch):
+    lm, lines = TinyLM(Config(**SIZES)), []
+    lm.layers[0].mlp.down = torch.nn.Linear(lm.config.intermediate_size, 64)
+    blocks = quantize_weights(lm, 8, None, lines.append)
+    assert (
+        lines == ["not rounded: layers.0.mlp.down.weight"] and "layers.1.mlp.down.weight" in blocks
+    )
+    monkeypatch.setattr(tinylm, "linear", lambda *x: torch.nn.functional.linear(*x))
+    assert quantize_weights(lm, 8, None, lines.append) == {} and "tinylm.linear" in lines[1]
 
 
 def test_a_text_decides_the_rounding(exported):

@@ -11,6 +11,7 @@ options = genai.GeneratorParams(model)
 options.set_search_options(do_sample=False, max_length=len(ids) + count)
 generator = genai.Generator(model, options)
 generator.append_tokens([ids])
+logits = generator.get_logits().ravel().tolist()
 for _ in range(count):
     generator.generate_next_token()
-print(json.dumps([int(i) for i in generator.get_sequence(0)]))
+print(json.dumps({"ids": [int(i) for i in generator.get_sequence(0)], "logits": logits}))

@@ -11,11 +11,13 @@ folder, name, ids, count = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), in
 model = ORTModelForCausalLM.from_pretrained(
     folder, subfolder="onnx", file_name=name, local_files_only=True
 )
+prompt = torch.tensor([ids])
+logits = model(input_ids=prompt, attention_mask=torch.ones_like(prompt)).logits[0, -1]
 text = model.generate(
-    torch.tensor([ids]),
-    attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+    prompt,
+    attention_mask=torch.ones_like(prompt),
     max_new_tokens=count,
     do_sample=False,
     eos_token_id=None,
 )
-print(json.dumps(text[0].tolist()))
+print(json.dumps({"ids": text[0].tolist(), "logits": logits.tolist()}))

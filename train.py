@@ -2807,6 +2807,13 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         else:
             sub.add_argument("folder", help="a checkpoint with a chat template")
             sub.add_argument("--system", help="the system message")
+            sub.add_argument(
+                "--set",
+                action="append",
+                type=template_variable,
+                metavar="NAME=VALUE",
+                help="a variable of the chat template, as enable_thinking=false; may be given again",
+            )
         add_options(
             sub,
             GenerationConfig,
@@ -2823,6 +2830,16 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         sub.add_argument("--compile", action="store_true", help="torch.compile the decode step")
         add_options(sub, TrainOptions, "device")
     return parser
+
+
+def template_variable(text: str) -> tuple[str, object]:
+    """NAME=VALUE as a name and a value, which is read as JSON where it is JSON."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=VALUE")
+    with contextlib.suppress(ValueError):
+        return name, json.loads(value)
+    return name, value
 
 
 def main(argv: list | None = None) -> int:
@@ -2949,6 +2966,7 @@ def run_sample(options: dict):
 def run_chat(options: dict):
     """Questions from standard input, one a line; answers to standard output."""
     lm, system = opened(options), options.pop("system")
+    variables = dict(options.pop("set") or ())
     messages = [{"role": "system", "content": system}] * bool(system)
     while True:
         print("> " * sys.stdin.isatty(), end="", flush=True)
@@ -2957,7 +2975,8 @@ def run_chat(options: dict):
             return
         if question.strip():
             messages.append({"role": "user", "content": question.strip()})
-            messages.append({"role": "assistant", "content": show(lm.chat(messages, **options))})
+            answer = show(lm.chat(messages, variables=variables, **options))
+            messages.append({"role": "assistant", "content": answer})
 
 
 def show(pieces) -> str:

@@ -1,6 +1,6 @@
 """Tokenizers and chat templates: what transformers makes of the same files is what we make of them."""
 
-import inspect
+import io
 import json
 
 import pytest
@@ -161,22 +161,6 @@ def test_templates_refuse_what_they_cannot_pass_on(pair):
             ours.apply_chat_template(*arguments)
     with pytest.raises(tinylm.Error, match="continue_final_message"):
         ours.apply_chat_template(PLAIN, continue_final_message=True, chat_template="x")
-
-
-MIRRORED = (
-    "read_tokenizer_files parse_json_file tokenizer_class special_tokens Tokenizer render_chat find_chat_template "
-    "plain_data template_message GeneratedText compile_template template_environment"
-).split()
-
-
-@pytest.mark.parametrize("name", MIRRORED)
-def test_the_runtime_has_the_same_source(name):
-    assert inspect.getsource(getattr(tinylm, name)) == inspect.getsource(getattr(onnxlm, name))
-
-
-def test_the_runtime_has_the_same_tables():
-    for name in ("TOKENIZER_FILES", "CLASS_TOKENS", "MODEL_TOKENIZERS", "MAX_TEMPLATE_SECONDS"):
-        assert getattr(tinylm, name) == getattr(onnxlm, name)
 
 
 # ---- training on chats ----------------------------------------------------------------------------------------------
@@ -656,3 +640,19 @@ def test_special_tokens_of_a_byte_tokenizer_are_tokens():
         assert ours.decode(encoding.ids, special) == theirs.decode(
             expected.ids, skip_special_tokens=not special
         )
+
+
+def test_variables_of_a_template_on_the_command_line(tmp_path, capsys, monkeypatch):
+    """--set NAME=VALUE: JSON where it is JSON, else text."""
+    size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
+    lm = tinylm.TinyLM(tinylm.Config(**size))
+    template = b"{{ raise_exception([enable_thinking, name, none, limit] | tojson) }}"
+    lm.tokenizer = tinylm.ByteTokenizer({"chat_template.jinja": template})
+    lm.save_pretrained(tmp_path)
+    arguments = ["chat", str(tmp_path), "--device", "cpu", "--set", "enable_thinking=false"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert train.main([*arguments, "--set", "name=a=b", "--set", "limit=[1]"]) == 1
+    assert '[false, "a=b", null, [1]]' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*arguments, "--set", "name"])
+    assert "expected NAME=VALUE" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """Sampling, ends, stop strings and streams, against the logits processors of `transformers`."""
 
+import functools
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from tinylm import Config, TinyLM
+from tinylm import ByteTokenizer, Config, TinyLM, stream_text
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 DRAWS = 8192
@@ -477,3 +479,205 @@ def test_learned_positions_run_out(folder):
     assert lm.generate(
         torch.zeros(1, 60, dtype=torch.long), max_new_tokens=4, eos_token_id=()
     ).shape == (1, 64)
+
+
+# ---- where a text ends: special tokens, files, chats ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def special(tmp_path_factory):
+    """A random model of bytes with special tokens <|s258|> to <|s319|>, and what it says after "abc" is two of them."""
+    path = tmp_path_factory.mktemp("special")
+    torch.manual_seed(0)
+    config = Config(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    lm = TinyLM(config).eval()
+    for weight in lm.parameters():
+        weight.data.mul_(15 if weight.ndim > 1 else 1)
+    lm.save_pretrained(path)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens([f"<|s{i}|>" for i in range(258, 320)])
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def prompt_before_special(lm):
+    """A prompt after which a special token comes within a few tokens, those tokens, and its place among them."""
+    for first in range(97, 123):
+        ids = torch.tensor([[first, 98, 99]])
+        new = lm.generate(ids, max_new_tokens=8, eos_token_id=())[0, 3:].tolist()
+        place = next((i for i, token in enumerate(new) if token >= 258), 9)
+        if 0 < place < 6:
+            return ids, new, place
+    raise AssertionError("no special token is written")
+
+
+def test_a_special_token_can_be_a_stop_string(special):
+    """Guards stop strings that are looked for in a text without its special tokens: `stop=["<|im_end|>"]` ran on."""
+    lm = TinyLM.from_pretrained(special)
+    ids, new, place = prompt_before_special(lm)
+    options = dict(max_new_tokens=8, eos_token_id=(), stop=[f"<|s{new[place]}|>"])
+    assert lm.generate(ids, **options)[0, 3:].tolist() == new[: place + 1]
+    shown = lm.tokenizer.decode(ids[0].tolist() + new[:place])
+    assert shown == lm.tokenizer.decode(ids[0]) + "".join(lm.stream(ids[0].tolist(), **options))
+    # as the first thing after the prompt
+    ids = torch.cat((ids, torch.tensor([new[:place]])), 1)
+    assert lm.generate(ids, **options)[0, ids.shape[1] :].tolist() == new[place : place + 1]
+    assert "".join(lm.stream(ids[0].tolist(), **options)) == ""
+
+
+def test_a_stop_string_that_begins_in_a_special_token(special):
+    """A stop string may reach over the end of a special token into the text behind it."""
+    tokenizer = TinyLM.from_pretrained(special).tokenizer
+    ids = [97, 300, 98, 99, 300, 98]
+    for stop, text in (("0|>bc", "a"), ("<|s300|>b", "a"), ("c<", "ab"), ("bc<|s300|>", "a")):
+        assert "".join(stream_text(tokenizer, ids, (stop,))) == text, stop
+    assert "".join(stream_text(tokenizer, ids, ("<|s301|>", "cb"))) == "abcb"
+    assert "".join(stream_text(tokenizer, ids)) == "abcb"
+
+
+def test_stop_strings_of_the_file(reciter, tmp_path):
+    """Guards `stop_strings` in generation_config.json that was ignored; an argument goes before it."""
+    lm = TinyLM.from_pretrained(reciter)
+    lm.generation_config = lm.generation_config | {"stop_strings": ["日"]}
+    assert "".join(lm.stream("!", max_new_tokens=30)) == "aé🙂"
+    assert "".join(lm.stream("!", max_new_tokens=30, stop="é")) == "a"
+    assert len(lm.generate(torch.tensor([[33]]), max_new_tokens=30)[0]) == 1 + len(
+        "aé🙂日".encode()
+    )
+
+
+def test_a_chat_ends_at_the_tokenizers_end_of_turn(reciter, tmp_path):
+    """Guards a chat that runs on where config.json names another end than the tokenizer."""
+    lm = TinyLM.from_pretrained(reciter)
+    lm.tokenizer.apply_chat_template = lambda *_, **__: "!"
+    say = [{"role": "user", "content": "hi"}]
+    lm.tokenizer.eos_token_id = "日".encode()[0]
+    assert "".join(lm.chat(say, max_new_tokens=30)) == "aé🙂"
+    assert "".join(lm.chat(say, max_new_tokens=13, eos_token_id=None)) == LOOP
+
+
+# ---- generation_config.json, as transformers reads it ---------------------------------------------------------------
+
+FIELDS = [
+    dict(bad_words_ids=[["eos"]]),  # transformers drops it: a text ends all the same
+    dict(bad_words_ids=[["eos"], ["first"]]),
+    dict(bad_words_ids=[["first", "second"]]),
+    dict(no_repeat_ngram_size=1),
+    dict(repetition_penalty=3.0),
+    dict(min_length=9),
+    dict(min_new_tokens=5),
+    dict(num_beams=3),
+    dict(num_beams=3, length_penalty=0.3),
+    dict(num_beams=3, early_stopping=True, renormalize_logits=True),
+    dict(forced_eos_token_id=7),
+    dict(suppress_tokens=["first"]),
+    dict(begin_suppress_tokens=["first"]),
+    dict(encoder_repetition_penalty=1.0),
+    dict(exponential_decay_length_penalty=[0, 99.0]),
+    dict(sequence_bias=[[["first"], -9.0]]),
+    dict(guidance_scale=1),
+    dict(num_return_sequences=1, num_beam_groups=1, typical_p=1.0, penalty_alpha=0.0),
+    dict(do_sample=False, temperature=0.2, top_k=3, top_p=0.5, min_p=0.4, top_h=0.3),
+    dict(epsilon_cutoff=0.3, eta_cutoff=0.3, use_cache=True, remove_invalid_values=True),
+    dict(output_attentions=False, cache_implementation=None, max_time=None, stop_strings=None),
+    dict(low_memory=None, is_assistant=False, renormalize_logits=True, token_healing=False),
+]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=name)
+def test_a_field_is_read_as_by_transformers_or_refused(fields, lm, folder):
+    """Never silently other tokens; and a default is no reason to refuse."""
+    oracle, ids = load_oracle(folder(LLAMA)), prompts(LLAMA, 1, 6)
+    free = lm.generate(ids, max_new_tokens=9, eos_token_id=())[0, 6:].tolist()
+    eos = free[3]
+    names = {"eos": eos, "first": free[0], "second": free[1]}
+
+    def named(value):
+        if isinstance(value, list):
+            return [named(part) for part in value]
+        return names.get(value, value) if isinstance(value, str) else value
+
+    fields = {key: named(value) for key, value in fields.items()}
+    options = dict(eos_token_id=eos, pad_token_id=0, max_new_tokens=9)
+    theirs = oracle.generate(
+        ids, attention_mask=torch.ones_like(ids), **dict(do_sample=False) | fields | options
+    )
+    lm.generation_config = fields | options
+    try:
+        ours = lm.generate(ids)
+    except ValueError as error:
+        assert "generation_config.json" in str(error) and any(key in str(error) for key in fields)
+        plain = oracle.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, **options
+        )
+        assert plain.tolist() != theirs.tolist() or "min_new_tokens" in fields, "a needless refusal"
+    else:
+        assert new_until(ours[0, 6:].tolist(), [eos]) == new_until(theirs[0, 6:].tolist(), [eos])
+
+
+def test_unknown_fields_are_one_warning(copy):
+    path = copy(LLAMA)
+    file = path / "generation_config.json"
+    more = {"my_field": 1, "_commit_hash": "x", "other": [2], "use_cache": True, "max_length": 99}
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    with pytest.warns(UserWarning) as warned:
+        TinyLM.from_pretrained(path)
+    (text,) = {str(w.message) for w in warned if "generation_config.json" in str(w.message)}
+    assert text.endswith("my_field, other")
+
+
+# ---- numbers that overflow, threads, compiled states ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [dict(), dict(temperature=1.0, seed=1), dict(num_beams=2)])
+def test_logits_that_are_not_finite_are_an_error(options, folder):
+    """Guards token 0 for ever: a weight that is NaN, and a token whose logits alone overflow."""
+    lm, ids = TinyLM.from_pretrained(folder(LLAMA)), prompts(LLAMA, 1, 6)
+    lm.generate(ids, max_new_tokens=3, **options)
+    lm.embed.weight.data[int(ids[0, 2])] = math.nan
+    refuses(lambda: lm.generate(ids, max_new_tokens=3, **options), "not finite")
+    lm.tokenizer = ByteTokenizer()
+    refuses(lambda: list(lm.stream(ids[0].tolist(), max_new_tokens=3)), "not finite")
+
+
+def in_threads(calls):
+    """What each call returns, all at once in eight threads."""
+    with ThreadPoolExecutor(8) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def test_eight_threads_give_what_each_gives_alone(reciter):
+    lm, calls = TinyLM.from_pretrained(reciter), []
+    for i in range(16):
+        ids = torch.tensor([list(LOOP.encode())[i % 3 :][: 3 + i % 7]])
+        options = dict(max_new_tokens=4 + i, temperature=float(i % 2), seed=i, num_beams=1)
+        beams = dict(max_new_tokens=3 + i, num_beams=1 + i % 3)
+        calls += [
+            lambda ids=ids, options=options: lm.generate(ids, **options).tolist(),
+            lambda ids=ids, beams=beams: lm.generate(ids, **beams).tolist(),
+            lambda i=i, options=options: [*lm.stream(LOOP[i % 4 :], **options, stop="日")],
+        ]
+    alone = [call() for call in calls]
+    assert in_threads(calls) == alone
+
+
+def test_a_second_generation_leaves_the_first_alone(folder, monkeypatch):
+    """Guards compiled states, which are kept for the next text of their shape: not while they are in use."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    lm = TinyLM.from_pretrained(folder(LLAMA))
+    lm.tokenizer = ByteTokenizer()
+    options = dict(max_new_tokens=9, eos_token_id=(), compile=True)
+    alone = [[*lm.stream(text, **options)] for text in ("abc", "xyz")]
+    (state,) = lm._states.values()
+    first, second = (lm.stream(text, **options) for text in ("abc", "xyz"))
+    mixed = [[], []]
+    for one, other in zip(first, second, strict=False):
+        mixed[0].append(one)
+        mixed[1].append(other)
+    mixed[0] += first
+    mixed[1] += second
+    assert ["".join(text)[:4] for text in mixed] == ["".join(text)[:4] for text in alone]
+    assert [[*lm.stream(text, **options)] for text in ("abc", "xyz")] == alone
+    assert len(lm._states) == 1
+    torch._dynamo.reset()

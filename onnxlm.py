@@ -48,6 +48,10 @@ CUDA_PRECISIONS = (
 MIN_ONNXRUNTIME = (1, 24)  # older ones run some of the graphs wrongly
 
 
+VERIFIED_PROVIDERS = {CPU, CUDA, "TensorrtExecutionProvider"}  # others are compared with the CPU
+OLDEST_RUNTIME = (1, 24)  # before, onnxruntime runs some graphs wrongly
+
+
 class Error(ValueError):
     """What the caller gave cannot be used, or what was written failed its check: one line that says which."""
 
@@ -164,17 +168,29 @@ class Session:
 class OnnxLM:
     """An exported model under ONNX Runtime: numpy in, numpy out.
 
-    folder: what `export_onnx` wrote; precision: a key of SUFFIXES; providers: ONNX Runtime's names, tried in order
+    folder: what `export_onnx` wrote; precision: a key of SUFFIXES (None: the first that is there); providers: ONNX Runtime's names, tried in order
     (None: CUDA where there is a driver and the precision is for it, else CPU); threads: of the CPU (None: ONNX
     Runtime's choice, one per core).
     Raises Error where a file is missing or where a provider that was asked for does not load.
     """
 
-    def __init__(self, folder, precision: str = "fp32", providers=None, threads: int | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        precision: str | None = None,
+        providers: list | None = None,
+        threads: int | None = None,
+    ):
         import onnxruntime as ort
 
+        version = tuple(int(part) for part in re.findall(r"\d+", ort.__version__)[:2])
         require(
-            precision in SUFFIXES,
+            version >= OLDEST_RUNTIME,
+            f"onnxruntime {ort.__version__}: runs some graphs wrongly, expected at least "
+            f"{'.'.join(map(str, OLDEST_RUNTIME))}; pip install --upgrade onnxruntime",
+        )
+        require(
+            precision is None or precision in SUFFIXES,
             f"precision = {precision!r}, expected one of {', '.join(SUFFIXES)}",
         )
         self.folder = Path(folder)
@@ -182,27 +198,16 @@ class OnnxLM:
         self.generation_config = read_generation_config(self.folder, config)
         said = {name: value for name, value in self.generation_config.items() if value is not None}
         self.config = config | said
-        stems = (
-            ("encoder_model", "decoder_model_merged")
-            if self.config.get("is_encoder_decoder")
-            else ("model",)
-        )
-        paths = [self.folder / "onnx" / f"{stem}{SUFFIXES[precision]}.onnx" for stem in stems]
-        for path in paths:
-            require(
-                path.exists(),
-                f"{path}: no such file; write it with `python export.py FOLDER --onnx --precision "
-                f"{precision}`",
-            )
+        two = self.config.get("is_encoder_decoder")
+        stems = ("encoder_model", "decoder_model_merged") if two else ("model",)
+        self.precision, paths = self._graphs(stems, precision)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        asked, providers = (
-            providers,
-            providers or ([CUDA, CPU] if precision in CUDA_PRECISIONS and has_cuda(ort) else [CPU]),
-        )
-        names = [
-            provider if isinstance(provider, str) else provider[0] for provider in providers
-        ]  # or (name, options)
+        asked = providers
+        if not providers:
+            cuda = self.precision in CUDA_PRECISIONS and has_cuda(ort)
+            providers = [CUDA, CPU] if cuda else [CPU]
+        names = [x if isinstance(x, str) else x[0] for x in providers]  # or (name, options)
         for name in names:
             require(
                 name in ort.get_available_providers(),
@@ -224,6 +229,41 @@ class OnnxLM:
         self.vocab_size = self.config["vocab_size"]
         self.max_length = (self.encoder or self.session).limit
         self.task = task_of(self.config, self.folder)
+        if not {*names} <= VERIFIED_PROVIDERS:
+            self._compare(OnnxLM(folder, self.precision, [CPU], threads))
+
+    def _graphs(self, stems: tuple, precision: str | None) -> tuple[str, list[Path]]:
+        """The precision, else the first that is there, and its files."""
+        missing = []
+        for name in [precision] if precision else SUFFIXES:
+            paths = [self.folder / "onnx" / f"{stem}{SUFFIXES[name]}.onnx" for stem in stems]
+            if all(path.exists() for path in paths):
+                return name, paths
+            missing += [path for path in paths if not path.exists()]
+        raise Error(
+            f"{missing[0]}: no such file; write it with `python export.py FOLDER --onnx --precision "
+            f"{precision or 'fp32'}`"
+        )
+
+    def _compare(self, other: OnnxLM, tolerance: float = 0.02):
+        """Raise Error where a batch, and with a cache a step after it, differ from what another session says."""
+        ids = (np.arange(16).reshape(2, 8) * 7 + 1) % self.vocab_size
+        mask = np.ones_like(ids)
+        results = []
+        for lm in (self, other):
+            if lm.past:
+                source = lm.source(ids, mask) if lm.encoder else None
+                first, past = lm.step(ids[:, :-1], mask[:, :-1], source=source)
+                results.append([first, lm.step(ids[:, -1:], mask, past, source)[0]])
+            else:
+                results.append([lm(ids)])
+        for ours, theirs in zip(*results):
+            error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+            require(
+                error <= tolerance,
+                f"providers: {self.provider} differs from {other.provider} by {error:.1e} of the "
+                f"largest output, expected at most {tolerance:.0e}; use another provider",
+            )
 
     @functools.cached_property
     def tokenizer(self):
@@ -242,9 +282,15 @@ class OnnxLM:
             for name, (_, heads, _, width) in self.past.items()
         ]
 
-    def step(self, input_ids, mask, past=None, source=None, keep: int = 0):
+    def step(
+        self, input_ids, mask, past: list | None = None, source: dict | None = None, keep: int = 0
+    ) -> tuple[np.ndarray, list]:
         """One call of a graph with a cache: (logits, present). Ids (batch, seq), mask (batch, past + seq), past as
         returned, or of the `cache`; behind an encoder its `source`; logits of all columns, or of the last `keep`."""
+        batch, seq = input_ids.shape
+        new = mask[:, -seq:].astype(bool)
+        if self.shared and mask.shape[1] > seq > 1 and not (batch == 1 and new.all()):
+            return self._step_by_column(input_ids, mask, past, keep)
         first = past is None
         past = self.cache(len(input_ids)) if first else past
         shared = self.shared and past[0].shape()[2] >= mask.shape[1]
@@ -260,6 +306,25 @@ class OnnxLM:
             **feeds,
         )
         return logits.numpy(), present
+
+    def _step_by_column(self, input_ids, mask, past: list, keep: int) -> tuple[np.ndarray, list]:
+        """`step` where the graph's operator takes several new tokens after a past of one row without padding only: a
+        column at a time. Logits of padding are zeros."""
+        batch, seq = input_ids.shape
+        logits = np.zeros((batch, seq, self.vocab_size), np.float32)
+        before = mask.shape[1] - seq
+        for column in range(seq):
+            real = mask[:, before + column]
+            require(
+                real.all() or not real.any(),
+                "attention_mask: after a past this graph takes new tokens of which a column is padding in "
+                "all rows or in none; give rows of other lengths one by one, or use the fp32 graph",
+            )
+            if real.any():
+                ids, seen = input_ids[:, column : column + 1], mask[:, : before + column + 1]
+                found, past = self.step(ids, seen, past)
+                logits[:, column] = found[:, 0]
+        return logits[:, -keep:], past
 
     def __call__(
         self, input_ids, attention_mask=None, token_type_ids=None, decoder_input_ids=None
@@ -2005,7 +2070,7 @@ def main(argv: list | None = None) -> int:
         prog="onnxlm", description="Run an exported folder on texts, without torch."
     )
     add_run_options(parser)
-    parser.add_argument("--precision", choices=SUFFIXES, default="fp32")
+    parser.add_argument("--precision", choices=SUFFIXES, help="default: the first that is there")
     options = vars(parser.parse_intermixed_args(argv))
     try:
         run_lines(OnnxLM(options.pop("folder"), options.pop("precision")), **options)

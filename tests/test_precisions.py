@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import os
+import shutil
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from families import assert_same_text, difference, ragged
 
 import export
 import tinylm
+import onnxlm
 from export import PRECISIONS, OnnxLM, export_onnx, quantize, quantize_weights
 from tinylm import Config, TinyLM
 
@@ -415,3 +417,69 @@ def test_decoding_leaks_nothing(exported):
             onnx_lm.generate(np.array([[1, 2, 3]]), max_new_tokens=32, eos_token_id=())
         sizes.append(resident())
     assert sizes[-1] - sizes[1] < 2**20  # 1,920 steps of 12 outputs each
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_several_new_tokens_after_a_past(precision, exported):
+    """Guards logits that a graph with grouped queries gave silently: padding among the new tokens, several rows."""
+    onnx_lm = OnnxLM(exported("qwen3")[1], precision, providers=CPU)
+    ids = np.array([[5, 6, 7, 8, 9, 0, 0], [9, 8, 7, 6, 5, 0, 0]])
+    for rows, mask in (
+        (ids[:1], [[1] * 5 + [0] * 2]),
+        (ids, [[1] * 5 + [0] * 2] * 2),
+        (ids[:, :5], [[1] * 5] * 2),
+    ):
+        mask = np.array(mask)
+        expected = onnx_lm(rows, mask)[:, 3:5]
+        _, past = onnx_lm.step(rows[:, :3], mask[:, :3])
+        logits, _ = onnx_lm.step(rows[:, 3:], mask, past)
+        assert np.abs(logits[:, :2] - expected).max() < 2e-2 * np.abs(expected).max()
+    if precision == "int8":
+        _, past = onnx_lm.step(ids[:, :3], np.ones((2, 3), np.int64))
+        mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+        with pytest.raises(ValueError, match="^attention_mask: after a past .* or use the fp32"):
+            onnx_lm.step(ids[:, 3:5], mask, past)
+
+
+def test_the_precision_that_is_there(exported, tmp_path):
+    source = exported("qwen3")[1]
+    assert OnnxLM(source, providers=CPU).precision == "fp32"
+    (tmp_path / "onnx").mkdir()
+    for path in [*source.glob("*.json"), *source.glob("onnx/model_quantized*")]:
+        shutil.copyfile(path, tmp_path / path.relative_to(source))
+    assert OnnxLM(tmp_path, providers=CPU).precision == "int8"
+    (tmp_path / "onnx" / "model_quantized.onnx").unlink()
+    with pytest.raises(ValueError, match="model.onnx: no such file; write it with .* fp32`$"):
+        OnnxLM(tmp_path, providers=CPU)
+
+
+def test_runtimes_and_providers_that_nobody_verified(exported, monkeypatch):
+    """Guards garbage under an older onnxruntime, and other logits of a provider, silently."""
+    import onnxruntime
+
+    folder, verified = exported("qwen3")[1], onnxlm.VERIFIED_PROVIDERS
+    monkeypatch.setattr(onnxlm, "VERIFIED_PROVIDERS", verified - {*CPU})
+    assert OnnxLM.__init__.__module__ == "onnxlm"
+    step, calls = OnnxLM.step, []
+
+    def other_logits(self, *arguments, **options):
+        calls.append(self)
+        logits, present = step(self, *arguments, **options)
+        return logits * (1.1 if self is calls[0] else 1), present
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnnxLM, "_compare", lambda *_: calls.append("compared"))
+        OnnxLM(folder, providers=CPU)
+    assert calls == ["compared"]
+    monkeypatch.setattr(onnxlm, "VERIFIED_PROVIDERS", verified)
+    lm = OnnxLM(folder, providers=CPU)
+    lm._compare(OnnxLM(folder, providers=CPU))
+    calls.clear()
+    monkeypatch.setattr(OnnxLM, "step", other_logits)
+    with pytest.raises(
+        ValueError, match="^providers: CPUExecutionProvider differs from .* use another"
+    ):
+        lm._compare(OnnxLM(folder, providers=CPU))
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    with pytest.raises(ValueError, match=r"^onnxruntime 1\.23\.2: .* at least 1\.24; "):
+        OnnxLM(folder, providers=CPU)

@@ -492,11 +492,16 @@ class Window(NamedTuple):
 
 
 def encode_windows(
-    tokenizer, text: str, pair: str | None = None, limit: int = LONGEST, stride: int | None = None
+    tokenizer,
+    text: str,
+    pair: str | None = None,
+    limit: int = LONGEST,
+    stride: int | None = None,
+    special: bool = True,
 ) -> list[Window]:
-    """A text, or two, between specials in at most `limit` tokens: cut at the end, of two texts first of the longer one;
-    with a stride the second one is divided into windows that share so many tokens."""
-    encoding = tokenizer.encoding(text, pair)
+    """A text, or two, between special tokens (if `special`) in at most `limit` tokens: cut at the end, of two texts
+    first of the longer one; with a stride the second one is divided into windows that share so many tokens."""
+    encoding = tokenizer.encoding(text, pair, special)
     columns: dict = {None: [], 0: [], 1: []}
     for column, part in enumerate(encoding.sequence_ids):
         columns[part].append(column)
@@ -940,11 +945,24 @@ def embed(model, texts, pairs, prompt: str | None = None, prompt_name: str | Non
 
 
 def write(model, texts, pairs, **options):
-    """What follows a text, or what is written of a source; greedy unless the options of `generate` say otherwise."""
+    """What follows a text, or what is written of a source; through a chat template, where there is one, what answers
+    it. Greedy unless the options of `generate` say otherwise."""
+    tokenizer, chat = model.tokenizer, model.task == "lm" and has_chat_template(model.tokenizer)
+    if chat:
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        texts = [tokenizer.apply_chat_template(x, add_generation_prompt=True) for x in chats]
+        ends = as_ids("eos_token_id", model.config.get("eos_token_id"))
+        ends = (*ends, *as_ids("eos_token_id", tokenizer.eos_token_id))
+        options = {"eos_token_id": ends} | options
     limit = model.max_length if model.task == "seq2seq" else 2**31
-    windows = [encode_windows(model.tokenizer, text, None, limit)[0] for text in texts]
+    windows = [encode_windows(tokenizer, x, None, limit, special=not chat)[0] for x in texts]
     for text in write_windows(model, windows, len(windows), **options):
         yield [{"generated_text": text}]
+
+
+def has_chat_template(tokenizer) -> bool:
+    config = parse_json_file(tokenizer.files, "tokenizer_config.json")
+    return bool(config.get("chat_template")) or "chat_template.jinja" in tokenizer.files
 
 
 def write_windows(model, windows: list, batch: int, **options) -> list[str]:
@@ -2064,6 +2082,11 @@ def plain_line(result: dict) -> str:
     return " ".join(words) if words else json.dumps(*result.values())
 
 
+def close_stdout():
+    """What is still to be written goes nowhere, without a message when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: list | None = None) -> int:
     """`onnxlm.py FOLDER INPUT...`; an Error is one line on stderr and exit code 1."""
     parser = argparse.ArgumentParser(
@@ -2074,6 +2097,10 @@ def main(argv: list | None = None) -> int:
     options = vars(parser.parse_intermixed_args(argv))
     try:
         run_lines(OnnxLM(options.pop("folder"), options.pop("precision")), **options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough, as `head`
+        close_stdout()
+        return 141
     except KeyboardInterrupt:
         return 130
     except (Error, OSError) as error:

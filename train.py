@@ -1724,7 +1724,13 @@ class Classification(Task):
         yield example
 
     def figures(self, lm, examples, batch):
-        """Accuracy, and the mean of the F1 of each class that occurs."""
+        """Accuracy, the mean of the F1 of each class that occurs, and the loss."""
+        figures = self.report(lm, examples, batch)
+        return {name: figure for name, figure in figures.items() if isinstance(figure, float)}
+
+    def report(self, lm, examples, batch):
+        """The figures, and for each class precision, recall, F1 and support; of single labels also the confusion
+        matrix: true class -> predicted class -> count."""
         logits, problem = np.stack(outputs(lm, examples, batch)), lm.config.problem_type
         labels = np.array([example["labels"] for example in examples])
         if problem == "regression":
@@ -1733,17 +1739,35 @@ class Classification(Task):
                 "mean squared error": float(((said - labels) ** 2).mean()),
                 "correlation": float(np.corrcoef(said, labels)[0, 1]),
             }
-        if problem == "multi_label_classification":
+        names = [lm.config.id2label[i] for i in range(lm.config.num_labels)]
+        several = problem == "multi_label_classification"
+        if several:
             said, true = logits > 0, labels > 0
+            losses = np.logaddexp(0, np.where(true, -logits, logits)).mean(-1)
         else:
-            classes = np.arange(lm.config.num_labels)
+            classes = np.arange(len(names))
             said, true = logits.argmax(-1)[:, None] == classes, labels[:, None] == classes
-        counts = zip(*(part.sum(0).tolist() for part in (said & true, said, true)))
-        scores = [f1(*count) for count in counts if any(count)]
-        return {
+            losses = np.logaddexp.reduce(logits, -1) - logits[true]
+        right, found, support = (part.sum(0).tolist() for part in (said & true, said, true))
+        table = {}
+        for i, name in enumerate(names):
+            table[name] = {
+                "precision": right[i] / max(found[i], 1),
+                "recall": right[i] / max(support[i], 1),
+                "F1": f1(right[i], found[i], support[i]),
+                "support": support[i],
+            }
+        scores = [f1(*count) for count in zip(right, found, support) if any(count)]
+        figures = {
             "accuracy": float((said == true).all(-1).mean()),
-            "macro F1": sum(scores) / max(len(scores), 1),
+            "macro F1": float(sum(scores) / max(len(scores), 1)),
+            "loss": float(losses.mean()),
+            "classes": table,
         }
+        if not several:
+            counts = (true.T.astype(int) @ said.astype(int)).tolist()
+            figures["confusion"] = {name: dict(zip(names, row)) for name, row in zip(names, counts)}
+        return figures
 
 
 def f1(right: float, said: float, true: float) -> float:
@@ -2782,6 +2806,9 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     sub.add_argument("data", help="as for train")
     add_options(sub, TrainOptions, *COLUMNS, "delimiter", "encoding", "batch", "block", "device")
     sub.add_argument("--json", action="store_true", help="print them as JSON")
+    sub.add_argument(
+        "--confusion", action="store_true", help="of classes: the confusion matrix too"
+    )
 
     sub = commands.add_parser(
         "run", help="whatever a checkpoint's head is for: labels, answers, texts, embeddings"
@@ -2866,6 +2893,10 @@ def main(argv: list | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         COMMANDS[options.pop("command")](options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough, as `head`
+        onnxlm.close_stdout()
+        return 141
     except (Error, onnxlm.Error, OSError) as error:
         print(f"tinylm: error: {error}", file=sys.stderr)
         return 1
@@ -2935,6 +2966,7 @@ def opened(options: dict) -> TinyLM:
 
 def run_eval(options: dict):
     lm, as_json, data = opened(options), options.pop("json"), options.pop("data")
+    confusion = options.pop("confusion")
     name = task_of(lm.config)
     require(name in TASKS, f"{lm.folder}: expected a model with a task's head")
     known = remembered(lm.folder) | dict(regression=lm.config.problem_type == "regression")
@@ -2944,11 +2976,31 @@ def run_eval(options: dict):
     examples = task.epochs(lm, rows, options.block)(None)
     require(len(examples), f"{data}: nothing to evaluate")
     figures = task.report(lm, examples, options.batch)
-    print(
-        json.dumps(figures)
-        if as_json
-        else "\n".join(f"{name}  {figure:.4f}" for name, figure in figures.items())
-    )
+    if not confusion:
+        figures.pop("confusion", None)
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, figure in figures.items():
+        if isinstance(figure, dict):
+            print(f"\n{name}")
+            print(*table_lines(figure), sep="\n")
+        else:
+            print(f"{name}  {figure:.4f}")
+
+
+def table_lines(table: dict[str, dict]) -> list[str]:
+    """Rows of numbers, by name, under the names of their columns."""
+    columns = [*next(iter(table.values()))]
+    rows = [["", *columns]]
+    for name, values in table.items():
+        cells = [f"{x:.4f}" if isinstance(x, float) else str(x) for x in values.values()]
+        rows.append([name, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
 
 
 def run_run(options: dict):
@@ -2963,28 +3015,56 @@ def run_sample(options: dict):
     show(lm.stream(prompt, **options))
 
 
+CHAT_COMMANDS = "/reset begins anew, /system TEXT too and sets the system message, /exit ends"
+
+
 def run_chat(options: dict):
-    """Questions from standard input, one a line; answers to standard output."""
+    """Questions from standard input, one a line; answers to standard output. Ctrl-C ends an answer."""
     lm, system = opened(options), options.pop("system")
     variables = dict(options.pop("set") or ())
-    messages = [{"role": "system", "content": system}] * bool(system)
+    messages = system_messages(system)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 (from here on, `input` edits its line and knows the last ones)
+        print(CHAT_COMMANDS, file=sys.stderr)
     while True:
-        print("> " * sys.stdin.isatty(), end="", flush=True)
-        question = sys.stdin.readline()
-        if not question:
+        try:
+            question = input("> " if interactive else "").strip()
+        except EOFError:
             return
-        if question.strip():
-            messages.append({"role": "user", "content": question.strip()})
-            answer = show(lm.chat(messages, variables=variables, **options))
-            messages.append({"role": "assistant", "content": answer})
+        command, _, text = question.partition(" ")
+        if command == "/exit":
+            return
+        if command in ("/reset", "/system"):
+            system = text.strip() if command == "/system" else system
+            messages = system_messages(system)
+        elif question:
+            messages.append({"role": "user", "content": question})
+            try:
+                answer = show(lm.chat(messages, variables=variables, **options), interruptible=True)
+                messages.append({"role": "assistant", "content": answer})
+            except Error as error:  # e.g. a conversation that is too long
+                print(f"{error}; {CHAT_COMMANDS}", file=sys.stderr)
+                messages.pop()
+                if not interactive:
+                    raise
 
 
-def show(pieces) -> str:
-    """Print text as it comes; all of it."""
+def system_messages(text: str | None) -> list[dict]:
+    return [{"role": "system", "content": text}] if text else []
+
+
+def show(pieces, interruptible: bool = False) -> str:
+    """Print text as it comes; all of it, or until Ctrl-C."""
     text = ""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        text += piece
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            text += piece
+    except KeyboardInterrupt:
+        if not interruptible:
+            raise
     print()
     return text
 

@@ -16,8 +16,8 @@ from conftest import ROOT
 from families import assert_same_text, difference, ragged
 
 import export
-import tinylm
 import onnxlm
+import tinylm
 from export import PRECISIONS, OnnxLM, export_onnx, quantize, quantize_weights
 from tinylm import Config, TinyLM
 

@@ -45,11 +45,8 @@ CUDA_PRECISIONS = (
     "fp16",
     "q4f16",
 )  # whose nodes all run there: queries are grouped on CUDA in 16 bits only
-MIN_ONNXRUNTIME = (1, 24)  # older ones run some of the graphs wrongly
-
-
 VERIFIED_PROVIDERS = {CPU, CUDA, "TensorrtExecutionProvider"}  # others are compared with the CPU
-OLDEST_RUNTIME = (1, 24)  # before, onnxruntime runs some graphs wrongly
+MIN_ONNXRUNTIME = (1, 24)  # before, onnxruntime runs some graphs wrongly
 
 
 class Error(ValueError):
@@ -100,22 +97,12 @@ def check_fields(owner, spelled: Callable = str):
         require(fine, f"{spelled(name)} = {getattr(owner, name)!r}, expected {expected}")
 
 
-def check_version(version: str):
-    """Refuse an ONNX Runtime on which no export was tested."""
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    require(
-        found >= MIN_ONNXRUNTIME,
-        f"onnxruntime {version}: too old, expected at least {'.'.join(map(str, MIN_ONNXRUNTIME))}",
-    )
-
-
 class Session:
     """One graph under ONNX Runtime: arrays or OrtValues in, OrtValues out."""
 
     def __init__(self, path: Path, options, providers: list):
         import onnxruntime as ort
 
-        check_version(ort.__version__)
         try:
             self.session = ort.InferenceSession(path, options, providers=providers)
         except Exception as error:  # onnxruntime's own exceptions have no common base
@@ -185,9 +172,9 @@ class OnnxLM:
 
         version = tuple(int(part) for part in re.findall(r"\d+", ort.__version__)[:2])
         require(
-            version >= OLDEST_RUNTIME,
+            version >= MIN_ONNXRUNTIME,
             f"onnxruntime {ort.__version__}: runs some graphs wrongly, expected at least "
-            f"{'.'.join(map(str, OLDEST_RUNTIME))}; pip install --upgrade onnxruntime",
+            f"{'.'.join(map(str, MIN_ONNXRUNTIME))}; pip install --upgrade onnxruntime",
         )
         require(
             precision is None or precision in SUFFIXES,

@@ -656,3 +656,24 @@ def test_variables_of_a_template_on_the_command_line(tmp_path, capsys, monkeypat
     with pytest.raises(SystemExit):
         train.main([*arguments, "--set", "name"])
     assert "expected NAME=VALUE" in capsys.readouterr().err
+
+
+def test_templates_and_tokenizers_are_shared_by_threads(pair):
+    """One tokenizer, eight threads: each gets what it gets alone; an endless template ends for its own thread."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    _, ours, runtime = pair
+
+    def render(i: int):
+        if i % 8 == 3:
+            with pytest.raises(tinylm.Error, match="large|seconds|long"):
+                ours.apply_chat_template(PLAIN, chat_template="{{ 'x' * 10 ** 9 }}")
+        messages = [*PLAIN, {"role": "user", "content": "x" * i}]
+        text = (ours, runtime)[i % 2].apply_chat_template(
+            messages, None, True, chat_template=TEMPLATES["QWEN3"]
+        )
+        return text, ours.encode(text, special=False)
+
+    alone = [render(i) for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(render, range(24))] == alone

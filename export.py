@@ -1162,10 +1162,10 @@ def keep_graphs(earlier: Path, folder: Path, weights: str, precisions: list, log
     if not (earlier / "onnx").is_dir():
         return
     try:
-        same = json.loads((earlier / MARK).read_text()).get("weights") == weights
+        mark = json.loads((earlier / MARK).read_text())
     except ValueError:  # an export before there was a hash
-        same = False
-    if not same:
+        mark = None
+    if mark != {"weights": weights}:
         return log("the earlier export has other weights: its graphs are replaced")
     stems = "model|generate|encoder_model|decoder_model_merged"
     suffixes = "|".join(

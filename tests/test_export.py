@@ -669,34 +669,63 @@ def test_smollm2_is_exported_verified_and_knows_paris(smollm2, tmp_path):
 # ---- a folder that is there already --------------------------------------------------------------------------------
 
 
-def test_an_export_adds_its_precisions(tmp_path):
+@pytest.fixture
+def quick(monkeypatch):
+    """The graphs of an export are a few bytes: what is tried here is where they go."""
+
+    def write(lm, folder, precisions, *_):
+        for name in precisions:
+            path = folder / "onnx" / f"model{export.PRECISIONS[name].suffix}.onnx"
+            path.write_bytes(os.urandom(8))
+        return {}
+
+    monkeypatch.setattr(export, "write_graphs", write)
+
+
+def test_an_export_adds_its_precisions(quick, tmp_path):
     """Guards a second run that destroys the first: other precisions of the same weights stay, of others they go."""
-    lm, out = TinyLM(Config(**TINY)).eval(), tmp_path / "out"
-    files = lambda: sorted(path.name for path in (out / "onnx").iterdir())
-    export_onnx(lm, out, precisions=["fp16"])
-    first = (out / "onnx" / "model_fp16.onnx").read_bytes()
-    lines = []
-    export_onnx(lm, out, log=lines.append)
-    assert files() == ["model.onnx", "model_fp16.onnx"]
-    assert (out / "onnx" / "model_fp16.onnx").read_bytes() == first
-    assert "onnx/model_fp16.onnx is kept" in lines
-    assert OnnxLM(out, "fp16", providers=CPU)(np.array([[1, 2]])).shape == (1, 2, 320)
+    lm, out, lines = TinyLM(Config(**TINY)), tmp_path / "out", []
+    graphs = lambda: {path.name: path.read_bytes() for path in sorted((out / "onnx").iterdir())}
+    export_onnx(lm, out, precisions=["fp16", "q4f16"])
+    (out / "onnx" / "model_q4f16.onnx_data").write_bytes(b"weights")
+    first = graphs()
+    export_onnx(lm, out, precisions=["fp32", "fp16"], log=lines.append)
+    second = graphs()
+    assert [*second] == ["model.onnx", *first]
+    assert second["model_fp16.onnx"] != first["model_fp16.onnx"]
+    assert all(second[name] == first[name] for name in first if "q4f16" in name)
+    assert [line for line in lines if "kept" in line] == [
+        "onnx/model_q4f16.onnx is kept",
+        "onnx/model_q4f16.onnx_data is kept",
+    ]
+    config = json.loads((out / "config.json").read_text())
+    assert config["transformers.js_config"]["use_external_data_format"] == {
+        "model_q4f16.onnx": True
+    }
     with torch.no_grad():
         lm.embed.weight[0] += 1
     export_onnx(lm, out, log=lines.append)
-    assert files() == ["model.onnx"]
+    assert [*graphs()] == ["model.onnx"]
     assert "the earlier export has other weights: its graphs are replaced" in lines
 
 
-def test_a_failed_export_leaves_the_earlier_one(tmp_path, monkeypatch):
-    lm, out = TinyLM(Config(**TINY)).eval(), tmp_path / "out"
+@pytest.mark.parametrize("mark", ["", "[]", "{}"])
+def test_an_export_without_a_hash_is_replaced(mark, quick, tmp_path):
+    lm, out = TinyLM(Config(**TINY)), tmp_path / "out"
+    export_onnx(lm, out, precisions=["fp16"])
+    (out / export.MARK).write_text(mark)
+    export_onnx(lm, out)
+    assert [path.name for path in (out / "onnx").iterdir()] == ["model.onnx"]
+
+
+def test_a_failed_export_leaves_the_earlier_one(quick, tmp_path, monkeypatch):
+    lm, out = TinyLM(Config(**TINY)), tmp_path / "out"
     export_onnx(lm, out)
 
     def failing(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(export, "keep_graphs", failing)
-    monkeypatch.setattr(export, "write_graphs", lambda *_: {})
     with pytest.raises(OSError, match="no space left"):
         export_onnx(lm, out, precisions=["int8"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

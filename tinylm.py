@@ -2221,8 +2221,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | ByteTokenizer | None:
     if files.get("tokenizer.json") == ByteTokenizer().files["tokenizer.json"]:
         del files["tokenizer.json"]
         return ByteTokenizer(files)
-    names = ("tokenizer.json", "vocab.txt", "vocab.json")
+    names = ("tokenizer.json", "vocab.txt", "merges.txt")
     source = next((name for name in names if name in files), None)
+    if source == "merges.txt" and "vocab.json" not in files:
+        source = None
     if source is None:
         for name in files:
             require(
@@ -2254,11 +2256,12 @@ def resolve_tokenizer(files: dict[str, bytes], hf_config: dict) -> dict[str, byt
     else:
         kind, files = kind_of_vocabulary(files, kind, config)
     spec = json.loads(files["tokenizer.json"])
-    model, before = spec["model"], spec.get("added_tokens") or []
+    model = spec["model"]
+    before = spec.get("added_tokens") or []
     tokens = special_tokens(files, hf_config, spec.get("padding"))
-    parts, (model_type, pipeline) = {}, CLASS_PIPELINES.get(kind, (None, None))
-    if pipeline and model_type == model.get("type"):
-        parts = pipeline(config, tokens, spec)
+    model_type, pipeline = CLASS_PIPELINES.get(kind, (None, None))
+    by_class = pipeline is not None and model_type == model.get("type")
+    parts = pipeline(config, tokens, spec) if by_class else {}
     found = tokens_to_add(files, tokens, before, kind if parts else "")
     have = {token["content"]: token for token in before}
     same_tokens = all(is_same_token(token, have.get(token.content)) for token in found)
@@ -2306,13 +2309,12 @@ def kind_of_vocabulary(files: dict[str, bytes], kind: str, config: dict) -> tupl
     declared = config.get("tokenizer_class")
     if "vocab.txt" in files:
         model, default = "WordPiece", "BertTokenizer"
-        lines = files["vocab.txt"].decode("utf-8").splitlines()
-        content = {"type": model, "vocab": {token: i for i, token in enumerate(lines)}}
+        lines = files["vocab.txt"].decode("utf-8").removesuffix("\n").split("\n")
+        content = {"type": model, "vocab": {line.rstrip(): i for i, line in enumerate(lines)}}
         content |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
         content["unk_token"] = "[UNK]"
     else:
         model, default = "BPE", "GPT2Tokenizer"
-        require("merges.txt" in files, "vocab.json without merges.txt, expected both")
         lines = files["merges.txt"].decode("utf-8").split("\n")
         merges = [line.rstrip("\r") for line in lines if line.strip() and line[:8] != "#version"]
         content = {"type": model, "vocab": json.loads(files["vocab.json"]), "merges": merges}
@@ -2338,18 +2340,15 @@ def tokens_to_add(files: dict[str, bytes], tokens: dict[str, str], before: list,
 
     config = parse_json_file(files, "tokenizer_config.json")
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    by_id = {
-        int(i): added(value) for i, value in (config.get("added_tokens_decoder") or {}).items()
-    }
-    if "added_tokens_decoder" not in config:
+    by_id = {}
+    for i, value in (config.get("added_tokens_decoder") or {}).items():
+        by_id[int(i)] = added(value)
+    if "added_tokens_decoder" not in config:  # older files, else ignored
         named = parse_json_file(files, "special_tokens_map.json")
-        extra = extra or named.get("additional_special_tokens") or []
-        extra = (
-            [*extra, *(named.get("extra_special_tokens") or [])]
-            if isinstance(extra, list)
-            else extra
-        )
         config = config | named
+        extra = extra or named.get("additional_special_tokens") or []
+        if isinstance(extra, list):
+            extra = [*extra, *(named.get("extra_special_tokens") or [])]
         special = {*tokens.values(), *map(str, extra)}
         for text, i in parse_json_file(files, "added_tokens.json").items():
             by_id[i] = added(text, normalized=text not in special, special=text in special)

@@ -603,8 +603,16 @@ def test_tokenizer_files_read_as_transformers_reads_them(name, backends, tmp_pat
 @pytest.mark.parametrize("file", ["spiece.model", "tokenizer.model", "source.spm"])
 def test_a_sentencepiece_model_alone_says_how_to_convert_it(file, tmp_path):
     (tmp_path / file).write_bytes(b"x")
+    (tmp_path / "vocab.json").write_text("{}")  # as Marian has
     with pytest.raises(tinylm.Error, match=r"AutoTokenizer.from_pretrained\(.*save_pretrained"):
         tinylm.load_tokenizer(tmp_path)
+
+
+def test_lines_of_a_vocabulary_end_at_line_feeds_alone(tmp_path):
+    """Guards ids that were off by one behind a token that is a line separator."""
+    vocab = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n\u2028\n\x85\nhello\n"
+    write(tmp_path, config_json={"model_type": "bert"}, vocab_txt=vocab)
+    assert tinylm.load_tokenizer(tmp_path).encode("hello") == [2, 7, 3]
 
 
 def test_several_templates_are_chosen_as_transformers_chooses(tmp_path):

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from test_export_kinds import tokenizer
+from families import save_word_tokenizer
 
 import onnxlm
 import tinylm
@@ -36,7 +36,7 @@ def make(folder, kind="bert"):
             **sizes, num_key_value_heads=1, head_dim=16, pad_token_id=0, tie_word_embeddings=True
         )
         transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer(folder)
+    save_word_tokenizer(folder)
     names = {"mask_token": "[MASK]", "pad_token": "[PAD]", "tokenizer_class": "TokenizersBackend"}
     put(folder, "tokenizer_config.json", names)
     return folder

@@ -1197,7 +1197,9 @@ def missing_column(record: dict, role: str, given: str) -> str:
     text = f"no column {given or ' or '.join(names.split())} for the {role} (columns: {', '.join(columns)[:200]})"
     if option and not given:
         text += f"; {flag(option)} names it"
-    if all(" " in name or not name.isidentifier() for name in columns):
+    if columns == ["text"]:
+        text += "; a plain text has one column, expected .jsonl, .csv, .tsv, .parquet, ..."
+    elif any(len(name.split()) > 3 for name in columns):
         text += "; is the first line a header?"
     return text
 
@@ -1249,6 +1251,8 @@ def read_row(place: str, record, options: TrainOptions) -> dict:
     if isinstance(system := row.pop("system", None), str):
         if row["messages"][0]["role"] != "system":
             row["messages"].insert(0, {"role": "system", "content": system})
+    words, tags = len(row.get("words", ())), len(row.get("tags", ()))
+    require(not tags or tags == words, f"{place}: {tags} tags for {words} words")
     if "answer" in row:
         row["answer"] = find_answers(row["context"], row["answer"])
     return row
@@ -1988,7 +1992,7 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
     ours = dict(num_key_value_heads=size["num_attention_heads"]) | size
     ours |= dict(
         vocab_size=-(-tokenizer.size // 64) * 64,
-        tie_word_embeddings=True,
+        tie_word_embeddings=task.family != "t5",  # T5's tied head says the last token back
         num_encoder_layers=size["num_hidden_layers"],
         head_dim=size["hidden_size"] // size["num_attention_heads"],
         max_position_embeddings=max(options.block, 1024),
@@ -2002,8 +2006,10 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
     lm = TinyLM(replace(config, **label_changes(rows, None), **dropouts(config, options.dropout)))
     for block in (module for module in lm.modules() if isinstance(module, Block)):
         nn.init.zeros_(block.attention.o.weight), nn.init.zeros_(block.mlp.down.weight)
-    if config.scale_logits:  # then an embedding is as large as a state
-        nn.init.normal_(lm.embed.weight)
+    if (
+        config.head == "lm" and not config.tied
+    ):  # all words are alike at first: a loss of ln(vocabulary)
+        nn.init.zeros_(lm.head.out.weight)
     lm.tokenizer = tokenizer
     return lm
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import random
 import shutil
 import sys
@@ -540,6 +541,17 @@ def test_a_dozen_classes_come_back_in_their_order(tmp_path):
     )
     lm.save_pretrained(tmp_path)
     assert TinyLM.from_pretrained(tmp_path).config.id2label == lm.config.id2label
+
+
+@pytest.mark.parametrize("task", ["lm", "seq2seq", "mlm"])
+def test_from_nothing_all_words_are_alike(task):
+    """Guards a translator that began by saying its input back, with a loss of 10.8."""
+    options = train.TrainOptions(task=task, size="pico", vocab=300, batch=4).filled()
+    rows = rows_of(task, 20)
+    lm = train.new_model(rows, options).eval()
+    examples = train.TASKS[task].epochs(lm, rows, 64)(None)
+    nats = next(iter(train.TASKS[task].figures(lm, examples, 8).values()))
+    assert nats == pytest.approx(math.log(lm.config.vocab_size), abs=0.5)
 
 
 def test_a_label_that_only_validation_has(tmp_path):

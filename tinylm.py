@@ -3628,8 +3628,11 @@ def layer_types(raw: dict) -> list | None:
     if raw.get("sliding_window") is None or raw.get("num_hidden_layers") is None:
         return None
     first, period = raw.get("max_window_layers") or 0, raw.get("sliding_window_pattern")
-    full = lambda i: i < first or period and (i + 1) % period == 0  # noqa: E731
-    return [LAYER_TYPES[not full(i)] for i in range(min(raw["num_hidden_layers"], 9999))]
+    kinds = []
+    for i in range(min(raw["num_hidden_layers"], 9999)):
+        full = i < first or period and (i + 1) % period == 0
+        kinds.append(LAYER_TYPES[not full])
+    return kinds
 
 
 def refuse_unsupported(row: Family, raw: dict, source: str, ignored: list):

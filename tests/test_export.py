@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
@@ -220,6 +221,70 @@ def test_stream_is_that_of_torch(small):
         assert "".join(onnx_lm.stream("größer", 60, **options)) == "".join(
             lm.stream("größer", max_new_tokens=60, **options)
         )
+
+
+def test_beams_are_those_of_torch(small):
+    """Guards a cache that is not reordered with its beams; rows padded on either side."""
+    lm, onnx_lm, _ = small
+    batch, mask = ragged([torch.arange(n, n + 9) for n in (3, 90, 40)], ["left", "right", "both"])
+    batch, mask = (torch.cat((x, x.roll(1, 0)), 0) for x in (batch, mask))
+    for options in (
+        dict(num_beams=3),
+        dict(num_beams=4, eos_token_id=[*range(90, 130)], early_stopping=True),
+        dict(num_beams=2, no_repeat_ngram_size=1, length_penalty=3.0, repetition_penalty=1.3),
+    ):
+        ours = onnx_lm.generate(*numpy(batch, mask), max_new_tokens=12, **options)
+        assert ours.tolist() == lm.generate(batch, mask, max_new_tokens=12, **options).tolist()
+
+
+def test_eight_threads_write_what_each_writes_alone(small):
+    """One OnnxLM, as a web server has it."""
+    onnx_lm, calls = small[1], []
+    for i in range(16):
+        ids = np.arange(2 * (3 + i % 7)).reshape(2, -1) + i
+        options = dict(max_new_tokens=3 + i, seed=i, temperature=float(i % 2))
+        calls += [
+            lambda ids=ids, options=options: onnx_lm.generate(ids, **options).tolist(),
+            lambda i=i, ids=ids: onnx_lm.generate(ids, max_new_tokens=2 + i, num_beams=2).tolist(),
+            lambda i=i, options=options: [*onnx_lm.stream("ab" * (1 + i), **options, stop="e")],
+        ]
+    alone = [call() for call in calls]
+    with ThreadPoolExecutor(8) as pool:
+        assert [future.result() for future in [pool.submit(call) for call in calls]] == alone
+
+
+@pytest.mark.parametrize("options", [dict(), dict(temperature=1.0), dict(num_beams=2)], ids=str)
+def test_logits_that_are_not_finite_are_an_error(options, small, monkeypatch):
+    """Guards token 0 for ever, where a graph's numbers overflow."""
+    onnx_lm, step = small[1], OnnxLM.step
+
+    def overflow(self, *arguments, **named):
+        logits, past = step(self, *arguments, **named)
+        logits[..., 7] = np.nan
+        return logits, past
+
+    monkeypatch.setattr(OnnxLM, "step", overflow)
+    with pytest.raises(ValueError, match="^the model's logits are not finite"):
+        onnx_lm.generate(np.array([[1, 2]]), max_new_tokens=4, **options)
+
+
+def test_a_chat_is_that_of_torch_and_ends_at_the_tokenizers_end(small, tmp_path):
+    """Guards a chat that runs on where config.json names another end than the tokenizer; and a stop string that is a
+    special token."""
+    out = shutil.copytree(small[2], tmp_path / "out")
+    file = out / "tokenizer_config.json"
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    lm, onnx_lm = TinyLM.from_pretrained(out), OnnxLM(out, providers=CPU)
+    say = [{"role": "user", "content": "ROMEO:"}]
+    options = dict(max_new_tokens=30, temperature=1.0, seed=2)
+    whole = onnx_lm.generate(np.array([[*b"ROMEO:"]]), eos_token_id=(), **options)[0, 6:].tolist()
+    assert "".join(onnx_lm.chat(say, **options)) == "".join(lm.chat(say, **options))
+    end = next(token for token in whole if whole.index(token) > 5)
+    lm.tokenizer.eos_token_id = onnx_lm.tokenizer.eos_token_id = end
+    text = "".join(onnx_lm.chat(say, **options))
+    assert text == "".join(lm.chat(say, **options))
+    assert len(text) < len("".join(onnx_lm.chat(say, eos_token_id=None, **options)))
 
 
 def test_eos_ends_a_row_and_pads_it(small):

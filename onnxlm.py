@@ -253,7 +253,7 @@ class OnnxLM:
             )
 
     @functools.cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer:
         """`encode(text)` and `decode(ids)` of the folder's tokenizer.json."""
         return load_tokenizer(self.folder)
 
@@ -426,10 +426,17 @@ class OnnxLM:
         seq2seq = self.encoder is not None
         return make_generation_config(given, self.generation_config, self.config, seq2seq)
 
-    def forward(self, input_ids, attention_mask, token_type_ids=None) -> np.ndarray:
+    def forward(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        token_type_ids: np.ndarray | None = None,
+    ) -> np.ndarray:
         return self(input_ids, attention_mask, token_type_ids)
 
-    def run(self, texts, pairs=None, batch: int = 32, **options) -> list[list[dict]]:
+    def run(
+        self, texts: list[str], pairs: list | None = None, batch: int = 32, **options
+    ) -> list[list[dict]]:
         """What the model is for, of each text: see `run` below; options as of the task's function."""
         return run(self, texts, pairs, batch, **options)
 
@@ -1002,7 +1009,9 @@ def task_of(config: dict, folder: Path | None = None) -> str:
     return next((task for end, task in ARCHITECTURES.items() if name.endswith(end)), "lm")
 
 
-def run(model, texts, pairs=None, batch: int = 32, **options) -> list:
+def run(
+    model, texts: list[str], pairs: list | None = None, batch: int = 32, **options
+) -> list[list[dict]]:
     """A list of dicts for each text (and its pair: of a question the context), the likeliest first: {"label", "score"},
     {"entity_group", "word", "score", "start", "end"}, {"answer", "score", "start", "end"}, {"token_str", "score",
     "sequence"}, {"embedding"} or {"generated_text"}. Runs in batches of texts of like length."""

@@ -1543,7 +1543,9 @@ class LanguageModelling(Task):
                 else torch.cat(
                     [
                         torch.tensor(ids, dtype=torch.int32)
-                        for ids in piecewise(lm.tokenizer, sliced(text))
+                        for ids in piecewise(
+                            lm.tokenizer, watch(sliced(text), "tokenising", -(-len(text) // PIECE))
+                        )
                     ]
                 )
             ]
@@ -1946,13 +1948,16 @@ def train_bpe(texts: list, vocab: int, encoder: bool = False) -> Tokenizer:
         ) from None
     special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"] if encoder else list(ByteTokenizer.specials)
     backend = ByteLevelBPETokenizer(add_prefix_space=encoder)
+    live, size = sys.stderr.isatty() and not QUIET.get(), sum(len(text) for text in texts)
+    if size > 2**22:  # some seconds
+        note(f"training a BPE of {vocab:,} tokens on {size:,} characters")
     texts = (
         re.sub(r"\S{1000}", r"\g<0> ", piece)  # a word that never ends would take for ever
         for text in texts
         for piece in sliced(text)
     )
     backend.train_from_iterator(
-        texts, max(vocab, 256 + len(special)), show_progress=False, special_tokens=special
+        texts, max(vocab, 256 + len(special)), show_progress=live, special_tokens=special
     )
     named = tokenizer_config(*special[:2])
     if encoder:

@@ -22,6 +22,7 @@ from export import PRECISIONS, OnnxLM, export_onnx, quantize, quantize_weights
 from tinylm import Config, TinyLM
 
 CPU = ["CPUExecutionProvider"]
+TEXT = (ROOT / "LICENSE").read_text() * 3  # to round for; it doesn't change
 SIZES = dict(
     vocab_size=320,
     hidden_size=64,
@@ -91,9 +92,7 @@ def exported(tmp_path_factory):
         for norm in (p for n, p in lm.named_parameters() if "norm" in n):
             norm.add_(torch.randn_like(norm) * 0.1)
         out = tmp_path_factory.mktemp("precisions") / "out"
-        text = (ROOT / "README.md").read_text()[
-            : 2400 if lm.config.max_position_embeddings > 64 else 900
-        ]
+        text = TEXT[: 2400 if lm.config.max_position_embeddings > 64 else 900]
         export_onnx(lm, out, precisions=EXPORTS[name], generate=name in LOOPS, text=text)
         return lm, out
 
@@ -233,7 +232,7 @@ def test_a_cache_in_8_bits(name, precision, exported, tmp_path):
         precisions=[precision],
         generate=name in LOOPS,
         int8_cache=True,
-        text=(ROOT / "README.md").read_text()[:2400],
+        text=TEXT[:2400],
     )
     full, small = (OnnxLM(folder, precision, providers=CPU) for folder in (out, tmp_path / "out"))
     assert {small.session.types[name] for name in small.past} == {"tensor(int8)"}
@@ -356,7 +355,7 @@ def test_a_small_top_k_or_top_p_is_greedy(exported):
 
 def test_command_measures_every_precision(exported, tmp_path, capsys):
     text = tmp_path / "text.txt"
-    text.write_text((ROOT / "README.md").read_text()[:2400])
+    text.write_text(TEXT[:2400])
     assert (
         export.main(
             [

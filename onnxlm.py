@@ -712,7 +712,8 @@ class Embedder:
     """
 
     def __init__(self, model):
-        self.tokenizer, self.folder = model.tokenizer, model.folder or Path(os.devnull)
+        self.tokenizer = model.tokenizer
+        self.folder = model.folder or Path("(a model without a folder)")
         main = read_json(self.folder / "config_sentence_transformers.json", {})
         self.prompts = {"query": None, "document": None} | (main.get("prompts") or {})
         self.default_prompt = main.get("default_prompt_name")

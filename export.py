@@ -516,7 +516,12 @@ def encoder_decoder_graphs(lm, stored: Precision) -> list:
         encoder_mask = feed["encoder_attention_mask"].bool()[:, None, None, :]
         ones = torch.ones(1, past[0].shape[2] + ids.shape[1], dtype=torch.long)
         cache = Past(past, torch.arange(ones.shape[1])[None, -ids.shape[1] :])
-        seen = [rearrange(x, "b h s d -> b s (h d)") for x in kept] if folds else kept
+        seen = kept
+        if folds:  # what comes out of a branch has sizes that the tracer knows nothing of
+            size = ids.shape[0], config.num_key_value_heads, encoder_mask.shape[3], config.head_dim
+            seen = [operator("Identity", (x,), x, size) for x in kept]
+            seen = [rearrange(x, "b h s d -> b s (h d)") for x in seen]
+            encoder_mask = encoder_mask.expand(-1, -1, ids.shape[1], -1)  # as ONNX's Attention asks
         cross_kv = list(zip(seen[::2], seen[1::2]))
         logits = lm(ids, ones, cache=cache, cross_kv=cross_kv, encoder_mask=encoder_mask).float()
         present = dict(zip(own_present, cache.outputs())) | dict(zip(source_present, kept))

@@ -4213,7 +4213,7 @@ class Checkpoint:
 
 def load_model(cls, name, dtype, device, head, revision, changes: dict) -> TinyLM:
     """What `TinyLM.from_pretrained` does."""
-    dtype = stored_or(changes.pop("torch_dtype", dtype))
+    dtype = parse_dtype(changes.pop("torch_dtype", dtype))
     require(
         "device_map" not in changes,
         'device_map: a model lies on one device; name it with device=, such as device="cuda"',
@@ -4244,7 +4244,7 @@ def load_model(cls, name, dtype, device, head, revision, changes: dict) -> TinyL
     return lm.to(device).eval()
 
 
-def stored_or(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype, or its name, or None for the stored one."""
     given = dtype
     if isinstance(dtype, str):

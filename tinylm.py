@@ -223,9 +223,8 @@ class Config:
     attention_dropout: Dropout = 0.0  # of attention weights
     hidden_dropout: Dropout = 0.0  # of what each sub-layer adds
     embedding_dropout: Dropout = 0.0
-    head_dropout: Dropout | None = (
-        None  # before the output; None: an encoder's classifier as hidden
-    )
+    # before the output; None: an encoder's classifier as hidden
+    head_dropout: Dropout | None = None
 
     # Special tokens, and the family
     bos_token_id: Id | None = None
@@ -255,9 +254,8 @@ class Config:
     def _defaults(self) -> dict:
         """Fields whose default follows from others."""
         heads, inner = self.num_attention_heads, self.intermediate_size
-        if (
-            inner is None
-        ):  # a gated MLP has three matrices, a plain one two: both get as many weights
+        if inner is None:
+            # A gated MLP has three matrices, a plain one two: both get as many weights.
             inner = -(-self.hidden_size * 8 // 3 // 64) * 64 if self.gated else 4 * self.hidden_size
         layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
         defaults = dict(
@@ -732,7 +730,7 @@ class Block(nn.Module):
     def add(
         self, x: Tensor, sublayer, norm: nn.Module, output_norm: nn.Module, *arguments
     ) -> Tensor:
-        """x and what a sub-layer says of it."""
+        """x plus what a sub-layer makes of it, with the norms where they stand."""
         y = self.dropout(output_norm(sublayer(x if self.post else norm(x), *arguments)))
         return norm(x + y) if self.post else x + y
 
@@ -868,15 +866,12 @@ class Stack(nn.Module):
         encoder_mask: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (batch, seq, hidden) of word embeddings x (batch, seq, embedding_size)."""
-        padded = attention_mask is not None
-        real = attention_mask
-        if not padded:
-            real = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
-        if cache is not None:
-            positions, key_positions = cache.extend(real)
-        else:  # rows without padding share their positions
-            positions, key_positions = count_positions(real if padded else real[:1])
-        plain = cache is None and not padded
+        mask = attention_mask
+        if mask is None:  # rows without padding share their positions
+            rows = 1 if cache is None else x.shape[0]
+            mask = torch.ones(rows, x.shape[1], dtype=torch.long, device=x.device)
+        positions, key_positions = count_positions(mask) if cache is None else cache.extend(mask)
+        plain = cache is None and attention_mask is None
         masks = {}
         ropes = {}
         for kind in dict.fromkeys(self.config.layer_types):
@@ -1648,9 +1643,9 @@ def choose_beams(
 class DecodeState:
     """All that changes while a batch is generated: tensors of fixed shape and, in a compiled step, fixed address.
 
-    cache: its keys and values; cross_kv, encoder_mask: what `encode` gave; ids (batch, length + 1): the prompt and what came after it, by
-    position; seen (batch, vocab): ids that a row has had; token, one (batch, 1): the newest, and its mask; done
-    (batch,): the row has ended; alive (batch,): it had not before its newest token; finite: all logits were.
+    cache: its keys and values; cross_kv, encoder_mask: what `encode` gave; ids (batch, length + 1): the prompt and what
+    came after it, by position; seen (batch, vocab): ids that a row has had; token, one (batch, 1): the newest, and its
+    mask; done (batch,): the row has ended; alive (batch,): it had not before its newest token; finite: all logits were.
     """
 
     def __init__(self, lm: TinyLM, prompt: Tensor, source: tuple, config: GenerationConfig):
@@ -1845,10 +1840,9 @@ def generate_steps(
     state = make_state(lm, prompt, mask, source, config, compile)
     step = compiled_step(lm) if compile else decode_one_token
     texts = []
-    if config.stop:
-        rows = zip(prompt, mask.bool())
-        starts = [() if lm.encoder else row[real].tolist() for row, real in rows]
-        texts = [TextStream(lm.tokenizer, config.stop, start) for start in starts]
+    for row, real in zip(prompt, mask.bool()) if config.stop else ():
+        start = () if lm.encoder else row[real].tolist()
+        texts.append(TextStream(lm.tokenizer, config.stop, start))
     on_gpu = prompt.device.type == "cuda"
     look_every = STEPS_BETWEEN_LOOKS if on_gpu and not texts else 1
     try:
@@ -2193,14 +2187,7 @@ class ByteTokenizer:
     def special_tokens(self) -> dict[str, str]:
         return special_tokens(self.files)
 
-    def apply_chat_template(
-        self,
-        messages: list[dict],
-        tools: list[dict] | None = None,
-        add_generation_prompt: bool = False,
-        **variables,
-    ) -> str:
-        return render_chat(self, messages, tools, add_generation_prompt, **variables)[0]
+    apply_chat_template = Tokenizer.apply_chat_template
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -2432,12 +2419,7 @@ def tokens_to_add(files: dict[str, bytes], tokens: dict[str, str], before: list,
 
 # Classes of transformers that make their own pipeline of tokenizer_config.json and of tokenizer.json's vocabulary:
 # (config, special tokens, tokenizer.json) -> the parts of tokenizer.json that they write.
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": True,
-    "trim_offsets": True,
-    "use_regex": True,
-}
+BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True)
 BYTE_LEVEL_BPE = {
     "dropout": None,
     "unk_token": None,
@@ -2475,10 +2457,10 @@ def qwen2_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
         "behavior": "Isolated",
         "invert": False,
     }
-    bytes_of = BYTE_LEVEL | {"add_prefix_space": bool(config.get("add_prefix_space"))}
     parts = byte_level_pipeline(config, tokens, spec)
+    bytes_of_words = parts["pre_tokenizer"] | {"use_regex": False}
     parts["normalizer"] = {"type": "NFC"}
-    parts["pre_tokenizer"] = sequence("pretokenizers", words, bytes_of | {"use_regex": False})
+    parts["pre_tokenizer"] = sequence("pretokenizers", words, bytes_of_words)
     return parts
 
 
@@ -2578,10 +2560,8 @@ def class_post_processor(kind: str, config: dict, tokens: dict, ids: dict) -> di
 
         def pieces(names: list, types: list) -> list:
             return [
-                {"Sequence": {"id": name, "type_id": type_id}}
-                if name in ("A", "B")
-                else {"SpecialToken": {"id": name, "type_id": type_id}}
-                for name, type_id in zip(names, types)
+                {"Sequence" if name in ("A", "B") else "SpecialToken": {"id": name, "type_id": i}}
+                for name, i in zip(names, types)
             ]
 
         types = [0] * len(pair)
@@ -2601,13 +2581,14 @@ def class_post_processor(kind: str, config: dict, tokens: dict, ids: dict) -> di
         start, end = tokens["cls_token"], tokens["sep_token"]
         return template([start, "A", end], [start, "A", end, "B", end])
     if kind in ("RobertaTokenizer", "BartTokenizer"):
-        ends = {name: tokens[f"{name}_token"] for name in ("sep", "cls")}
-        ends = {name: [text, ids[text]] for name, text in ends.items()}
-        flags = {
+        sep, cls = tokens["sep_token"], tokens["cls_token"]
+        return {
+            "type": "RobertaProcessing",
+            "sep": [sep, ids[sep]],
+            "cls": [cls, ids[cls]],
             "trim_offsets": config.get("trim_offsets", True),
             "add_prefix_space": bool(config.get("add_prefix_space")),
         }
-        return {"type": "RobertaProcessing"} | ends | flags
     if kind == "XLMRobertaTokenizer":
         start, end = tokens["bos_token"], tokens["eos_token"]
         return template([start, "A", end], [start, "A", end, end, "B", end])

@@ -558,7 +558,9 @@ def test_shipped_model_is_exported_verified_and_writes(tmp_path):
 def test_a_failed_check_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
     """A graph that computes something else is caught, and no folder, half or whole, stays behind."""
     right = export.onnx_rms_norm
-    monkeypatch.setattr(export, "onnx_rms_norm", lambda x, weight, eps: right(x, weight, eps + 0.1))
+    monkeypatch.setitem(
+        export.OPERATORS, "rms_norm", lambda x, weight, eps: right(x, weight, eps + 0.1)
+    )
     source, out = folder(FAMILIES[1]), tmp_path / "out"
     capsys.readouterr()  # transformers draws a bar where the folder is made
     assert export.main([str(source), "--onnx", "--out", str(out)]) == 1
@@ -573,7 +575,7 @@ def test_a_failed_trace_is_one_line(folder, tmp_path, monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("no kernel for this\nand a long story")
 
-    monkeypatch.setattr(export, "onnx_attend", broken)
+    monkeypatch.setitem(export.OPERATORS, "attend", broken)
     source, _ = folder(FAMILIES[1]), capsys.readouterr()
     assert export.main([str(source), "--onnx", "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
@@ -899,6 +901,35 @@ def test_a_replaced_leaf_is_traced_as_it_is(leaf, replacement, fields, tmp_path,
     monkeypatch.undo()
     if leaf == "attend":  # it did change something
         assert difference(lm(ids), ours) > 1e-2
+
+
+def fused_attend(
+    q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache=None, layer=0, causal=True
+):
+    """Attention as somebody writes it who has PyTorch compute it."""
+    q, k, v = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k, v))
+    if cache is not None:
+        k, v = cache.update(layer, k, v)
+    square = mask is None and causal
+    x = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=square)
+    return x.transpose(1, 2).flatten(2)
+
+
+def test_a_replaced_attend_gets_a_mask_for_every_query(tmp_path, monkeypatch):
+    """ONNX Runtime refused an encoder's mask of one row for all queries; and norms of the keys of a source could not be
+    traced."""
+    monkeypatch.setattr(tinylm, "attend", fused_attend)
+    lm = TinyLM(Config(**TINY, num_encoder_layers=1, position="learned", qk_norm="head")).eval()
+    found = export_onnx(lm, tmp_path / "out", safetensors=False)["fp32"]
+    assert max(found[name] for name in ("prefill", "left padding", "decode")) < 1e-5
+
+
+def test_a_near_tie_of_greedy_tokens_is_no_difference():
+    """Rounding decided which of two tokens came, and refused the export."""
+    theirs, ours = np.array([[5, 1, 2, 3]]), np.array([[5, 1, 4, 3]])
+    logits = np.array([[0.0, 0, 2, 0, 2 - 1e-4]])
+    assert export.columns_to_compare(ours, theirs, lambda ids: logits, 2e-4) == 2
+    assert export.columns_to_compare(ours, theirs, lambda ids: logits, 2e-5) == 4
 
 
 def test_each_replaced_leaf_is_known(monkeypatch):

@@ -43,8 +43,25 @@ class ParallelBlock(tinylm.Block):
         return x + self.attention(y, rope, mask, cache, layer) + self.mlp(y)
 
 
+class Mixer(nn.Module):
+    """A block without attention and MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.mix = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x, *_):
+        return x + self.mix(x)
+
+
 def negative_attend(*arguments, attend=tinylm.attend, **options):
     return -attend(*arguments, **options)
+
+
+def test_a_block_may_have_no_attention_and_no_mlp(monkeypatch):
+    monkeypatch.setattr(tinylm, "Block", Mixer)
+    lm = TinyLM(SMALL)
+    assert lm(torch.arange(6)[None]).shape == (1, 6, 320)
 
 
 LEAVES = {

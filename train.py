@@ -669,18 +669,44 @@ def sliced(text: str):
     return (text[i : i + PIECE] for i in range(0, len(text), PIECE))
 
 
-class Blocks:
-    """Consecutive blocks of a stream of tokens, each made when asked for; `more` tokens of the next go with it."""
+def token_ids(tokenizer, text: str | MappedText, special: bool) -> Tensor:
+    """A text's ids (tokens,); `special`: with the special tokens around them where it is short."""
+    if isinstance(text, MappedText):
+        return text.tokens(tokenizer)
+    if len(text) <= PIECE:
+        return torch.tensor(tokenizer.encode(text, special=special), dtype=torch.int32)
+    pieces = watch(sliced(text), "tokenising", -(-len(text) // PIECE))
+    ids = piecewise(tokenizer, pieces)
+    return torch.cat([torch.tensor(piece, dtype=torch.int32) for piece in ids])
 
-    def __init__(self, ids: Tensor, first: int, last: int, step: int, more: int, example: Callable):
-        self.ids, self.first, self.last, self.step, self.more, self.example = (
-            ids,
-            first,
-            last,
-            step,
-            more,
-            example,
-        )
+
+def token_stream(lm: TinyLM, texts: list, causal: bool) -> Tensor:
+    """The ids of all texts, one after the other; of a language model with end-of-text between them."""
+    parts = []
+    for text in texts:
+        if causal and parts:
+            parts.append(torch.tensor([*lm.ends()][:1], dtype=torch.int32))
+        parts.append(token_ids(lm.tokenizer, text, special=causal))
+    if len(parts) == 1:  # which may be memory-mapped
+        return parts[0]
+    return torch.cat([torch.zeros(0, dtype=torch.int32), *parts])
+
+
+def utf8_size(text: str | MappedText) -> int:
+    return len(text) if isinstance(text, MappedText) else len(text.encode("utf-8", "replace"))
+
+
+@dataclass
+class Blocks:
+    """Consecutive blocks of `step` tokens of a stream, each made into an example when asked for; `more` tokens of the
+    next block go with it."""
+
+    ids: Tensor
+    first: int
+    last: int
+    step: int
+    more: int
+    example: Callable
 
     def __len__(self) -> int:
         return max(-(-(self.last - self.first) // self.step), 0)
@@ -1355,47 +1381,37 @@ def window_example(lm: TinyLM, window: Window) -> dict:
 
 def collate(lm: TinyLM, examples: list, seed: int = 0) -> dict:
     """Examples as a batch, padded on the right to the longest; what a masked model is to guess depends on the seed."""
-    pad, batch = max(lm.config.pad_token_id or 0, 0), {}
-    for name, padding in dict(
-        input_ids=pad, token_type_ids=0, decoder_input_ids=pad, labels=-100
-    ).items():
+    pad = max(lm.config.pad_token_id or 0, 0)
+    paddings = dict(input_ids=pad, token_type_ids=0, decoder_input_ids=pad, labels=-100)
+    batch = {}
+    for name, padding in paddings.items():
         values = [torch.as_tensor(example[name]) for example in examples if name in example]
-        if values:
-            stacked = values[0].ndim == 0
-            batch[name] = (
-                torch.stack(values) if stacked else nn.utils.rnn.pad_sequence(values, True, padding)
-            )
+        if values and values[0].ndim == 0:
+            batch[name] = torch.stack(values)
+        elif values:
+            batch[name] = nn.utils.rnn.pad_sequence(values, True, padding)
     lengths = torch.tensor([len(example["input_ids"]) for example in examples])
     if lengths.min() < lengths.max():
         batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     if "guess" in examples[0]:
         batch |= masked(lm, batch["input_ids"].long(), torch.Generator().manual_seed(seed))
-    batch = {
-        name: tensor if tensor.is_floating_point() else tensor.long()
-        for name, tensor in batch.items()
-    }
-    if lm.device.type == "cuda":  # from pinned memory, so that nothing waits for the copy
-        return {
-            name: tensor.pin_memory().to(lm.device, non_blocking=True)
-            for name, tensor in batch.items()
-        }
-    return {name: tensor.to(lm.device) for name, tensor in batch.items()}
+    for name, tensor in batch.items():
+        tensor = tensor if tensor.is_floating_point() else tensor.long()
+        if lm.device.type == "cuda":  # from pinned memory, so that nothing waits for the copy
+            batch[name] = tensor.pin_memory().to(lm.device, non_blocking=True)
+        else:
+            batch[name] = tensor.to(lm.device)
+    return batch
 
 
 def masked(lm: TinyLM, ids: Tensor, generator: torch.Generator) -> dict:
     """15% of the tokens to be guessed: 80% of them masked, 10% replaced, 10% as they are (Devlin et al. 2019)."""
     special = torch.isin(ids, torch.tensor([*lm.tokenizer.encode(""), lm.config.pad_token_id or 0]))
-    dice, chosen = (
-        torch.rand(ids.shape, generator=generator),
-        torch.rand(ids.shape, generator=generator) < 0.15,
-    )
-    chosen &= ~special
+    dice = torch.rand(ids.shape, generator=generator)
+    chosen = (torch.rand(ids.shape, generator=generator) < 0.15) & ~special
     other = torch.randint(lm.tokenizer.size, ids.shape, generator=generator)
-    shown = torch.where(
-        dice < 0.8,
-        torch.full_like(ids, mask_token(lm.tokenizer)[1]),
-        torch.where(dice < 0.9, other, ids),
-    )
+    shown = torch.where(dice < 0.9, other, ids)
+    shown = shown.masked_fill(dice < 0.8, mask_token(lm.tokenizer)[1])
     return {"input_ids": torch.where(chosen, shown, ids), "labels": ids.masked_fill(~chosen, -100)}
 
 
@@ -1404,36 +1420,30 @@ class Batches:
     that a resumed run goes on. Each of several processes has its part of every batch."""
 
     def __init__(self, lm: TinyLM, epoch, options: TrainOptions):
-        self.lm, self.epoch, self.batch, self.seed, self.number = (
-            lm,
-            epoch,
-            options.batch,
-            options.seed,
-            None,
-        )
+        self.lm = lm
+        self.epoch = epoch
+        self.batch = options.batch
+        self.seed = options.seed
+        self.number = None  # of the epoch that is drawn from
         self.rank, self.world = rank_and_world_size()
-        least = (
-            self.world * options.accumulate if self.world > 1 else 1
-        )  # rows of a last batch that is not full
+        # rows of a last batch that is not full
+        least = self.world * options.accumulate if self.world > 1 else 1
         self.per_epoch = (len(epoch(torch.Generator())) + self.batch - least) // self.batch
 
     def draw(self, step: int) -> dict:
         number, i = divmod(step, self.per_epoch)
         if number != self.number:
-            self.number, generator = (
-                number,
-                torch.Generator().manual_seed(self.seed * 1_000_003 + number),
-            )
+            self.number = number
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
             self.examples = self.epoch(generator)
             self.order = torch.randperm(len(self.examples), generator=generator)
             if not isinstance(self.examples, Blocks):  # equal lengths stay shuffled
                 lengths = torch.tensor([len(example["input_ids"]) for example in self.examples])
                 self.order = self.order[lengths[self.order].argsort(stable=True)]
             self.turns = torch.randperm(self.per_epoch, generator=generator)
-        rows = self.order[self.turns[i] * self.batch :][: self.batch][
-            self.rank :: self.world
-        ].tolist()
-        return collate(self.lm, [self.examples[j] for j in rows], self.seed * 1_000_003 + step)
+        rows = self.order[self.turns[i] * self.batch :][: self.batch]
+        examples = [self.examples[j] for j in rows[self.rank :: self.world].tolist()]
+        return collate(self.lm, examples, self.seed * 1_000_003 + step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1443,7 +1453,9 @@ class TorchRunner:
     """A TinyLM as `onnxlm.run` takes it: numpy in, numpy out."""
 
     def __init__(self, lm: TinyLM, folder: Path | None = None):
-        self.lm, self.tokenizer, self.folder = lm.eval(), lm.tokenizer, folder
+        self.lm = lm.eval()
+        self.tokenizer = lm.tokenizer
+        self.folder = folder
         said = {key: value for key, value in lm.generation_config.items() if value is not None}
         self.config = config_to_hf(lm.config) | said
         self.max_length = limit(lm, 2**31)
@@ -1481,8 +1493,10 @@ class Task:
             with torch.no_grad():
                 total += loss_sum(lm, inputs).item()
             weight += label_weight(target_labels(lm, inputs)).item()
-        nats, size = total / max(weight, 1), sum(example.get("bytes", 0) for example in examples)
-        figures = {"nats/token": nats} | ({"bits/byte": total / size / math.log(2)} if size else {})
+        nats = total / max(weight, 1)
+        figures = {"nats/token": nats}
+        if size := sum(example.get("bytes", 0) for example in examples):
+            figures["bits/byte"] = total / size / math.log(2)
         return figures | {"perplexity": math.exp(min(nats, 700))}
 
     def report(self, lm: TinyLM, examples: list, batch: int) -> dict:
@@ -1507,7 +1521,8 @@ def similar(examples: list, batch: int) -> list:
 
 def outputs(lm: TinyLM, examples: list, batch: int) -> list:
     """What the head says of each example, as an array without padding."""
-    runner, found = TorchRunner(lm), [None] * len(examples)
+    runner = TorchRunner(lm)
+    found = [None] * len(examples)
     for indices in watch(similar(examples, batch), "evaluating"):
         windows = [examples[i]["window"] for i in indices]
         for i, output in zip(indices, onnxlm.read(runner, windows, batch)):
@@ -1531,52 +1546,25 @@ class LanguageModelling(Task):
         block of a language model has the next token too."""
         if any("messages" in row for row in rows):
             return super().epochs(lm, rows, block)
-        texts, parts, causal = [row["text"] for row in rows if row["text"]], [], self.head == "lm"
-        for text in texts:
-            parts += [torch.tensor([*lm.ends()][:1], dtype=torch.int32)] * (
-                causal and bool(parts)
-            ) + [
-                text.tokens(lm.tokenizer)
-                if isinstance(text, MappedText)
-                else torch.tensor(lm.tokenizer.encode(text, special=causal), dtype=torch.int32)
-                if len(text) <= PIECE
-                else torch.cat(
-                    [
-                        torch.tensor(ids, dtype=torch.int32)
-                        for ids in piecewise(
-                            lm.tokenizer, watch(sliced(text), "tokenising", -(-len(text) // PIECE))
-                        )
-                    ]
-                )
-            ]
-        ids = (
-            parts[0] if len(parts) == 1 else torch.cat([torch.zeros(0, dtype=torch.int32), *parts])
-        )
-        size = sum(
-            len(text.encode("utf-8", errors="replace") if isinstance(text, str) else text)
-            for text in texts
-        )
+        causal = self.head == "lm"
+        texts = [row["text"] for row in rows if row["text"]]
+        ids = token_stream(lm, texts, causal)
         special = torch.tensor([] if causal else lm.tokenizer.encode(""), dtype=torch.long)
-        step, end, share = (
-            limit(lm, block) - len(special),
-            len(ids) - causal,
-            size / max(len(ids), 1),
-        )
+        step = limit(lm, block) - len(special)
+        end = len(ids) - causal
+        bytes_per_token = sum(map(utf8_size, texts)) / max(len(ids), 1)
 
         def example(part: Tensor) -> dict:
-            return (
-                {"input_ids": part, "bytes": share * (len(part) - 1)}
-                if causal
-                else {"input_ids": torch.cat((special[:1], part, special[1:])), "guess": True}
-            )
+            if causal:
+                return {"input_ids": part, "bytes": bytes_per_token * (len(part) - 1)}
+            return {"input_ids": torch.cat((special[:1], part, special[1:])), "guess": True}
 
         def epoch(generator) -> Blocks:
             if generator is None:
                 return Blocks(ids, 0, end, step, causal, example)
             count = max(end // step - 1, min(end // step, 1))
-            first = int(
-                torch.randint(max(min(step, end - count * step + 1), 1), (), generator=generator)
-            )
+            starts = max(min(step, end - count * step + 1), 1)
+            first = int(torch.randint(starts, (), generator=generator))
             return Blocks(ids, first, first + count * step, step, causal, example)
 
         return epoch
@@ -1591,7 +1579,8 @@ class LanguageModelling(Task):
         )
         for example in found if isinstance(found, list) else [found]:
             cut = {name: values[:size] for name, values in example.items()}
-            yield cut | {"cut": len(example["input_ids"]) > size}
+            if any(label != -100 for label in cut["labels"][1:]):  # else nothing of it is learnt
+                yield cut | {"cut": len(example["input_ids"]) > size}
 
 
 def chat_example(
@@ -1669,22 +1658,21 @@ class Writing(Task):
     scratch = SCRATCH | dict(dropout=0.1)
 
     def examples(self, lm, row, block):
-        example, end = text_example(lm, block, row["source"]), [*lm.ends()][:1]
-        if "target" in row:
-            labels = lm.tokenizer.encode(row["target"])
-            labels = labels[:-1] if labels[-1:] == end else labels
-            example["labels"] = labels[: limit(lm, block) - 1] + end
-            start = int(start_ids(lm, torch.zeros(1, 1, dtype=torch.long)))
-            example["decoder_input_ids"] = [start, *example["labels"][:-1]]
-        yield example
+        end = [*lm.ends()][:1]
+        labels = lm.tokenizer.encode(row["target"])
+        labels = labels[:-1] if labels[-1:] == end else labels
+        labels = labels[: limit(lm, block) - 1] + end
+        start = int(start_ids(lm, torch.zeros(1, 1, dtype=torch.long)))
+        targets = {"labels": labels, "decoder_input_ids": [start, *labels[:-1]]}
+        yield text_example(lm, block, row["source"]) | targets
 
     def report(self, lm, examples, batch):
         """Perplexity; and BLEU and ROUGE of what the model writes, each if its library is installed."""
         figures = self.figures(lm, examples, batch)
         true = [example["row"]["target"] for example in examples]
         bleu, rouge = (importlib.util.find_spec(name) for name in ("sacrebleu", "rouge_score"))
-        windows, said = [example["window"] for example in examples], []
         if bleu or rouge:
+            windows = [example["window"] for example in examples]
             said = onnxlm.write_windows(TorchRunner(lm), windows, batch)
         if bleu:
             import sacrebleu
@@ -1709,23 +1697,14 @@ class Classification(Task):
     scratch = SCRATCH | dict(epochs=4)
 
     def examples(self, lm, row, block):
-        (example,), label, problem = (
-            super().examples(lm, row, block),
-            row.get("label"),
-            lm.config.problem_type,
-        )
-        if label is not None and problem == "regression":
-            require(
-                isinstance(label, float)
-                or isinstance(label, str)
-                and re.fullmatch(r"-?\d+", label),
-                f"label {label!r}: expected a number, as the model is a regression",
-            )
+        (example,) = super().examples(lm, row, block)
+        label = row["label"]
+        if lm.config.problem_type == "regression":
             example["labels"] = float(label)
-        elif label is not None and problem == "multi_label_classification":
+        elif lm.config.problem_type == "multi_label_classification":
             ids = {label_id(lm, name) for name in ([label] if isinstance(label, str) else label)}
             example["labels"] = [float(i in ids) for i in range(lm.config.num_labels)]
-        elif label is not None:
+        else:
             example["labels"] = label_id(lm, label)
         yield example
 
@@ -1737,7 +1716,8 @@ class Classification(Task):
     def report(self, lm, examples, batch):
         """The figures, and for each class precision, recall, F1 and support; of single labels also the confusion
         matrix: true class -> predicted class -> count."""
-        logits, problem = np.stack(outputs(lm, examples, batch)), lm.config.problem_type
+        logits = np.stack(outputs(lm, examples, batch))
+        problem = lm.config.problem_type
         labels = np.array([example["labels"] for example in examples])
         if problem == "regression":
             said = logits.flatten()
@@ -1823,32 +1803,23 @@ class Tagging(Task):
     head, inputs, roles, scratch = "tokens", ("words",), ("words", "tags"), SCRATCH
 
     def examples(self, lm, row, block):
-        words, tags = (
-            row["words"] if isinstance(row["words"], list) else row["words"].split(" "),
-            row.get("tags"),
-        )
-        require(
-            tags is None or len(tags) == len(words),
-            f"{len(tags or ())} tags for the {len(words)} words {' '.join(words)[:60]!r}",
-        )
+        words = row["words"]
         example = text_example(lm, block, " ".join(words))
-        word_at, first = (
-            [i for i, word in enumerate(words) for _ in word + " "],
-            {},
-        )  # word -> its first column
+        word_at = [i for i, word in enumerate(words) for _ in word + " "]
         window = example["window"]
+        first = {}  # word -> its first column
         for c, offset in enumerate(window.offsets):
             # a token may begin with the space before it
             if window.sequence_ids[c] is not None and offset[1] > offset[0]:
                 first.setdefault(word_at[offset[1] - 1], c)
-        if tags is not None:
-            example |= {"first": first, "labels": [-100] * len(example["input_ids"])}
-            for word, c in first.items():
-                example["labels"][c] = label_id(lm, tags[word])
-        yield example
+        labels = [-100] * len(example["input_ids"])
+        for word, c in first.items():
+            labels[c] = label_id(lm, row["tags"][word])
+        yield example | {"first": first, "labels": labels}
 
     def figures(self, lm, examples, batch):
-        pairs, counts = [], Counter()
+        pairs = []
+        counts = Counter()
         for example, logits in zip(examples, outputs(lm, examples, batch)):
             said = [lm.config.id2label[int(logits[c].argmax())] for c in example["first"].values()]
             true = [example["row"]["tags"][word] for word in example["first"]]
@@ -1871,13 +1842,11 @@ class QuestionAnswering(Task):
     def examples(self, lm, row, block):
         length = limit(lm, block)
         for window in question_windows(lm.tokenizer, row["question"], row["context"], length):
-            labels = {"labels": self.columns(window, row)} if "answer" in row else {}
-            yield window_example(lm, window) | labels
+            yield window_example(lm, window) | {"labels": self.columns(window, row)}
 
     def columns(self, window: Window, row: dict) -> list:
         """First and last column of a row's first answer, if the window has the whole of it."""
         text, start = row["answer"][0] if row["answer"] else ("", -1)
-        start = row["context"].find(text) if start is None else start
         end = start + len(text)
         places = [
             (c, *offset)
@@ -1895,7 +1864,8 @@ class QuestionAnswering(Task):
             rows[number] = example["row"]
             windows.setdefault(number, []).append(example["window"])
             logits.setdefault(number, []).append(output)
-        f1s, exact = [], []
+        f1s = []
+        exact = []
         for number, row in rows.items():
             said = best_span(row["context"], windows[number], logits[number])["answer"]
             true = [text for text, _ in row["answer"]] or [""]
@@ -1913,11 +1883,9 @@ def plain(text: str) -> list:
 def overlap(said: str, true: str) -> float:
     """F1 of the words of two answers."""
     said, true = plain(said), plain(true)
-    return (
-        f1((Counter(said) & Counter(true)).total(), len(said), len(true))
-        if said and true
-        else float(said == true)
-    )
+    if not said or not true:
+        return float(said == true)
+    return f1((Counter(said) & Counter(true)).total(), len(said), len(true))
 
 
 TASKS = dict(
@@ -2512,8 +2480,9 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
         batches.per_epoch,
         f"{data if isinstance(data, (str, Path)) else 'data'}: expected more than --block {options.block} tokens to train on",
     )
+    held_rows = held
     held = task.epochs(lm, held, options.block)(None) if held else []
-    said += describe_cuts(options, batches.epoch(None), held)
+    said += describe_cuts(options, (rows, batches.epoch(None)), (held_rows, held))
     weights = (
         class_weights(lm.config, batches.epoch(None)).to(lm.device)
         if options.class_weights
@@ -2597,15 +2566,19 @@ def describe_rows(rows: list, held: list, options: TrainOptions) -> str:
     return text
 
 
-def describe_cuts(options: TrainOptions, *parts) -> list[str]:
-    """How many texts are longer than a block."""
-    examples = [example for part in parts if isinstance(part, list) for example in part]
-    cut = sum(example.get("cut", False) for example in examples)
+def describe_cuts(options: TrainOptions, *parts: tuple[list, list]) -> list[str]:
+    """How many texts are longer than a block, of rows and their examples."""
+    total = cut = lost = 0
+    for rows, examples in parts:
+        if isinstance(examples, list):  # and no stream of tokens
+            left_out = len(rows) - len({example["number"] for example in examples})
+            lost += left_out
+            total += left_out + len(examples)
+            cut += left_out + sum(example.get("cut", False) for example in examples)
     if not cut:
         return []
-    return [
-        f"{cut:,} of {len(examples):,} texts are longer than --block {options.block} and are cut"
-    ]
+    text = f"{cut:,} of {total:,} texts are longer than --block {options.block} and are cut"
+    return [text + (f", {lost:,} of them before anything to learn: left out" if lost else "")]
 
 
 def keep_memory():

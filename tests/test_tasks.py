@@ -359,6 +359,13 @@ def test_chat_learns_the_assistants_words_only(monkeypatch):
     assert text == "<user>hi\u2028there</s><assistant>yes</s><user>and</s><assistant>no</s>"
     learnt = [token for token in example["labels"] if token != -100]
     assert bytes(learnt).decode() == "yes</s>no</s>"
+    rows = [{"messages": messages}, {"messages": messages[2:]}]
+    options = train.TrainOptions(block=28)  # which ends before the first chat's assistant speaks
+    (example,) = train.TASKS["lm"].epochs(lm, rows, options.block)(None)
+    assert example["number"] == 1
+    assert train.describe_cuts(options, (rows, [example])) == [
+        "2 of 2 texts are longer than --block 28 and are cut, 1 of them before anything to learn: left out"
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])

@@ -218,12 +218,8 @@ class TrainOptions:
         start = "lora" if self.lora else "init" if self.init else "scratch"
         said = STARTS[start] | getattr(TASKS[self.task], start, {})
         given = {name: value for name, value in asdict(self).items() if value is not None}
-        length = {"steps", "epochs"}
-        said = {
-            name: value
-            for name, value in said.items()
-            if name not in length or not length & set(given)
-        }
+        if {"steps", "epochs"} & set(given):  # either takes the other's place
+            said |= dict(steps=None, epochs=None)
         options = replace(self, **said | given)
         require(
             options.batch % (rank_and_world_size()[1] * options.accumulate) == 0,
@@ -295,19 +291,15 @@ def make_optimizer(lm: TinyLM, options: TrainOptions) -> torch.optim.Optimizer:
     groups = {}
     for name, p in lm.named_parameters():
         if p.requires_grad:
-            rate = (
-                options.adam_lr
-                if name.startswith("head.") and lm.config.head in NEW_HEADS
-                else options.lr
-            )
-            groups.setdefault((rate, options.weight_decay if p.ndim == 2 else 0.0), []).append(p)
-    return torch.optim.AdamW(
-        [
-            dict(params=params, lr=rate, weight_decay=decay)
-            for (rate, decay), params in groups.items()
-        ],
-        fused=True,
-    )
+            rate = options.adam_lr if in_new_head(lm, name) else options.lr
+            decay = options.weight_decay if p.ndim == 2 else 0.0
+            group = groups.setdefault((rate, decay), dict(params=[], lr=rate, weight_decay=decay))
+            group["params"].append(p)
+    return torch.optim.AdamW([*groups.values()], fused=True)
+
+
+def in_new_head(lm: TinyLM, parameter: str) -> bool:
+    return parameter.startswith("head.") and lm.config.head in NEW_HEADS
 
 
 def sharded(lm: TinyLM, parallel: str = "fsdp"):
@@ -316,23 +308,22 @@ def sharded(lm: TinyLM, parallel: str = "fsdp"):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    shape, cuda = (
-        (rank_and_world_size()[1],) if parallel == "fsdp" else (rank_and_world_size()[1], 1),
-        lm.device.type == "cuda",
-    )
-    mesh = init_device_mesh(
-        lm.device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :]
-    )
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
+    world = rank_and_world_size()[1]
+    sizes = {"shards": world} if parallel == "fsdp" else {"copies": world, "shards": 1}
+    mesh = init_device_mesh(lm.device.type, (*sizes.values(),), mesh_dim_names=(*sizes,))
+    policy = MixedPrecisionPolicy()
+    if lm.device.type == "cuda":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     if lm.encoder is None:  # behind an encoder, parts of a layer are called by themselves
         for block in lm.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(lm, mesh=mesh, mp_policy=policy)
-    lm.register_state_dict_post_hook(
-        lambda _, state, *__: state.update(
-            {name: full_tensor(x).cpu() for name, x in state.items()}
-        )
-    )  # one at a time: a device may not hold them all
+
+    def gather(_, state: dict, *__):
+        for name, x in state.items():  # one at a time: a device may not hold them all
+            state[name] = full_tensor(x).cpu()
+
+    lm.register_state_dict_post_hook(gather)
 
 
 class LoRA(Linear):
@@ -341,7 +332,8 @@ class LoRA(Linear):
 
     def __init__(self, base: Linear, sizes: tuple, rank: int):
         nn.Module.__init__(self)
-        self.weight, self.bias, self.sizes = base.weight, base.bias, sizes
+        self.weight, self.bias = base.weight, base.bias
+        self.sizes = sizes
         self.in_features, self.out_features = base.in_features, base.out_features
         self.a = nn.Parameter(
             torch.randn(len(sizes) * rank, base.in_features) * base.in_features**-0.5
@@ -371,7 +363,7 @@ class LoRA(Linear):
 def add_adapters(lm: TinyLM, rank: int):
     """Freeze all but a new head, and give every projection of the layers an adapter."""
     for name, p in lm.named_parameters():
-        p.requires_grad_(name.startswith("head.") and lm.config.head in NEW_HEADS)
+        p.requires_grad_(in_new_head(lm, name))
     for name, module in list(lm.named_modules()):
         if isinstance(module, Linear) and "layers." in name:
             fused = len(sources(name + ".weight", lm.config.model_type, lm.config.head)[0]) > 1
@@ -381,21 +373,19 @@ def add_adapters(lm: TinyLM, rank: int):
 
 def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
     """adapter_config.json and adapter_model.safetensors as PEFT names them, after the family's own modules."""
-    config, tensors, targets, transposed = lm.config, {}, set(), False
+    config = lm.config
+    tensors = {}
+    targets = set()  # names of projections, as they stand behind the layer's number
+    transposed = False
     for name, module in lm.named_modules():
         if isinstance(module, LoRA):
             names, kind = sources(name + ".weight", config.model_type, config.head)
             transposed |= kind is Transposed
             for theirs, pair in zip(names, module.parts()):
                 theirs = theirs.removesuffix(".weight")
-                targets.add(
-                    theirs.split(
-                        f".{next(part for part in theirs.split('.') if part.isdigit())}.", 1
-                    )[1]
-                )
-                tensors |= {
-                    f"{theirs}.lora_{side}.weight": tensor for side, tensor in zip("AB", pair)
-                }
+                targets.add(re.split(r"\.\d+\.", theirs, maxsplit=1)[1])
+                for side, tensor in zip("AB", pair):
+                    tensors[f"{theirs}.lora_{side}.weight"] = tensor
     head = {
         f"head.{name}": full_tensor(p) for name, p in lm.head.named_parameters() if p.requires_grad
     }
@@ -844,27 +834,28 @@ def read_records(
     with other suffixes as tables. Raises Error for a file that is not what its name says.
     """
     options = TrainOptions(task=task or "lm", delimiter=delimiter, encoding=encoding)
-    files, root = [Path(path)], Path(path)
-    if root.is_dir():
-        files = data_files(root).get(split, [])
-    for file in files:
+    root = Path(path)
+    for file in data_files(root).get(split, []) if root.is_dir() else [root]:
         for _, record in file_records(file, options, root, [], guess=not task):
             yield record
 
 
 def file_records(file: Path, options: TrainOptions, root: Path, said: list, guess: bool = False):
     """Yield (place, record) of a file, for an error to name the place. `guess`: no task says what a text is."""
-    suffix, name = suffix_of(file), "standard input" if str(file) == "-" else str(file)
+    suffix = suffix_of(file)
+    from_stdin = str(file) == "-"
+    name = "standard input" if from_stdin else str(file)
     require(suffix not in NOT_READ, f"{name}: {NOT_READ.get(suffix)}")
-    kind, plain = FORMATS.get(suffix), options.task in ("lm", "mlm")
+    kind = FORMATS.get(suffix)
+    plain = options.task in ("lm", "mlm")  # for which a text has no columns
     if kind == "arrow":
         yield from arrow_records(file, suffix)
         return
-    if name != "standard input" and kind in ("text", None) and plain and not options.encoding:
-        if is_mappable(file):
-            yield name, {"text": MappedText(file)}
-            return
-    data = sys.stdin.buffer.read() if name == "standard input" else file.read_bytes()
+    may_map = plain and kind in ("text", None) and not options.encoding and not from_stdin
+    if may_map and is_mappable(file):
+        yield name, {"text": MappedText(file)}
+        return
+    data = sys.stdin.buffer.read() if from_stdin else file.read_bytes()
     require(
         data[:4] not in (b"PK\3\4", b"PAR1") and data[:2] != b"\x80\x05",
         f"{name}: binary, expected text; its suffix does not say what it is",
@@ -971,7 +962,8 @@ def squad_rows(name: str, articles: list) -> list:
 
 def table_records(name: str, text: str, delimiter: str, usual: str):
     """Records of a table with a header, by default divided as its header shows."""
-    text, delimiter = text.lstrip("\n"), {"\\t": "\t", "tab": "\t"}.get(delimiter, delimiter)
+    text = text.lstrip("\n")
+    delimiter = {"\\t": "\t", "tab": "\t"}.get(delimiter, delimiter)
     header = text.partition("\n")[0]
     if not delimiter:
         delimiter = usual if usual in header else max(",;\t|", key=header.count)
@@ -987,10 +979,12 @@ def table_records(name: str, text: str, delimiter: str, usual: str):
         quoting=quoting,
         skipinitialspace=spaced,
     )
-    columns, first = None, 1
+    columns = None
+    first = 1  # line of the record that is being read
     try:
         for values in table:
-            place, first = f"{name}, line {table.line_num}", table.line_num + 1
+            place = f"{name}, line {table.line_num}"
+            first = table.line_num + 1
             if columns is None:
                 columns = [column.strip() for column in values]
             elif values:
@@ -1043,22 +1037,18 @@ def arrow_records(file: Path, suffix: str):
         raise Error(f"{file}: needs `pip install pyarrow`") from None
     try:
         if suffix == ".parquet":
-            opened = pyarrow.parquet.ParquetFile(file)
-            schema, batches = opened.schema_arrow, opened.iter_batches()
+            parquet = pyarrow.parquet.ParquetFile(file)
+            schema = parquet.schema_arrow
+            batches = parquet.iter_batches()
         else:
             batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
             schema = batches.schema
-        names, n = class_names(schema), 0
-        for batch in batches:
-            for record in batch.to_pylist():
-                n += 1
-                yield (
-                    f"{file}, row {n}",
-                    {
-                        column: with_names(value, names.get(column))
-                        for column, value in record.items()
-                    },
-                )
+        names = class_names(schema)
+        records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for n, record in enumerate(records, 1):
+            for column in names.keys() & record.keys():
+                record[column] = with_names(record[column], names[column])
+            yield f"{file}, row {n}", record
     except (pyarrow.ArrowException, OSError) as error:
         raise Error(f"{file}: not readable ({str(error).splitlines()[0]})") from None
 
@@ -1075,10 +1065,10 @@ def class_names(schema) -> dict:
     return found
 
 
-def with_names(value, names: list | None):
+def with_names(value, names: list):
     """A class's name in place of its number; -1 stands for none."""
-    if names is None or value is None:
-        return value
+    if value is None:
+        return None
     if isinstance(value, list):
         return [with_names(item, names) for item in value]
     return names[value] if value >= 0 else None
@@ -1097,10 +1087,14 @@ def read_rows(
 
     Raises Error where a column is missing or has something else in it.
     """
-    name, rows, dropped, columns = "rows", [], Counter(), {}
+    name = "rows"
+    rows = []
+    columns = {}  # of the first row
+    dropped = Counter()  # reason -> rows
     lines = [] if said is None else said
     if isinstance(path, (str, Path)):
-        name, path = str(path), Path(path)
+        name = str(path)
+        path = Path(path)
         files = [path]
         if path.is_dir():
             found = data_files(path)
@@ -1142,10 +1136,6 @@ def read_rows(
     return rows
 
 
-def is_folder(data) -> bool:
-    return isinstance(data, (str, Path)) and Path(data).is_dir()
-
-
 def counted(number: int, name: str) -> str:
     return f"{number:,} {name}{'s' * (number != 1)}"
 
@@ -1158,7 +1148,8 @@ def read_splits(data, options: TrainOptions, said: list) -> tuple[list, list]:
         held = data.get("validation")
     else:
         rows = read_rows(data, options, said=said)
-        splits = data_files(Path(data)) if is_folder(data) else {}
+        in_folder = isinstance(data, (str, Path)) and Path(data).is_dir()
+        splits = data_files(Path(data)) if in_folder else {}
         held = data if "validation" in splits else None
         if "test" in splits:
             said.append(f"{data}: its test split is not read (`tinylm eval` reads it)")
@@ -1194,7 +1185,8 @@ def column_names(record: dict) -> list[str]:
 def choose_columns(place: str, record, options: TrainOptions) -> dict[str, str]:
     """Role -> the column that has it, for the roles of the task."""
     require(isinstance(record, dict), f"{place}: {str(record)[:60]!r}, expected an object")
-    columns, chosen = {str(name).lower(): name for name in record}, {}
+    columns = {str(name).lower(): name for name in record}
+    chosen = {}
     for role in TASKS[options.task].roles:
         option, names, _, _ = ROLES[role]
         column = getattr(options, option, "")
@@ -1239,10 +1231,11 @@ def from_instruction(record, options: TrainOptions):
     said = next((name for name in ("output", "response", "completion") if name in columns), None)
     if not asked or not said or {"messages", "conversations"} & set(columns):
         return record
-    source, answer = (columns[asked], columns.get("input")), columns[said]
-    if not all(isinstance(text, (str, type(None))) for text in (*source, answer)):
+    parts = columns[asked], columns.get("input")
+    answer = columns[said]
+    if not all(isinstance(text, (str, type(None))) for text in (*parts, answer)):
         return record
-    source = "\n\n".join(text for text in source if text)
+    source = "\n\n".join(text for text in parts if text)
     if options.task == "seq2seq":
         return {"source": source, "target": answer}
     if options.task == "lm" and "text" not in columns:
@@ -1254,9 +1247,11 @@ def from_instruction(record, options: TrainOptions):
 
 def read_row(place: str, record, options: TrainOptions) -> dict:
     """Role -> value. Raises Incomplete for a row where one is empty, Error for one of another kind."""
-    row, record = {}, from_instruction(record, options)
+    row = {}
+    record = from_instruction(record, options)
     for role, column in choose_columns(place, record, options).items():
-        value, (_, _, read, kind) = lookup(record, column), ROLES[role]
+        _, _, read, kind = ROLES[role]
+        value = lookup(record, column)
         nothing = value is None or isinstance(value, float) and math.isnan(value)
         if isinstance(value, str) or role in ("messages", "words") and not nothing:
             nothing = not (value.strip() if isinstance(value, str) else value)
@@ -1343,7 +1338,9 @@ def split_rows(rows: list, share: float = VAL_FRACTION) -> tuple[list, list]:
     """Rows before and after the point that leaves `share` of them behind it: of their characters where they are texts,
     of each class where they have one label."""
     if set(rows[0]) == {"text"}:
-        total, kept, held = sum(len(row["text"]) for row in rows), [], []
+        kept = []
+        held = []
+        total = sum(len(row["text"]) for row in rows)
         left = max(int(total * (1 - share)), total - MMAP_MIN_BYTES // 64)
         for text in (row["text"] for row in rows):
             kept += [{"text": text[:left]}] * (left > 0)
@@ -1352,13 +1349,15 @@ def split_rows(rows: list, share: float = VAL_FRACTION) -> tuple[list, list]:
         return kept, held
     groups = {}
     for row in rows:
-        groups.setdefault(row["label"] if isinstance(row.get("label"), str) else None, []).append(
-            row
-        )
-    cuts = [(group, len(group) - round(len(group) * share)) for group in groups.values()]
-    return [row for group, cut in cuts for row in group[:cut]], [
-        row for group, cut in cuts for row in group[cut:]
-    ]
+        name = row["label"] if isinstance(row.get("label"), str) else None
+        groups.setdefault(name, []).append(row)
+    kept = []
+    held = []
+    for group in groups.values():
+        cut = len(group) - round(len(group) * share)
+        kept += group[:cut]
+        held += group[cut:]
+    return kept, held
 
 
 def limit(lm: TinyLM, block: int) -> int:
@@ -1772,16 +1771,12 @@ def label_changes(rows: list, known: dict | None) -> dict:
     if any(isinstance(label, float) for label in labels):
         return dict(id2label={0: "LABEL_0"}, problem_type="regression")
     several = any(isinstance(label, list) for label in labels)
-    names = {
-        str(name) for label in labels for name in (label if isinstance(label, list) else [label])
-    }
-    names |= {tag for row in rows for tag in row.get("tags", ())}
+    names = {tag for row in rows for tag in row.get("tags", ())}
+    for label in labels:
+        names |= set(label) if isinstance(label, list) else {label}
     if not names <= set((known or {}).values()):
-        known = dict(
-            enumerate(
-                sorted(names, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
-            )
-        )
+        by_number = lambda name: (int(name) if name.isdecimal() else math.inf, name)
+        known = dict(enumerate(sorted(names, key=by_number)))
     problem = f"{'multi' if several else 'single'}_label_classification" if labels else None
     return dict(id2label=known, problem_type=problem) if names else {}
 
@@ -1916,7 +1911,8 @@ def train_bpe(texts: list, vocab: int, encoder: bool = False) -> Tokenizer:
         ) from None
     special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"] if encoder else list(ByteTokenizer.specials)
     backend = ByteLevelBPETokenizer(add_prefix_space=encoder)
-    live, size = sys.stderr.isatty() and not QUIET.get(), sum(len(text) for text in texts)
+    live = sys.stderr.isatty() and not QUIET.get()
+    size = sum(map(len, texts))
     if size > 2**22:  # some seconds
         note(f"training a BPE of {vocab:,} tokens on {size:,} characters")
     texts = (
@@ -1951,16 +1947,17 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
     """A model of the task's family for the rows; what adds to the residual stream starts at zero, so that training
     starts smoothly."""
     task = TASKS[options.task]
-    encoder, row = task.family == "bert", FAMILIES[task.family]
+    family = FAMILIES[task.family]
+    encoder = task.family == "bert"
     texts = [
         str(as_text(row[role])[: MMAP_MIN_BYTES // 4])
         for row in rows
         for role in TOKENIZER_ROLES
         if role in row
     ]
-    tokenizer = (
-        train_bpe(texts, options.vocab, encoder) if options.vocab or encoder else ByteTokenizer()
-    )
+    tokenizer = ByteTokenizer()
+    if options.vocab or encoder:
+        tokenizer = train_bpe(texts, options.vocab, encoder)
     size = SIZES[options.size]
     ours = dict(num_key_value_heads=size["num_attention_heads"]) | size
     ours |= dict(
@@ -1973,18 +1970,22 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
     )
-    raw = {row.fields[name]: value for name, value in ours.items() if name in row.fields}
+    raw = {family.fields[name]: value for name, value in ours.items() if name in family.fields}
     config = config_from_hf({"model_type": task.family} | raw, head=task.head)
     torch.manual_seed(options.seed)
     lm = TinyLM(replace(config, **label_changes(rows, None), **dropouts(config, options.dropout)))
-    for block in (module for module in lm.modules() if isinstance(module, Block)):
-        nn.init.zeros_(block.attention.o.weight), nn.init.zeros_(block.mlp.down.weight)
-    if (
-        config.head == "lm" and not config.tied
-    ):  # all words are alike at first: a loss of ln(vocabulary)
-        nn.init.zeros_(lm.head.out.weight)
+    for block in blocks(lm):
+        nn.init.zeros_(block.attention.o.weight)
+        nn.init.zeros_(block.mlp.down.weight)
+    if config.head == "lm" and not config.tied:
+        nn.init.zeros_(lm.head.out.weight)  # all words are alike: a loss of ln(vocabulary)
     lm.tokenizer = tokenizer
     return lm
+
+
+def blocks(lm: TinyLM) -> list[Block]:
+    """The layers, of an encoder too."""
+    return [module for module in lm.modules() if isinstance(module, Block)]
 
 
 def dropouts(config: Config, p: float | None) -> dict:
@@ -2002,9 +2003,11 @@ def dropouts(config: Config, p: float | None) -> dict:
 def load_for_finetuning(name, rows: list, options: TrainOptions) -> TinyLM:
     """A checkpoint in fp32, a folder's or the hub's, with the task's head and the rows' labels."""
     folder = find_checkpoint(name)
-    head, file = TASKS[options.task].head, folder / "config.json"
+    file = folder / "config.json"
+    head = TASKS[options.task].head
     head = "config" if head == "lm" else head  # no language model begins with a head at random
-    config = config_from_hf(read_json(file), str(file), head)
+    with warnings.catch_warnings(action="ignore"):  # from_pretrained gives them
+        config = config_from_hf(read_json(file), str(file), head)
     torch.manual_seed(options.seed)  # of a new head
     changes = label_changes(rows, config.id2label) | dropouts(config, options.dropout)
     lm = TinyLM.from_pretrained(folder, torch.float32, head=head, **changes)
@@ -2024,20 +2027,16 @@ def load_for_finetuning(name, rows: list, options: TrainOptions) -> TinyLM:
 def build_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
     """The model, new or opened, with what is to be trained of it."""
     folder = options.init or Path(options.out) / "last"
-    lm = (
-        load_for_finetuning(folder, rows, options)
-        if options.init or resume
-        else new_model(rows, options)
-    )
+    pretrained = options.init or resume
+    lm = load_for_finetuning(folder, rows, options) if pretrained else new_model(rows, options)
     lm.to(usable_device(options.device))
     if options.freeze:
         freeze(lm, options.freeze)
     if options.lora:
         add_adapters(lm, options.lora)
-    for block in (
-        module for module in lm.modules() if options.checkpoint and isinstance(module, Block)
-    ):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if options.checkpoint:
+        for block in blocks(lm):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if rank_and_world_size()[1] > 1:
         sharded(lm, options.parallel)
     return lm
@@ -2425,9 +2424,11 @@ def load_shards(path: Path, parameter: Callable) -> dict:
     import torch.distributed.checkpoint as dcp
 
     try:
-        reader, tensors = dcp.HuggingFaceStorageReader(str(path)), {}
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        tensors = {}
         for name, stored in reader.read_metadata().state_dict_metadata.items():
-            p, size = parameter(name), tuple(stored.size)
+            p = parameter(name)
+            size = tuple(stored.size)
             require(
                 size in ((), p.shape), f"{path}: {name} has shape {size}, expected {tuple(p.shape)}"
             )
@@ -2454,8 +2455,11 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
 
 
 def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
-    asked, options, out = asdict(options), options.filled(), Path(options.out)
-    task, said = TASKS[options.task], []
+    asked = asdict(options)
+    options = options.filled()
+    out = Path(options.out)
+    task = TASKS[options.task]
+    said = []  # lines to show before the first step, and for the model card
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file, expected a folder")
     if not isinstance(data, (str, Path, dict)):
         data = list(data)
@@ -2469,10 +2473,9 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
     hashed = hashlib.sha256(repr((rows, held)).encode("utf-8", errors="replace")).hexdigest()
     if resume:
         check_resume(notes, asked, hashed)
-    named = [
-        {role: row[role] for role in ("label", "tags") if role in row} for row in held
-    ]  # some may be there only
     said.append(describe_rows(rows, held, options))
+    # classes that are only in what is held back are classes too; its texts train no tokenizer
+    named = [{role: row[role] for role in ("label", "tags") if role in row} for row in held]
     lm = build_model(rows + named, options, resume)
     optimizer = make_optimizer(lm, options)
     batches = Batches(lm, task.epochs(lm, rows, options.block), options)
@@ -2483,11 +2486,9 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
     held_rows = held
     held = task.epochs(lm, held, options.block)(None) if held else []
     said += describe_cuts(options, (rows, batches.epoch(None)), (held_rows, held))
-    weights = (
-        class_weights(lm.config, batches.epoch(None)).to(lm.device)
-        if options.class_weights
-        else None
-    )
+    weights = None
+    if options.class_weights:
+        weights = class_weights(lm.config, batches.epoch(None)).to(lm.device)
     steps = options.steps or math.ceil(options.epochs * batches.per_epoch)
     if resume:
         restore(lm, optimizer, out / "last", notes)
@@ -2534,7 +2535,8 @@ def check_resume(notes: dict, asked: dict, hashed: str):
 
 def describe_rows(rows: list, held: list, options: TrainOptions) -> str:
     """The task, the rows, and what there is to learn. Raises Error where that is one class only."""
-    every, task = rows + held, options.task
+    every = rows + held
+    task = options.task
     text = f"{task}: {len(rows):,} rows to train on, {len(held):,} to validate on"
     labels = [row["label"] for row in every if "label" in row]
     tags = [tag for row in every for tag in row.get("tags", ())]
@@ -2601,16 +2603,18 @@ def train_steps(
     described: list[str],
 ):
     """The loop, from the step that the notes name to the last, or to an interruption."""
-    every, out = options.eval_every or min(batches.per_epoch, steps), Path(options.out)
-    best, last = out / "best", out / "last"
-    peaks, stop = [group["lr"] for group in optimizer.param_groups], False
+    every = options.eval_every or min(batches.per_epoch, steps)
+    best, last = (Path(options.out) / name for name in ("best", "last"))
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    stop = False
     rank, world = rank_and_world_size()
     progress = Progress(lm, steps, notes["step"])
     log_every = max(steps // 1000, 16 if lm.device.type == "cuda" else 1)
     with interruptible() as interrupted:
         while notes["step"] < steps and not (stop or 0 < options.patience <= notes["stale"]):
             torch.manual_seed(options.seed * 1_000_003 + notes["step"] + 2**40 * rank)
-            scale, batch = lr_multiplier(notes["step"], steps, options), batches.draw(notes["step"])
+            batch = batches.draw(notes["step"])
+            scale = lr_multiplier(notes["step"], steps, options)
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * scale
             loss = train_step(
@@ -2632,12 +2636,10 @@ def train_steps(
                 flag_set = loss.new_tensor(interrupted.is_set())
                 stop = bool(all_reduce(flag_set, world, "MAX"))
             progress.line(step, loss, options.lr * scale, batch["input_ids"].numel() * world)
-            row = (
-                dict(loss=loss.item(), lr=options.lr * scale, adam_lr=options.adam_lr * scale)
-                if logged
-                else {}
-            )
-            row |= {"tokens_per_second": round(progress.speed())} if logged else {}
+            row = {}
+            if logged:
+                row = dict(loss=loss.item(), lr=options.lr * scale, adam_lr=options.adam_lr * scale)
+                row["tokens_per_second"] = round(progress.speed())
             if due:
                 better, figures = validate(lm, held, notes, options)
                 row |= {"validation": figures} if figures else {}
@@ -2690,9 +2692,10 @@ def loss_spike_threshold(notes: dict) -> float:
 
 def validate(lm: TinyLM, held: list, notes: dict, options: TrainOptions) -> tuple[bool, dict]:
     """Score what was held back; is it the best so far, and the figures. Shows a sample of what a decoder writes."""
-    better, task, figures = True, TASKS[options.task], {}
+    better = True
+    figures = {}
     if held:
-        figures = task.figures(lm, held, options.batch)
+        figures = TASKS[options.task].figures(lm, held, options.batch)
         name, figure = next(iter(figures.items()))
         better = notes["best"] is None or (
             figure < notes["best"] if name in LOWER_IS_BETTER else figure > notes["best"]
@@ -2716,7 +2719,8 @@ def validate(lm: TinyLM, held: list, notes: dict, options: TrainOptions) -> tupl
 @contextlib.contextmanager
 def interruptible():
     """An event that the first Ctrl-C or SIGTERM sets; a second one ends the program as ever."""
-    event, before = threading.Event(), {}
+    event = threading.Event()
+    before = {}  # signal -> its handler
 
     def handle(number, _):
         signal.signal(number, signal.default_int_handler)
@@ -2800,47 +2804,34 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     onnxlm.add_run_options(sub)
     add_options(sub, TrainOptions, "device")
 
-    for name, text, defaults in (
-        ("sample", "continue a prompt", dict(max_new_tokens=300, temperature=0.8, top_p=0.95)),
-        ("chat", "talk with an instruction-tuned model", dict(max_new_tokens=512)),
-    ):
-        sub = commands.add_parser(name, help=text)
-        if name == "sample":
-            sub.add_argument(
-                "folder",
-                nargs="?",
-                default=str(WEIGHTS),
-                help="a checkpoint (default: the shipped one)",
-            )
-            sub.add_argument(
-                "--prompt", default="ROMEO:", help="text to continue (default: ROMEO:)"
-            )
-        else:
-            sub.add_argument("folder", help="a checkpoint with a chat template")
-            sub.add_argument("--system", help="the system message")
-            sub.add_argument(
-                "--set",
-                action="append",
-                type=template_variable,
-                metavar="NAME=VALUE",
-                help="a variable of the chat template, as enable_thinking=false; may be given again",
-            )
-        add_options(
-            sub,
-            GenerationConfig,
-            "max_new_tokens",
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            **defaults,
-        )
-        sub.add_argument("--stop", action="append", help="end before this text; may be given again")
-        sub.add_argument("--seed", type=int)
-        sub.add_argument("--compile", action="store_true", help="torch.compile the decode step")
-        add_options(sub, TrainOptions, "device")
+    sub = commands.add_parser("sample", help="continue a prompt")
+    sub.add_argument(
+        "folder", nargs="?", default=str(WEIGHTS), help="a checkpoint (default: the shipped one)"
+    )
+    sub.add_argument("--prompt", default="ROMEO:", help="text to continue (default: ROMEO:)")
+    add_generation_options(sub, max_new_tokens=300, temperature=0.8, top_p=0.95)
+
+    sub = commands.add_parser("chat", help="talk with an instruction-tuned model")
+    sub.add_argument("folder", help="a checkpoint with a chat template")
+    sub.add_argument("--system", help="the system message")
+    sub.add_argument(
+        "--set",
+        action="append",
+        type=template_variable,
+        metavar="NAME=VALUE",
+        help="a variable of the chat template, as enable_thinking=false; may be given again",
+    )
+    add_generation_options(sub, max_new_tokens=512)
     return parser
+
+
+def add_generation_options(parser, **defaults):
+    names = "max_new_tokens temperature top_k top_p min_p repetition_penalty".split()
+    add_options(parser, GenerationConfig, *names, **defaults)
+    parser.add_argument("--stop", action="append", help="end before this text; may be given again")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decode step")
+    add_options(parser, TrainOptions, "device")
 
 
 def template_variable(text: str) -> tuple[str, object]:
@@ -2869,10 +2860,7 @@ def main(argv: list | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # inputs behind options
         options["inputs"] += more
-    for stream in (
-        sys.stdin,
-        sys.stdout,
-    ):  # text that is no UTF-8 is read and shown as well as it can be
+    for stream in (sys.stdin, sys.stdout):  # other text than UTF-8 is shown as well as it can be
         with contextlib.suppress(AttributeError, io.UnsupportedOperation):
             stream.reconfigure(errors="replace")
     try:
@@ -2949,13 +2937,14 @@ def opened(options: dict) -> TinyLM:
 
 
 def run_eval(options: dict):
-    lm, as_json, data = opened(options), options.pop("json"), options.pop("data")
-    confusion = options.pop("confusion")
+    lm = opened(options)
+    as_json, confusion, data = (options.pop(name) for name in ("json", "confusion", "data"))
     name = task_of(lm.config)
     require(name in TASKS, f"{lm.folder}: expected a model with a task's head")
     known = remembered(lm.folder) | dict(regression=lm.config.problem_type == "regression")
     known |= dict(task=name, classes=not known["regression"])
-    options, task = TrainOptions(**known | options).filled(), TASKS[name]
+    options = TrainOptions(**known | options).filled()
+    task = TASKS[name]
     rows = read_rows(data, options, ("test", "validation", "train"))
     examples = task.epochs(lm, rows, options.block)(None)
     require(len(examples), f"{data}: nothing to evaluate")
@@ -2990,11 +2979,16 @@ def table_lines(table: dict[str, dict]) -> list[str]:
 def run_run(options: dict):
     """A line for each input: what the head says, the likeliest first, with scores."""
     lm = opened(options)
-    onnxlm.run_lines(TorchRunner(lm, lm.folder), **options)
+    runner = TorchRunner(lm, lm.folder)
+    block = remembered(lm.folder).get("block")
+    if block and runner.task in ("classify", "tokens", "qa", "mlm"):
+        options["limit"] = block  # as `eval`: behind it nothing was learnt
+    onnxlm.run_lines(runner, **options)
 
 
 def run_sample(options: dict):
-    lm, prompt = opened(options), options.pop("prompt")
+    lm = opened(options)
+    prompt = options.pop("prompt")
     print(prompt, end="", flush=True)
     show(lm.stream(prompt, **options))
 
@@ -3004,7 +2998,8 @@ CHAT_COMMANDS = "/reset begins anew, /system TEXT too and sets the system messag
 
 def run_chat(options: dict):
     """Questions from standard input, one a line; answers to standard output. Ctrl-C ends an answer."""
-    lm, system = opened(options), options.pop("system")
+    lm = opened(options)
+    system = options.pop("system")
     variables = dict(options.pop("set") or ())
     messages = system_messages(system)
     interactive = sys.stdin.isatty()

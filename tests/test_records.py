@@ -12,7 +12,7 @@ from test_train import TEXT, same_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from tinylm import TinyLM
+from tinylm import ByteTokenizer, Config, TinyLM
 from train import main
 
 TINY = ["--size", "pico", "--batch", "4", "--block", "16", "--eval-every", "2"]
@@ -169,6 +169,21 @@ def test_eval_remembers_the_columns_of_the_training(tmp_path, capsys):
     capsys.readouterr()
     assert main(["eval", out / "best", data]) == 0
     assert "accuracy" in capsys.readouterr().out
+    said = []
+    for text in ("good " * 30, "good " * 30 + "bad " * 30):  # alike in what --block has of them
+        assert main(["run", out / "best", "--json", text]) == 0
+        said.append(json.loads(capsys.readouterr().out)["output"])
+    assert said[0] == said[1]
+
+
+def test_a_strange_field_of_a_pretrained_model_is_said_once(tmp_path, recwarn):
+    lm = TinyLM(Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    lm.tokenizer = ByteTokenizer()
+    lm.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"unheard_of": 1}))
+    train.load_for_finetuning(tmp_path, [{"text": "x"}], train.TrainOptions(init="x"))
+    assert len([said for said in recwarn if "unheard_of" in str(said.message)]) == 1
 
 
 def test_help_shows_the_defaults_that_a_task_takes(capsys):

@@ -475,6 +475,7 @@ def test_embeddings_are_those_that_are_documented(minilm, capsys):
 
 def test_lines_of_standard_input_and_options_behind_inputs(scratch, capsys, monkeypatch):
     _, folder = scratch("classify")
+    capsys.readouterr()  # of the training, where it is the first
     monkeypatch.setattr(sys, "stdin", io.StringIO("great\nawful\n"))
     command("run", folder)
     lines = capsys.readouterr().out.splitlines()

@@ -273,441 +273,11 @@ SIZES = {
         hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4
     ),
 }
-NEW_HEADS = ("classify", "tokens", "qa")  # heads that fine-tuning begins at random
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimizers, adapters, sharding
+# Files: what is in them, as records (dicts of columns)
 # ---------------------------------------------------------------------------------------------------------------------
-def make_optimizer(lm: TinyLM, options: TrainOptions) -> torch.optim.Optimizer:
-    """Muon and AdamW from scratch; in fine-tuning AdamW, with one rate for what was pretrained and another for a new
-    head, where only matrices decay."""
-    require(
-        any(p.requires_grad for p in lm.parameters()),
-        f"--freeze {options.freeze}: nothing is left to train",
-    )
-    if not options.init:
-        return MuonAdamW(lm, options.lr, options.adam_lr, options.weight_decay)
-    groups = {}
-    for name, p in lm.named_parameters():
-        if p.requires_grad:
-            rate = options.adam_lr if in_new_head(lm, name) else options.lr
-            decay = options.weight_decay if p.ndim == 2 else 0.0
-            group = groups.setdefault((rate, decay), dict(params=[], lr=rate, weight_decay=decay))
-            group["params"].append(p)
-    return torch.optim.AdamW([*groups.values()], fused=True)
-
-
-def in_new_head(lm: TinyLM, parameter: str) -> bool:
-    return parameter.startswith("head.") and lm.config.head in NEW_HEADS
-
-
-def sharded(lm: TinyLM, parallel: str = "fsdp"):
-    """Spread a model over all processes: fsdp shards its weights, gradients and the optimizer's state, ddp keeps a copy
-    on each (shards over one process each). The state dict stays the plain model's."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    world = rank_and_world_size()[1]
-    sizes = {"shards": world} if parallel == "fsdp" else {"copies": world, "shards": 1}
-    mesh = init_device_mesh(lm.device.type, (*sizes.values(),), mesh_dim_names=(*sizes,))
-    policy = MixedPrecisionPolicy()
-    if lm.device.type == "cuda":
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    if lm.encoder is None:  # behind an encoder, parts of a layer are called by themselves
-        for block in lm.layers:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(lm, mesh=mesh, mp_policy=policy)
-
-    def gather(_, state: dict, *__):
-        for name, x in state.items():  # one at a time: a device may not hold them all
-            state[name] = full_tensor(x).cpu()
-
-    lm.register_state_dict_post_hook(gather)
-
-
-class LoRA(Linear):
-    """A frozen projection, and for each part fused in it a trained one of low rank: W x + 2 B A x (Hu et al. 2021; 2 is
-    alpha / rank). Its state dict is the merged projection's, so that a checkpoint needs no adapters."""
-
-    def __init__(self, base: Linear, sizes: tuple, rank: int):
-        nn.Module.__init__(self)
-        self.weight, self.bias = base.weight, base.bias
-        self.sizes = sizes
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.a = nn.Parameter(
-            torch.randn(len(sizes) * rank, base.in_features) * base.in_features**-0.5
-        )
-        self.b = nn.Parameter(torch.zeros(sum(sizes), rank))
-
-    def parts(self) -> list:
-        """(A, B) of each part."""
-        return list(
-            zip(full_tensor(self.a).chunk(len(self.sizes)), full_tensor(self.b).split(self.sizes))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.a).chunk(len(self.sizes), dim=-1)
-        return super().forward(x) + 2 * torch.cat(
-            [F.linear(part, b) for part, (_, b) in zip(low, self.parts())], -1
-        )
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix + "weight"] = (
-            full_tensor(self.weight) + 2 * torch.cat([b @ a for a, b in self.parts()])
-        ).detach()
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias.detach()
-
-
-def add_adapters(lm: TinyLM, rank: int):
-    """Freeze all but a new head, and give every projection of the layers an adapter."""
-    for name, p in lm.named_parameters():
-        p.requires_grad_(in_new_head(lm, name))
-    for name, module in list(lm.named_modules()):
-        if isinstance(module, Linear) and "layers." in name:
-            fused = len(sources(name + ".weight", lm.config.model_type, lm.config.head)[0]) > 1
-            sizes = fused_sizes(name + ".weight", lm.config) if fused else (module.out_features,)
-            lm.set_submodule(name, LoRA(module, sizes, rank).to(lm.device))
-
-
-def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
-    """adapter_config.json and adapter_model.safetensors as PEFT names them, after the family's own modules."""
-    config = lm.config
-    tensors = {}
-    targets = set()  # names of projections, as they stand behind the layer's number
-    transposed = False
-    for name, module in lm.named_modules():
-        if isinstance(module, LoRA):
-            names, kind = sources(name + ".weight", config.model_type, config.head)
-            transposed |= kind is Transposed
-            for theirs, pair in zip(names, module.parts()):
-                theirs = theirs.removesuffix(".weight")
-                targets.add(re.split(r"\.\d+\.", theirs, maxsplit=1)[1])
-                for side, tensor in zip("AB", pair):
-                    tensors[f"{theirs}.lora_{side}.weight"] = tensor
-    head = {
-        f"head.{name}": full_tensor(p) for name, p in lm.head.named_parameters() if p.requires_grad
-    }
-    head = to_checkpoint(head, config, config.model_type)
-    if rank_and_world_size()[0] > 0:
-        return
-    kinds = {
-        "lm": "SEQ_2_SEQ_LM" if config.num_encoder_layers else "CAUSAL_LM",
-        "classify": "SEQ_CLS",
-        "tokens": "TOKEN_CLS",
-        "qa": "QUESTION_ANS",
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(
-        folder / "adapter_model.safetensors",
-        {f"base_model.model.{name}": tensor for name, tensor in (tensors | head).items()},
-        {"format": "pt"},
-    )
-    write_json(
-        folder / "adapter_config.json",
-        dict(
-            peft_type="LORA",
-            task_type=kinds.get(config.head),
-            base_model_name_or_path=options.init,
-            inference_mode=True,
-            r=options.lora,
-            lora_alpha=2 * options.lora,
-            lora_dropout=0.0,
-            bias="none",
-            fan_in_fan_out=transposed,
-            target_modules=sorted(targets),
-            modules_to_save=sorted(
-                {  # PEFT wraps a classifier as one
-                    name.partition(".")[0]
-                    if name.startswith("classifier.")
-                    else name.rpartition(".")[0]
-                    for name in head
-                }
-            )
-            or None,
-        ),
-    )
-
-
-def freeze(lm: TinyLM, what: str):
-    """Keep the embeddings as they are; for a number so many layers of each stack too; for "body" all but the head."""
-    layers = 0 if what == "embeddings" else 2**31 if what == "body" else int(what)
-    for name, p in lm.named_parameters():
-        parts = name.split(".")
-        layer = next((int(part) for part in parts if part.isdigit()), -1)
-        p.requires_grad_(
-            not ("embed" in name or 0 <= layer < layers or what == "body" and parts[0] != "head")
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: files to rows, rows to examples, examples to batches. A row maps roles (text, label, ...) to values; an example
-# is a dict of a model's inputs and labels, one text's, without padding.
-# ---------------------------------------------------------------------------------------------------------------------
-def as_text(value) -> str:
-    value = " ".join(value) if isinstance(value, list) else value
-    if not isinstance(value, (str, MappedText)):
-        raise TypeError
-    return value
-
-
-def as_label(value):
-    """A class's name, a list of them, or a number; `settle_labels` decides between numbers and classes."""
-    if isinstance(value, list):
-        return [str(item).strip() for item in value]
-    if isinstance(value, str):
-        return value.strip()
-    return value if isinstance(value, float) else str(int(value))
-
-
-def as_answers(value) -> list:
-    """[(text, where it starts or None)] of SQuAD's answers, of {"text": [...], "answer_start": [...]}, or of texts."""
-    if isinstance(value, dict):
-        value = [
-            {"text": text, "answer_start": start}
-            for text, start in zip(value["text"], value["answer_start"])
-        ]
-    value = [value] if isinstance(value, str) else value
-    return [
-        (item, None)
-        if isinstance(item, str)
-        else (as_text(item["text"]), int(item["answer_start"]))
-        for item in value
-    ]
-
-
-def as_list(value) -> list:
-    return [str(item) for item in (value.split() if isinstance(value, str) else [*value])]
-
-
-SHAREGPT_ROLES = {  # who says something -> role in a chat template
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
-    "system": "system",
-}
-
-
-def as_messages(value) -> list[dict]:
-    """The messages of a conversation, with all their fields; a string is read as JSON."""
-    value = json.loads(value) if isinstance(value, str) else value
-    return [as_message(dict(message)) for message in value]
-
-
-def as_message(message: dict) -> dict:
-    """A message with role and content; ShareGPT's `from` and `value` are these. Raises Error for a field that no chat
-    template can take."""
-    if "role" not in message:
-        speaker, said = message.pop("from"), message.pop("value")
-        names = ", ".join(SHAREGPT_ROLES)
-        require(speaker in SHAREGPT_ROLES, f"from = {speaker!r}, expected one of {names}")
-        message = {"role": SHAREGPT_ROLES[speaker], "content": said} | message
-    content, role = message.get("content"), message["role"]
-    if not isinstance(role, str) or not set(message) - {"role"}:
-        raise TypeError
-    if isinstance(content, list):
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
-            require(is_text, f"content: a part of type {kind!r}, expected parts of type 'text'")
-    elif content is not None and not isinstance(content, str) and role != "tool":
-        raise TypeError
-    weight = message.get("weight")
-    require(weight in (None, 1), f"weight = {weight!r} is not supported, expected 1")
-    return message
-
-
-def chat_columns(record: dict) -> dict:
-    """What a row says of its conversation beside the messages: `tools`, `system`, `documents` and other variables of
-    the chat template (`chat_template_kwargs`)."""
-    found = {name: record.get(name) for name in ("tools", "documents", "chat_template_kwargs")}
-    for name, value in found.items():
-        if isinstance(value, str):
-            try:
-                found[name] = json.loads(value or "null")
-            except ValueError:
-                raise Error(f"{name} = {value[:60]!r}, expected JSON") from None
-    tools = found["tools"] or None
-    are_schemas = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    require(
-        tools is None or are_schemas,
-        f"tools = {str(tools)[:60]!r}, expected a list of JSON schemas",
-    )
-    variables = dict(found["chat_template_kwargs"] or {})
-    if found["documents"]:
-        variables["documents"] = found["documents"]
-    columns = {"tools": tools, "system": record.get("system"), "variables": variables}
-    return {name: value for name, value in columns.items() if value}
-
-
-ROLES = {  # role -> (the option that names its column, the usual names, how it reads, what that is)
-    "messages": ("", "messages conversations", as_messages, "a list of role and content"),
-    "text": (
-        "text",
-        "text sentence review content sentence1 premise question1 comment tweet",
-        as_text,
-        "a string",
-    ),
-    "pair": ("", "sentence2 hypothesis question2", as_text, "a string"),
-    "words": ("text", "tokens words text sentence", as_list, "a list of words"),
-    "source": ("text", "source text document article dialogue input abstract", as_text, "a string"),
-    "label": (
-        "label",
-        "label labels class category sentiment stars rating score",
-        as_label,
-        "a label or a list",
-    ),
-    "tags": ("label", "ner_tags tags pos_tags labels label", as_list, "a list of tags"),
-    "target": ("target", "target summary translation tldr highlights output", as_text, "a string"),
-    "question": ("question", "question query", as_text, "a string"),
-    "context": ("context", "context passage paragraph document text", as_text, "a string"),
-    "answer": ("", "answers answer", as_answers, "an answer"),
-}
-COLUMNS = tuple(dict.fromkeys(option for option, *_ in ROLES.values() if option))
-OPTIONAL = ("messages", "pair")
-TOKENIZER_ROLES = (
-    "text",
-    "pair",
-    "words",
-    "source",
-    "target",
-    "question",
-    "context",
-)  # what a tokenizer is trained on
-VAL_FRACTION = (
-    0.1  # the share of the data that is validated on; of texts at most BIG / 64 characters
-)
-MMAP_MIN_BYTES = 2**26  # bytes of a text file above which it is not read into memory
-PIECE = 2**17  # characters, or bytes, of a text that are tokenised at once
-
-
-class MappedText:
-    """A large file's text, or some bytes of it, that stays on the disk; `tokens` are memory-mapped too."""
-
-    def __init__(self, path: Path, first: int = 0, last: int | None = None):
-        self.path, self.size, self.changed = path, path.stat().st_size, path.stat().st_mtime_ns
-        self.first, self.last = first, self.size if last is None else last
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __getitem__(self, part: slice) -> MappedText:
-        first, last, _ = part.indices(len(self))
-        return MappedText(self.path, self.first + first, self.first + last)
-
-    def __str__(self) -> str:
-        with open(self.path, "rb") as file:
-            file.seek(self.first)
-            return file.read(len(self)).decode("utf-8", errors="replace")
-
-    def __repr__(self) -> str:  # changes with the file
-        return f"{self.path.name} {self.size} {self.changed} {self.first} {self.last}"
-
-    def tokens(self, tokenizer) -> Tensor:
-        """Ids (tokens,): of bytes the file's own; else of a file beside it, made once, and again if it is torn."""
-        if isinstance(tokenizer, ByteTokenizer):
-            return torch.from_file(str(self.path), False, self.size, dtype=torch.uint8)[
-                self.first : self.last
-            ]
-        key = hashlib.sha256(tokenizer.files["tokenizer.json"] + repr(self).encode()).hexdigest()[
-            :16
-        ]
-        cache = self.path.with_name(f".{self.path.name}.{key}.tokens")
-
-        def stored() -> Tensor | None:
-            count = cache.stat().st_size // 4 if cache.exists() else 0
-            ids = torch.from_file(str(cache), False, count, dtype=torch.int32) if count else None
-            return ids[:-1] if count and ids[-1] == count - 1 else None  # it ends with its length
-
-        if rank_and_world_size()[0] == 0 and stored() is None:
-            write_file(cache, lambda path: self.tokenise(tokenizer, path))
-        if rank_and_world_size()[1] > 1:
-            dist.barrier()
-        return stored()
-
-    def tokenise(self, tokenizer, path: Path):
-        decoder, left, count = codecs.getincrementaldecoder("utf-8")("replace"), len(self), 0
-
-        def pieces():
-            nonlocal left
-            with open(self.path, "rb") as text:
-                text.seek(self.first)
-                while left:
-                    piece = text.read(min(PIECE, left))
-                    left -= len(piece)
-                    yield decoder.decode(piece)
-
-        with open(path, "wb") as file:
-            for i, ids in enumerate(piecewise(tokenizer, pieces())):
-                count += len(ids)
-                file.write(ids.tobytes())
-                if i % 16 == 0 or not left:
-                    note(f"{self.path}: {1 - left / len(self):.0%} tokenised")
-            file.write(array.array("i", [count]).tobytes())
-
-
-def piecewise(tokenizer, pieces):
-    """Ids of a long text, an array for each of its pieces: of a whole one at once the library takes 200 bytes for each
-    of the text's."""
-    pieces = iter(pieces)
-    while some := list(itertools.islice(pieces, 16)):
-        yield from (array.array("i", ids) for ids in tokenizer.batch(some))
-
-
-def sliced(text: str):
-    return (text[i : i + PIECE] for i in range(0, len(text), PIECE))
-
-
-def token_ids(tokenizer, text: str | MappedText, special: bool) -> Tensor:
-    """A text's ids (tokens,); `special`: with the special tokens around them where it is short."""
-    if isinstance(text, MappedText):
-        return text.tokens(tokenizer)
-    if len(text) <= PIECE:
-        return torch.tensor(tokenizer.encode(text, special=special), dtype=torch.int32)
-    pieces = watch(sliced(text), "tokenising", -(-len(text) // PIECE))
-    ids = piecewise(tokenizer, pieces)
-    return torch.cat([torch.tensor(piece, dtype=torch.int32) for piece in ids])
-
-
-def token_stream(lm: TinyLM, texts: list, causal: bool) -> Tensor:
-    """The ids of all texts, one after the other; of a language model with end-of-text between them."""
-    parts = []
-    for text in texts:
-        if causal and parts:
-            parts.append(torch.tensor([*lm.ends()][:1], dtype=torch.int32))
-        parts.append(token_ids(lm.tokenizer, text, special=causal))
-    if len(parts) == 1:  # which may be memory-mapped
-        return parts[0]
-    return torch.cat([torch.zeros(0, dtype=torch.int32), *parts])
-
-
-def utf8_size(text: str | MappedText) -> int:
-    return len(text) if isinstance(text, MappedText) else len(text.encode("utf-8", "replace"))
-
-
-@dataclass
-class Blocks:
-    """Consecutive blocks of `step` tokens of a stream, each made into an example when asked for; `more` tokens of the
-    next block go with it."""
-
-    ids: Tensor
-    first: int
-    last: int
-    step: int
-    more: int
-    example: Callable
-
-    def __len__(self) -> int:
-        return max(-(-(self.last - self.first) // self.step), 0)
-
-    def __getitem__(self, k: int) -> dict:
-        if k >= len(self):
-            raise IndexError
-        first = self.first + k * self.step
-        return self.example(self.ids[first : min(first + self.step, self.last) + self.more].long())
-
-
 FORMATS = {  # a file's suffix, in any case and without .gz -> how it is read
     ".txt": "text",
     ".md": "text",
@@ -744,7 +314,7 @@ SPLIT_NAME = re.compile(  # of a file without its suffix, or of a folder
     r"(train|validation|valid|val|dev|test)(ing|set|data|split)?([^a-z].*)?", re.IGNORECASE
 )
 SPLITS = {"train": "train", "test": "test"}  # all other names of splits mean validation
-MAX_CLASSES_OF_NUMBERS = 20  # 0.0, 1.0, ... of so many values at most are classes
+MMAP_MIN_BYTES = 2**26  # bytes of a text file above which it is not read into memory
 
 
 def suffix_of(file: Path) -> str:
@@ -773,56 +343,6 @@ def class_folder(file: Path, root: Path) -> str | None:
     """The folder of a text below the root that is no split's: pos/1.txt, train/neg/2.txt."""
     parts = [part for part in file.relative_to(root).parts[:-1] if not SPLIT_NAME.fullmatch(part)]
     return parts[-1] if parts else None
-
-
-def decode_text(data: bytes, file, encoding: str, said: list) -> str:
-    """A file's bytes as text with \\n at the ends of lines: in the encoding given; else by its byte order mark, in
-    UTF-8, or in cp1252, which is said once. Raises Error for what is no text."""
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
-            raise Error(f"{file}: not readable as gzip ({error})") from None
-    marks = {codecs.BOM_UTF8: "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-    marked = next((name for mark, name in marks.items() if data.startswith(mark)), None)
-    if not encoding and not marked:
-        require(
-            b"\0" not in data,
-            f"{file}: binary (a NUL byte at {data.find(bytes(1))}), expected text; of UTF-16 say --encoding utf-16",
-        )
-    try:
-        text = data.decode(encoding or marked or "utf-8")
-    except UnicodeError as error:
-        require(not encoding and not marked, f"{file}: not {encoding or marked} ({error})")
-        text = decode_cp1252(data, file, error)
-        if not any("cp1252" in line for line in said):
-            said.append(f"{file}: not UTF-8, read as cp1252 (--encoding names another)")
-    require("\0" not in text, f"{file}: binary (a NUL character), expected text")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def decode_cp1252(data: bytes, file, error: UnicodeError) -> str:
-    """Text of Western Europe; bytes that it does not have, and control characters, are no text."""
-    with contextlib.suppress(UnicodeError):
-        text = data.decode("cp1252")
-        if not re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]", text):
-            return text
-    raise Error(f"{file}: neither UTF-8 nor cp1252 ({error}), expected text; --encoding names it")
-
-
-def is_mappable(file: Path) -> bool:
-    """Is it a large file of plain UTF-8, as far as its first part shows?"""
-    if file.stat().st_size <= MMAP_MIN_BYTES:
-        return False
-    with open(file, "rb") as opened:
-        head = opened.read(min(MMAP_MIN_BYTES, 2**26))
-    if head.startswith((codecs.BOM_UTF8, b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
-        return False
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeError:
-        return False
-    return True
 
 
 def read_records(
@@ -877,6 +397,56 @@ def file_records(file: Path, options: TrainOptions, root: Path, said: list, gues
     else:
         label = class_folder(file, root) if file != root else None
         yield name, {"text": text} | ({"label": label} if label else {})
+
+
+def is_mappable(file: Path) -> bool:
+    """Is it a large file of plain UTF-8, as far as its first part shows?"""
+    if file.stat().st_size <= MMAP_MIN_BYTES:
+        return False
+    with open(file, "rb") as opened:
+        head = opened.read(min(MMAP_MIN_BYTES, 2**26))
+    if head.startswith((codecs.BOM_UTF8, b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
+        return False
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeError:
+        return False
+    return True
+
+
+def decode_text(data: bytes, file, encoding: str, said: list) -> str:
+    """A file's bytes as text with \\n at the ends of lines: in the encoding given; else by its byte order mark, in
+    UTF-8, or in cp1252, which is said once. Raises Error for what is no text."""
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError) as error:
+            raise Error(f"{file}: not readable as gzip ({error})") from None
+    marks = {codecs.BOM_UTF8: "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    marked = next((name for mark, name in marks.items() if data.startswith(mark)), None)
+    if not encoding and not marked:
+        require(
+            b"\0" not in data,
+            f"{file}: binary (a NUL byte at {data.find(bytes(1))}), expected text; of UTF-16 say --encoding utf-16",
+        )
+    try:
+        text = data.decode(encoding or marked or "utf-8")
+    except UnicodeError as error:
+        require(not encoding and not marked, f"{file}: not {encoding or marked} ({error})")
+        text = decode_cp1252(data, file, error)
+        if not any("cp1252" in line for line in said):
+            said.append(f"{file}: not UTF-8, read as cp1252 (--encoding names another)")
+    require("\0" not in text, f"{file}: binary (a NUL character), expected text")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode_cp1252(data: bytes, file, error: UnicodeError) -> str:
+    """Text of Western Europe; bytes that it does not have, and control characters, are no text."""
+    with contextlib.suppress(UnicodeError):
+        text = data.decode("cp1252")
+        if not re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]", text):
+            return text
+    raise Error(f"{file}: neither UTF-8 nor cp1252 ({error}), expected text; --encoding names it")
 
 
 def looks_like_json_lines(text: str) -> bool:
@@ -1074,8 +644,187 @@ def with_names(value, names: list):
     return names[value] if value >= 0 else None
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows: records as a task reads them, which map roles (text, label, ...) to values
+# ---------------------------------------------------------------------------------------------------------------------
+def as_text(value) -> str:
+    value = " ".join(value) if isinstance(value, list) else value
+    if not isinstance(value, (str, MappedText)):
+        raise TypeError
+    return value
+
+
+def as_label(value):
+    """A class's name, a list of them, or a number; `settle_labels` decides between numbers and classes."""
+    if isinstance(value, list):
+        return [str(item).strip() for item in value]
+    if isinstance(value, str):
+        return value.strip()
+    return value if isinstance(value, float) else str(int(value))
+
+
+def as_answers(value) -> list:
+    """[(text, where it starts or None)] of SQuAD's answers, of {"text": [...], "answer_start": [...]}, or of texts."""
+    if isinstance(value, dict):
+        value = [
+            {"text": text, "answer_start": start}
+            for text, start in zip(value["text"], value["answer_start"])
+        ]
+    value = [value] if isinstance(value, str) else value
+    return [
+        (item, None)
+        if isinstance(item, str)
+        else (as_text(item["text"]), int(item["answer_start"]))
+        for item in value
+    ]
+
+
+def as_list(value) -> list:
+    return [str(item) for item in (value.split() if isinstance(value, str) else [*value])]
+
+
+SHAREGPT_ROLES = {  # who says something -> role in a chat template
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+
+
+def as_messages(value) -> list[dict]:
+    """The messages of a conversation, with all their fields; a string is read as JSON."""
+    value = json.loads(value) if isinstance(value, str) else value
+    return [as_message(dict(message)) for message in value]
+
+
+def as_message(message: dict) -> dict:
+    """A message with role and content; ShareGPT's `from` and `value` are these. Raises Error for a field that no chat
+    template can take."""
+    if "role" not in message:
+        speaker, said = message.pop("from"), message.pop("value")
+        names = ", ".join(SHAREGPT_ROLES)
+        require(speaker in SHAREGPT_ROLES, f"from = {speaker!r}, expected one of {names}")
+        message = {"role": SHAREGPT_ROLES[speaker], "content": said} | message
+    content, role = message.get("content"), message["role"]
+    if not isinstance(role, str) or not set(message) - {"role"}:
+        raise TypeError
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
+            require(is_text, f"content: a part of type {kind!r}, expected parts of type 'text'")
+    elif content is not None and not isinstance(content, str) and role != "tool":
+        raise TypeError
+    weight = message.get("weight")
+    require(weight in (None, 1), f"weight = {weight!r} is not supported, expected 1")
+    return message
+
+
+def chat_columns(record: dict) -> dict:
+    """What a row says of its conversation beside the messages: `tools`, `system`, `documents` and other variables of
+    the chat template (`chat_template_kwargs`)."""
+    found = {name: record.get(name) for name in ("tools", "documents", "chat_template_kwargs")}
+    for name, value in found.items():
+        if isinstance(value, str):
+            try:
+                found[name] = json.loads(value or "null")
+            except ValueError:
+                raise Error(f"{name} = {value[:60]!r}, expected JSON") from None
+    tools = found["tools"] or None
+    are_schemas = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    require(
+        tools is None or are_schemas,
+        f"tools = {str(tools)[:60]!r}, expected a list of JSON schemas",
+    )
+    variables = dict(found["chat_template_kwargs"] or {})
+    if found["documents"]:
+        variables["documents"] = found["documents"]
+    columns = {"tools": tools, "system": record.get("system"), "variables": variables}
+    return {name: value for name, value in columns.items() if value}
+
+
+ROLES = {  # role -> (the option that names its column, the usual names, how it reads, what that is)
+    "messages": ("", "messages conversations", as_messages, "a list of role and content"),
+    "text": (
+        "text",
+        "text sentence review content sentence1 premise question1 comment tweet",
+        as_text,
+        "a string",
+    ),
+    "pair": ("", "sentence2 hypothesis question2", as_text, "a string"),
+    "words": ("text", "tokens words text sentence", as_list, "a list of words"),
+    "source": ("text", "source text document article dialogue input abstract", as_text, "a string"),
+    "label": (
+        "label",
+        "label labels class category sentiment stars rating score",
+        as_label,
+        "a label or a list",
+    ),
+    "tags": ("label", "ner_tags tags pos_tags labels label", as_list, "a list of tags"),
+    "target": ("target", "target summary translation tldr highlights output", as_text, "a string"),
+    "question": ("question", "question query", as_text, "a string"),
+    "context": ("context", "context passage paragraph document text", as_text, "a string"),
+    "answer": ("", "answers answer", as_answers, "an answer"),
+}
+COLUMNS = tuple(dict.fromkeys(option for option, *_ in ROLES.values() if option))
+OPTIONAL = ("messages", "pair")
+VAL_FRACTION = (
+    0.1  # the share of the data that is validated on; of texts at most BIG / 64 characters
+)
+MAX_CLASSES_OF_NUMBERS = 20  # 0.0, 1.0, ... of so many values at most are classes
+
+
 class Incomplete(Exception):
     """A row that nothing can be learnt from, and why."""
+
+
+def read_splits(data, options: TrainOptions, said: list) -> tuple[list, list]:
+    """Rows to train on, and those to validate on: of --val, of the data's own validation split, or the last tenth."""
+    if isinstance(data, dict):  # splits in memory
+        require("train" in data, "data: expected a split `train`")
+        rows = read_rows(data["train"], options, said=said)
+        held = data.get("validation")
+    else:
+        rows = read_rows(data, options, said=said)
+        in_folder = isinstance(data, (str, Path)) and Path(data).is_dir()
+        splits = data_files(Path(data)) if in_folder else {}
+        held = data if "validation" in splits else None
+        if "test" in splits:
+            said.append(f"{data}: its test split is not read (`tinylm eval` reads it)")
+    held = options.val or held
+    if held is None:
+        return split_rows(rows)
+    if "label" in rows[0]:  # are numbers there what they are here
+        numbers = isinstance(rows[0]["label"], float)
+        options = replace(options, regression=numbers, classes=not numbers)
+    splits = ("validation", "test", "train") if options.val else ("validation",)
+    return rows, read_rows(held, options, splits, said)
+
+
+def split_rows(rows: list, share: float = VAL_FRACTION) -> tuple[list, list]:
+    """Rows before and after the point that leaves `share` of them behind it: of their characters where they are texts,
+    of each class where they have one label."""
+    if set(rows[0]) == {"text"}:
+        kept = []
+        held = []
+        total = sum(len(row["text"]) for row in rows)
+        left = max(int(total * (1 - share)), total - MMAP_MIN_BYTES // 64)
+        for text in (row["text"] for row in rows):
+            kept += [{"text": text[:left]}] * (left > 0)
+            held += [{"text": text[left:]}] * (left < len(text))
+            left = max(left - len(text), 0)
+        return kept, held
+    groups = {}
+    for row in rows:
+        name = row["label"] if isinstance(row.get("label"), str) else None
+        groups.setdefault(name, []).append(row)
+    kept = []
+    held = []
+    for group in groups.values():
+        cut = len(group) - round(len(group) * share)
+        kept += group[:cut]
+        held += group[cut:]
+    return kept, held
 
 
 def read_rows(
@@ -1140,46 +889,38 @@ def counted(number: int, name: str) -> str:
     return f"{number:,} {name}{'s' * (number != 1)}"
 
 
-def read_splits(data, options: TrainOptions, said: list) -> tuple[list, list]:
-    """Rows to train on, and those to validate on: of --val, of the data's own validation split, or the last tenth."""
-    if isinstance(data, dict):  # splits in memory
-        require("train" in data, "data: expected a split `train`")
-        rows = read_rows(data["train"], options, said=said)
-        held = data.get("validation")
-    else:
-        rows = read_rows(data, options, said=said)
-        in_folder = isinstance(data, (str, Path)) and Path(data).is_dir()
-        splits = data_files(Path(data)) if in_folder else {}
-        held = data if "validation" in splits else None
-        if "test" in splits:
-            said.append(f"{data}: its test split is not read (`tinylm eval` reads it)")
-    held = options.val or held
-    if held is None:
-        return split_rows(rows)
-    if "label" in rows[0]:  # are numbers there what they are here
-        numbers = isinstance(rows[0]["label"], float)
-        options = replace(options, regression=numbers, classes=not numbers)
-    splits = ("validation", "test", "train") if options.val else ("validation",)
-    return rows, read_rows(held, options, splits, said)
-
-
-def lookup(record: dict, column: str):
-    """A column's value; of nested ones, `translation.en`, that of a name in it. Raises KeyError."""
-    if column in record:
-        return record[column]
-    value = record
-    for name in column.split("."):
-        value = value[name] if isinstance(value, dict) else None
-    return value
-
-
-def column_names(record: dict) -> list[str]:
-    """All columns; nested ones by their dotted names."""
-    names = []
-    for name, value in record.items():
-        nested = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        names += [f"{name}.{key}" for key in value] if nested and value else [str(name)]
-    return names
+def read_row(place: str, record, options: TrainOptions) -> dict:
+    """Role -> value. Raises Incomplete for a row where one is empty, Error for one of another kind."""
+    row = {}
+    record = from_instruction(record, options)
+    for role, column in choose_columns(place, record, options).items():
+        _, _, read, kind = ROLES[role]
+        value = lookup(record, column)
+        nothing = value is None or isinstance(value, float) and math.isnan(value)
+        if isinstance(value, str) or role in ("messages", "words") and not nothing:
+            nothing = not (value.strip() if isinstance(value, str) else value)
+        if nothing and role != "pair":
+            raise Incomplete(f"{column} is empty")
+        try:
+            row[role] = read(value)
+            if role == "messages":
+                row |= chat_columns(record)
+        except Error as error:
+            raise Error(f"{place}: {column}: {error}") from None
+        except (TypeError, ValueError, KeyError):
+            hint = ""
+            if isinstance(value, dict) and read is as_text:
+                names = ", ".join(f"{column}.{name}" for name in value)
+                hint = f"; {flag(ROLES[role][0] or 'text')} names one of {names}"
+            raise Error(f"{place}: {column} = {str(value)[:60]!r}, expected {kind}{hint}") from None
+    if isinstance(system := row.pop("system", None), str):
+        if row["messages"][0]["role"] != "system":
+            row["messages"].insert(0, {"role": "system", "content": system})
+    words, tags = len(row.get("words", ())), len(row.get("tags", ()))
+    require(not tags or tags == words, f"{place}: {tags} tags for {words} words")
+    if "answer" in row:
+        row["answer"] = find_answers(row["context"], row["answer"])
+    return row
 
 
 def choose_columns(place: str, record, options: TrainOptions) -> dict[str, str]:
@@ -1222,6 +963,25 @@ def missing_column(record: dict, role: str, given: str) -> str:
     return text
 
 
+def column_names(record: dict) -> list[str]:
+    """All columns; nested ones by their dotted names."""
+    names = []
+    for name, value in record.items():
+        nested = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        names += [f"{name}.{key}" for key in value] if nested and value else [str(name)]
+    return names
+
+
+def lookup(record: dict, column: str):
+    """A column's value; of nested ones, `translation.en`, that of a name in it. Raises KeyError."""
+    if column in record:
+        return record[column]
+    value = record
+    for name in column.split("."):
+        value = value[name] if isinstance(value, dict) else None
+    return value
+
+
 def from_instruction(record, options: TrainOptions):
     """alpaca's instruction, input and output as what they mean: a source and its target, or a chat of two turns."""
     if not isinstance(record, dict) or options.text or options.target:
@@ -1243,40 +1003,6 @@ def from_instruction(record, options: TrainOptions):
         messages = [dict(role=role, content=text) for role, text in turns.items() if text]
         return {"messages": messages if source and answer else None}
     return record
-
-
-def read_row(place: str, record, options: TrainOptions) -> dict:
-    """Role -> value. Raises Incomplete for a row where one is empty, Error for one of another kind."""
-    row = {}
-    record = from_instruction(record, options)
-    for role, column in choose_columns(place, record, options).items():
-        _, _, read, kind = ROLES[role]
-        value = lookup(record, column)
-        nothing = value is None or isinstance(value, float) and math.isnan(value)
-        if isinstance(value, str) or role in ("messages", "words") and not nothing:
-            nothing = not (value.strip() if isinstance(value, str) else value)
-        if nothing and role != "pair":
-            raise Incomplete(f"{column} is empty")
-        try:
-            row[role] = read(value)
-            if role == "messages":
-                row |= chat_columns(record)
-        except Error as error:
-            raise Error(f"{place}: {column}: {error}") from None
-        except (TypeError, ValueError, KeyError):
-            hint = ""
-            if isinstance(value, dict) and read is as_text:
-                names = ", ".join(f"{column}.{name}" for name in value)
-                hint = f"; {flag(ROLES[role][0] or 'text')} names one of {names}"
-            raise Error(f"{place}: {column} = {str(value)[:60]!r}, expected {kind}{hint}") from None
-    if isinstance(system := row.pop("system", None), str):
-        if row["messages"][0]["role"] != "system":
-            row["messages"].insert(0, {"role": "system", "content": system})
-    words, tags = len(row.get("words", ())), len(row.get("tags", ()))
-    require(not tags or tags == words, f"{place}: {tags} tags for {words} words")
-    if "answer" in row:
-        row["answer"] = find_answers(row["context"], row["answer"])
-    return row
 
 
 def find_answers(context: str, answers: list) -> list:
@@ -1334,30 +1060,136 @@ def as_number(label) -> float | None:
     )
 
 
-def split_rows(rows: list, share: float = VAL_FRACTION) -> tuple[list, list]:
-    """Rows before and after the point that leaves `share` of them behind it: of their characters where they are texts,
-    of each class where they have one label."""
-    if set(rows[0]) == {"text"}:
-        kept = []
-        held = []
-        total = sum(len(row["text"]) for row in rows)
-        left = max(int(total * (1 - share)), total - MMAP_MIN_BYTES // 64)
-        for text in (row["text"] for row in rows):
-            kept += [{"text": text[:left]}] * (left > 0)
-            held += [{"text": text[left:]}] * (left < len(text))
-            left = max(left - len(text), 0)
-        return kept, held
-    groups = {}
-    for row in rows:
-        name = row["label"] if isinstance(row.get("label"), str) else None
-        groups.setdefault(name, []).append(row)
-    kept = []
-    held = []
-    for group in groups.values():
-        cut = len(group) - round(len(group) * share)
-        kept += group[:cut]
-        held += group[cut:]
-    return kept, held
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples: dicts of a model's inputs and labels, one text's, without padding; and batches of them
+# ---------------------------------------------------------------------------------------------------------------------
+PIECE = 2**17  # characters, or bytes, of a text that are tokenised at once
+
+
+class MappedText:
+    """A large file's text, or some bytes of it, that stays on the disk; `tokens` are memory-mapped too."""
+
+    def __init__(self, path: Path, first: int = 0, last: int | None = None):
+        self.path, self.size, self.changed = path, path.stat().st_size, path.stat().st_mtime_ns
+        self.first, self.last = first, self.size if last is None else last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, part: slice) -> MappedText:
+        first, last, _ = part.indices(len(self))
+        return MappedText(self.path, self.first + first, self.first + last)
+
+    def __str__(self) -> str:
+        with open(self.path, "rb") as file:
+            file.seek(self.first)
+            return file.read(len(self)).decode("utf-8", errors="replace")
+
+    def __repr__(self) -> str:  # changes with the file
+        return f"{self.path.name} {self.size} {self.changed} {self.first} {self.last}"
+
+    def tokens(self, tokenizer) -> Tensor:
+        """Ids (tokens,): of bytes the file's own; else of a file beside it, made once, and again if it is torn."""
+        if isinstance(tokenizer, ByteTokenizer):
+            return torch.from_file(str(self.path), False, self.size, dtype=torch.uint8)[
+                self.first : self.last
+            ]
+        key = hashlib.sha256(tokenizer.files["tokenizer.json"] + repr(self).encode()).hexdigest()[
+            :16
+        ]
+        cache = self.path.with_name(f".{self.path.name}.{key}.tokens")
+
+        def stored() -> Tensor | None:
+            count = cache.stat().st_size // 4 if cache.exists() else 0
+            ids = torch.from_file(str(cache), False, count, dtype=torch.int32) if count else None
+            return ids[:-1] if count and ids[-1] == count - 1 else None  # it ends with its length
+
+        if rank_and_world_size()[0] == 0 and stored() is None:
+            write_file(cache, lambda path: self.tokenise(tokenizer, path))
+        if rank_and_world_size()[1] > 1:
+            dist.barrier()
+        return stored()
+
+    def tokenise(self, tokenizer, path: Path):
+        decoder, left, count = codecs.getincrementaldecoder("utf-8")("replace"), len(self), 0
+
+        def pieces():
+            nonlocal left
+            with open(self.path, "rb") as text:
+                text.seek(self.first)
+                while left:
+                    piece = text.read(min(PIECE, left))
+                    left -= len(piece)
+                    yield decoder.decode(piece)
+
+        with open(path, "wb") as file:
+            for i, ids in enumerate(piecewise(tokenizer, pieces())):
+                count += len(ids)
+                file.write(ids.tobytes())
+                if i % 16 == 0 or not left:
+                    note(f"{self.path}: {1 - left / len(self):.0%} tokenised")
+            file.write(array.array("i", [count]).tobytes())
+
+
+def piecewise(tokenizer, pieces):
+    """Ids of a long text, an array for each of its pieces: of a whole one at once the library takes 200 bytes for each
+    of the text's."""
+    pieces = iter(pieces)
+    while some := list(itertools.islice(pieces, 16)):
+        yield from (array.array("i", ids) for ids in tokenizer.batch(some))
+
+
+def sliced(text: str):
+    return (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+
+
+def token_ids(tokenizer, text: str | MappedText, special: bool) -> Tensor:
+    """A text's ids (tokens,); `special`: with the special tokens around them where it is short."""
+    if isinstance(text, MappedText):
+        return text.tokens(tokenizer)
+    if len(text) <= PIECE:
+        return torch.tensor(tokenizer.encode(text, special=special), dtype=torch.int32)
+    pieces = watch(sliced(text), "tokenising", -(-len(text) // PIECE))
+    ids = piecewise(tokenizer, pieces)
+    return torch.cat([torch.tensor(piece, dtype=torch.int32) for piece in ids])
+
+
+def token_stream(lm: TinyLM, texts: list, causal: bool) -> Tensor:
+    """The ids of all texts, one after the other; of a language model with end-of-text between them."""
+    parts = []
+    for text in texts:
+        if causal and parts:
+            parts.append(torch.tensor([*lm.ends()][:1], dtype=torch.int32))
+        parts.append(token_ids(lm.tokenizer, text, special=causal))
+    if len(parts) == 1:  # which may be memory-mapped
+        return parts[0]
+    return torch.cat([torch.zeros(0, dtype=torch.int32), *parts])
+
+
+def utf8_size(text: str | MappedText) -> int:
+    return len(text) if isinstance(text, MappedText) else len(text.encode("utf-8", "replace"))
+
+
+@dataclass
+class Blocks:
+    """Consecutive blocks of `step` tokens of a stream, each made into an example when asked for; `more` tokens of the
+    next block go with it."""
+
+    ids: Tensor
+    first: int
+    last: int
+    step: int
+    more: int
+    example: Callable
+
+    def __len__(self) -> int:
+        return max(-(-(self.last - self.first) // self.step), 0)
+
+    def __getitem__(self, k: int) -> dict:
+        if k >= len(self):
+            raise IndexError
+        first = self.first + k * self.step
+        return self.example(self.ids[first : min(first + self.step, self.last) + self.more].long())
 
 
 def limit(lm: TinyLM, block: int) -> int:
@@ -1376,6 +1208,98 @@ def window_example(lm: TinyLM, window: Window) -> dict:
     if lm.config.type_vocab_size > 1:
         example["token_type_ids"] = window.type_ids or [0]
     return example
+
+
+def chat_example(
+    tokenizer, messages: list[dict], tools: list[dict] | None = None, **variables
+) -> dict | list[dict]:
+    """A conversation as {"input_ids", "labels"}: the ids of transformers' `apply_chat_template(messages, tokenize=True)`,
+    and -100 for what is not learnt. Learnt is what {% generation %} marks, else the characters that the assistant's
+    turns add, with what ends them.
+
+    A template that writes earlier turns otherwise than the last (many leave out the thoughts of all others) gives a
+    list: an example for each turn of the assistant, which ends with it.
+    """
+    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    require(turns, f"messages: {str(messages)[:60]!r} has nothing that the assistant says")
+    warn_of_unread_fields(tokenizer, messages, tools, variables)
+
+    def render(part: list, prompt: bool = False) -> str:
+        return render_chat(tokenizer, part, tools, prompt, **variables)[0] if part else ""
+
+    text, generated = render_chat(tokenizer, messages, tools, **variables)
+    if generated:
+        return labelled(tokenizer, text, generated)
+    end_token = tokenizer.special_tokens.get("eos_token", "")
+    spans, examples, is_prefix = [], [], True
+    for i in turns:
+        prompt, whole = render(messages[:i], True), render(messages[: i + 1])
+        if i == 0 or not whole.startswith(prompt):
+            other = render([*messages[:i], {"role": "assistant", "content": "\ue000"}])
+            prompt = os.path.commonprefix([whole, other])
+        examples.append((whole, (len(prompt), len(whole))))
+        if (
+            i < len(messages) - 1
+        ):  # what ends the text alone, as Phi-3's last token, is not the turn's
+            followed = render(messages[: i + 1], True)
+            if not followed.startswith(whole):
+                whole = os.path.commonprefix([whole.removesuffix(end_token), followed])
+        is_prefix &= text.startswith(whole)
+        spans.append((len(prompt), len(whole)))
+    if is_prefix:
+        return labelled(tokenizer, text, spans)
+    return [labelled(tokenizer, whole, [span]) for whole, span in examples]
+
+
+def labelled(tokenizer, text: str, spans: list[tuple[int, int]]) -> dict:
+    """A text's ids, and as labels those of the tokens that have a character of the spans (from, to)."""
+    encoding = tokenizer.encoding(text, special=False)
+    labels = [-100] * len(encoding.ids)
+    for first, last in spans:
+        inside = [c for c, (a, b) in enumerate(encoding.offsets) if a < last and b > first]
+        for c in range(inside[0], inside[-1] + 1) if inside else ():
+            labels[c] = encoding.ids[c]
+    return {"input_ids": encoding.ids, "labels": labels}
+
+
+def warn_of_unread_fields(tokenizer, messages: list, tools: list | None, variables: dict):
+    """Say it where the template does not know of tools, which then nothing is learnt of."""
+    template = find_chat_template(tokenizer.files, variables.get("chat_template"), tools)
+    calls = any(message.get("tool_calls") for message in messages)
+    for name, given in (("tools", tools), ("tool_calls", calls)):
+        if given and name not in str(template):
+            warnings.warn(f"messages: the chat template does not read {name}", stacklevel=3)
+
+
+class Batches:
+    """An epoch's examples in batches of similar length, shuffled twice; all of it depends on seed and step alone, so
+    that a resumed run goes on. Each of several processes has its part of every batch."""
+
+    def __init__(self, lm: TinyLM, epoch, options: TrainOptions):
+        self.lm = lm
+        self.epoch = epoch
+        self.batch = options.batch
+        self.seed = options.seed
+        self.number = None  # of the epoch that is drawn from
+        self.rank, self.world = rank_and_world_size()
+        # rows of a last batch that is not full
+        least = self.world * options.accumulate if self.world > 1 else 1
+        self.per_epoch = (len(epoch(torch.Generator())) + self.batch - least) // self.batch
+
+    def draw(self, step: int) -> dict:
+        number, i = divmod(step, self.per_epoch)
+        if number != self.number:
+            self.number = number
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            self.examples = self.epoch(generator)
+            self.order = torch.randperm(len(self.examples), generator=generator)
+            if not isinstance(self.examples, Blocks):  # equal lengths stay shuffled
+                lengths = torch.tensor([len(example["input_ids"]) for example in self.examples])
+                self.order = self.order[lengths[self.order].argsort(stable=True)]
+            self.turns = torch.randperm(self.per_epoch, generator=generator)
+        rows = self.order[self.turns[i] * self.batch :][: self.batch]
+        examples = [self.examples[j] for j in rows[self.rank :: self.world].tolist()]
+        return collate(self.lm, examples, self.seed * 1_000_003 + step)
 
 
 def collate(lm: TinyLM, examples: list, seed: int = 0) -> dict:
@@ -1412,37 +1336,6 @@ def masked(lm: TinyLM, ids: Tensor, generator: torch.Generator) -> dict:
     shown = torch.where(dice < 0.9, other, ids)
     shown = shown.masked_fill(dice < 0.8, mask_token(lm.tokenizer)[1])
     return {"input_ids": torch.where(chosen, shown, ids), "labels": ids.masked_fill(~chosen, -100)}
-
-
-class Batches:
-    """An epoch's examples in batches of similar length, shuffled twice; all of it depends on seed and step alone, so
-    that a resumed run goes on. Each of several processes has its part of every batch."""
-
-    def __init__(self, lm: TinyLM, epoch, options: TrainOptions):
-        self.lm = lm
-        self.epoch = epoch
-        self.batch = options.batch
-        self.seed = options.seed
-        self.number = None  # of the epoch that is drawn from
-        self.rank, self.world = rank_and_world_size()
-        # rows of a last batch that is not full
-        least = self.world * options.accumulate if self.world > 1 else 1
-        self.per_epoch = (len(epoch(torch.Generator())) + self.batch - least) // self.batch
-
-    def draw(self, step: int) -> dict:
-        number, i = divmod(step, self.per_epoch)
-        if number != self.number:
-            self.number = number
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            self.examples = self.epoch(generator)
-            self.order = torch.randperm(len(self.examples), generator=generator)
-            if not isinstance(self.examples, Blocks):  # equal lengths stay shuffled
-                lengths = torch.tensor([len(example["input_ids"]) for example in self.examples])
-                self.order = self.order[lengths[self.order].argsort(stable=True)]
-            self.turns = torch.randperm(self.per_epoch, generator=generator)
-        rows = self.order[self.turns[i] * self.batch :][: self.batch]
-        examples = [self.examples[j] for j in rows[self.rank :: self.world].tolist()]
-        return collate(self.lm, examples, self.seed * 1_000_003 + step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1582,67 +1475,6 @@ class LanguageModelling(Task):
                 yield cut | {"cut": len(example["input_ids"]) > size}
 
 
-def chat_example(
-    tokenizer, messages: list[dict], tools: list[dict] | None = None, **variables
-) -> dict | list[dict]:
-    """A conversation as {"input_ids", "labels"}: the ids of transformers' `apply_chat_template(messages, tokenize=True)`,
-    and -100 for what is not learnt. Learnt is what {% generation %} marks, else the characters that the assistant's
-    turns add, with what ends them.
-
-    A template that writes earlier turns otherwise than the last (many leave out the thoughts of all others) gives a
-    list: an example for each turn of the assistant, which ends with it.
-    """
-    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    require(turns, f"messages: {str(messages)[:60]!r} has nothing that the assistant says")
-    warn_of_unread_fields(tokenizer, messages, tools, variables)
-
-    def render(part: list, prompt: bool = False) -> str:
-        return render_chat(tokenizer, part, tools, prompt, **variables)[0] if part else ""
-
-    text, generated = render_chat(tokenizer, messages, tools, **variables)
-    if generated:
-        return labelled(tokenizer, text, generated)
-    end_token = tokenizer.special_tokens.get("eos_token", "")
-    spans, examples, is_prefix = [], [], True
-    for i in turns:
-        prompt, whole = render(messages[:i], True), render(messages[: i + 1])
-        if i == 0 or not whole.startswith(prompt):
-            other = render([*messages[:i], {"role": "assistant", "content": "\ue000"}])
-            prompt = os.path.commonprefix([whole, other])
-        examples.append((whole, (len(prompt), len(whole))))
-        if (
-            i < len(messages) - 1
-        ):  # what ends the text alone, as Phi-3's last token, is not the turn's
-            followed = render(messages[: i + 1], True)
-            if not followed.startswith(whole):
-                whole = os.path.commonprefix([whole.removesuffix(end_token), followed])
-        is_prefix &= text.startswith(whole)
-        spans.append((len(prompt), len(whole)))
-    if is_prefix:
-        return labelled(tokenizer, text, spans)
-    return [labelled(tokenizer, whole, [span]) for whole, span in examples]
-
-
-def labelled(tokenizer, text: str, spans: list[tuple[int, int]]) -> dict:
-    """A text's ids, and as labels those of the tokens that have a character of the spans (from, to)."""
-    encoding = tokenizer.encoding(text, special=False)
-    labels = [-100] * len(encoding.ids)
-    for first, last in spans:
-        inside = [c for c, (a, b) in enumerate(encoding.offsets) if a < last and b > first]
-        for c in range(inside[0], inside[-1] + 1) if inside else ():
-            labels[c] = encoding.ids[c]
-    return {"input_ids": encoding.ids, "labels": labels}
-
-
-def warn_of_unread_fields(tokenizer, messages: list, tools: list | None, variables: dict):
-    """Say it where the template does not know of tools, which then nothing is learnt of."""
-    template = find_chat_template(tokenizer.files, variables.get("chat_template"), tools)
-    calls = any(message.get("tool_calls") for message in messages)
-    for name, given in (("tools", tools), ("tool_calls", calls)):
-        if given and name not in str(template):
-            warnings.warn(f"messages: the chat template does not read {name}", stacklevel=3)
-
-
 class MaskFilling(LanguageModelling):
     """Texts one after the other, where some tokens are to be guessed."""
 
@@ -1753,10 +1585,6 @@ class Classification(Task):
             counts = (true.T.astype(int) @ said.astype(int)).tolist()
             figures["confusion"] = {name: dict(zip(names, row)) for name, row in zip(names, counts)}
         return figures
-
-
-def f1(right: float, said: float, true: float) -> float:
-    return 2 * right / (said + true) if said + true else 0.0
 
 
 def label_id(lm: TinyLM, name) -> int:
@@ -1883,6 +1711,10 @@ def overlap(said: str, true: str) -> float:
     return f1((Counter(said) & Counter(true)).total(), len(said), len(true))
 
 
+def f1(right: float, said: float, true: float) -> float:
+    return 2 * right / (said + true) if said + true else 0.0
+
+
 TASKS = dict(
     lm=LanguageModelling(),
     mlm=MaskFilling(),
@@ -1899,48 +1731,71 @@ def task_of(config: Config) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The training loop
+# Models: new ones, pretrained ones, and what of them is trained
 # ---------------------------------------------------------------------------------------------------------------------
-def train_bpe(texts: list, vocab: int, encoder: bool = False) -> Tokenizer:
-    """A byte-level BPE of `vocab` tokens, trained by the `tokenizers` library; an encoder's has BERT's specials."""
-    try:
-        from tokenizers import ByteLevelBPETokenizer, processors
-    except ImportError:
-        raise Error(
-            "--vocab needs `pip install tokenizers`; without it, tokens of decoders are bytes"
-        ) from None
-    special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"] if encoder else list(ByteTokenizer.specials)
-    backend = ByteLevelBPETokenizer(add_prefix_space=encoder)
-    live = sys.stderr.isatty() and not QUIET.get()
-    size = sum(map(len, texts))
-    if size > 2**22:  # some seconds
-        note(f"training a BPE of {vocab:,} tokens on {size:,} characters")
-    texts = (
-        re.sub(r"\S{1000}", r"\g<0> ", piece)  # a word that never ends would take for ever
-        for text in texts
-        for piece in sliced(text)
+def build_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
+    """The model, new or opened, with what is to be trained of it."""
+    folder = options.init or Path(options.out) / "last"
+    pretrained = options.init or resume
+    lm = load_for_finetuning(folder, rows, options) if pretrained else new_model(rows, options)
+    lm.to(usable_device(options.device))
+    if options.freeze:
+        freeze(lm, options.freeze)
+    if options.lora:
+        add_adapters(lm, options.lora)
+    if options.checkpoint:
+        for block in blocks(lm):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if rank_and_world_size()[1] > 1:
+        sharded(lm, options.parallel)
+    return lm
+
+
+def load_for_finetuning(name, rows: list, options: TrainOptions) -> TinyLM:
+    """A checkpoint in fp32, a folder's or the hub's, with the task's head and the rows' labels."""
+    folder = find_checkpoint(name)
+    file = folder / "config.json"
+    head = TASKS[options.task].head
+    head = "config" if head == "lm" else head  # no language model begins with a head at random
+    with warnings.catch_warnings(action="ignore"):  # from_pretrained gives them
+        config = config_from_hf(read_json(file), str(file), head)
+    torch.manual_seed(options.seed)  # of a new head
+    changes = label_changes(rows, config.id2label) | dropouts(config, options.dropout)
+    lm = TinyLM.from_pretrained(folder, torch.float32, head=head, **changes)
+    require(
+        task_of(lm.config) == options.task,
+        f"{folder}: a model for {task_of(lm.config)}, expected one for --task {options.task}",
     )
-    backend.train_from_iterator(
-        texts, max(vocab, 256 + len(special)), show_progress=live, special_tokens=special
+    require(lm.tokenizer, f"{folder / 'tokenizer.json'}: no such file")
+    if (
+        lm.config.causal and lm.config.pad_token_id is None
+    ):  # by which a classifier finds a text's end
+        pad = lm.tokenizer.pad_token_id
+        lm.config = replace(lm.config, pad_token_id=pad if pad is not None else [*lm.ends(), 0][0])
+    return lm
+
+
+def dropouts(config: Config, p: float | None) -> dict:
+    """Changes of a Config; attention's own, which keeps the fast kernels out, is raised only where all are one (T5)."""
+    if p is None:
+        return {}
+    return dict(
+        hidden_dropout=p,
+        embedding_dropout=p,
+        head_dropout=p,
+        attention_dropout=p if config.position == "relative" else min(p, config.attention_dropout),
     )
-    named = tokenizer_config(*special[:2])
-    if encoder:
-        backend.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
-        )
-        named = tokenizer_config(
-            "[SEP]",
-            "[PAD]",
-            cls_token="[CLS]",
-            sep_token="[SEP]",
-            mask_token="[MASK]",
-            model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        )
-    return Tokenizer(
-        {"tokenizer.json": backend.to_str().encode("utf-8"), "tokenizer_config.json": named}
-    )
+
+
+TOKENIZER_ROLES = (
+    "text",
+    "pair",
+    "words",
+    "source",
+    "target",
+    "question",
+    "context",
+)  # what a tokenizer is trained on
 
 
 def new_model(rows: list, options: TrainOptions) -> TinyLM:
@@ -1988,80 +1843,216 @@ def blocks(lm: TinyLM) -> list[Block]:
     return [module for module in lm.modules() if isinstance(module, Block)]
 
 
-def dropouts(config: Config, p: float | None) -> dict:
-    """Changes of a Config; attention's own, which keeps the fast kernels out, is raised only where all are one (T5)."""
-    if p is None:
-        return {}
-    return dict(
-        hidden_dropout=p,
-        embedding_dropout=p,
-        head_dropout=p,
-        attention_dropout=p if config.position == "relative" else min(p, config.attention_dropout),
+def train_bpe(texts: list, vocab: int, encoder: bool = False) -> Tokenizer:
+    """A byte-level BPE of `vocab` tokens, trained by the `tokenizers` library; an encoder's has BERT's specials."""
+    try:
+        from tokenizers import ByteLevelBPETokenizer, processors
+    except ImportError:
+        raise Error(
+            "--vocab needs `pip install tokenizers`; without it, tokens of decoders are bytes"
+        ) from None
+    special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"] if encoder else list(ByteTokenizer.specials)
+    backend = ByteLevelBPETokenizer(add_prefix_space=encoder)
+    live = sys.stderr.isatty() and not QUIET.get()
+    size = sum(map(len, texts))
+    if size > 2**22:  # some seconds
+        note(f"training a BPE of {vocab:,} tokens on {size:,} characters")
+    texts = (
+        re.sub(r"\S{1000}", r"\g<0> ", piece)  # a word that never ends would take for ever
+        for text in texts
+        for piece in sliced(text)
+    )
+    backend.train_from_iterator(
+        texts, max(vocab, 256 + len(special)), show_progress=live, special_tokens=special
+    )
+    named = tokenizer_config(*special[:2])
+    if encoder:
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+        )
+        named = tokenizer_config(
+            "[SEP]",
+            "[PAD]",
+            cls_token="[CLS]",
+            sep_token="[SEP]",
+            mask_token="[MASK]",
+            model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        )
+    return Tokenizer(
+        {"tokenizer.json": backend.to_str().encode("utf-8"), "tokenizer_config.json": named}
     )
 
 
-def load_for_finetuning(name, rows: list, options: TrainOptions) -> TinyLM:
-    """A checkpoint in fp32, a folder's or the hub's, with the task's head and the rows' labels."""
-    folder = find_checkpoint(name)
-    file = folder / "config.json"
-    head = TASKS[options.task].head
-    head = "config" if head == "lm" else head  # no language model begins with a head at random
-    with warnings.catch_warnings(action="ignore"):  # from_pretrained gives them
-        config = config_from_hf(read_json(file), str(file), head)
-    torch.manual_seed(options.seed)  # of a new head
-    changes = label_changes(rows, config.id2label) | dropouts(config, options.dropout)
-    lm = TinyLM.from_pretrained(folder, torch.float32, head=head, **changes)
+def freeze(lm: TinyLM, what: str):
+    """Keep the embeddings as they are; for a number so many layers of each stack too; for "body" all but the head."""
+    layers = 0 if what == "embeddings" else 2**31 if what == "body" else int(what)
+    for name, p in lm.named_parameters():
+        parts = name.split(".")
+        layer = next((int(part) for part in parts if part.isdigit()), -1)
+        p.requires_grad_(
+            not ("embed" in name or 0 <= layer < layers or what == "body" and parts[0] != "head")
+        )
+
+
+class LoRA(Linear):
+    """A frozen projection, and for each part fused in it a trained one of low rank: W x + 2 B A x (Hu et al. 2021; 2 is
+    alpha / rank). Its state dict is the merged projection's, so that a checkpoint needs no adapters."""
+
+    def __init__(self, base: Linear, sizes: tuple, rank: int):
+        nn.Module.__init__(self)
+        self.weight, self.bias = base.weight, base.bias
+        self.sizes = sizes
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.a = nn.Parameter(
+            torch.randn(len(sizes) * rank, base.in_features) * base.in_features**-0.5
+        )
+        self.b = nn.Parameter(torch.zeros(sum(sizes), rank))
+
+    def parts(self) -> list:
+        """(A, B) of each part."""
+        return list(
+            zip(full_tensor(self.a).chunk(len(self.sizes)), full_tensor(self.b).split(self.sizes))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(x, self.a).chunk(len(self.sizes), dim=-1)
+        return super().forward(x) + 2 * torch.cat(
+            [F.linear(part, b) for part, (_, b) in zip(low, self.parts())], -1
+        )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "weight"] = (
+            full_tensor(self.weight) + 2 * torch.cat([b @ a for a, b in self.parts()])
+        ).detach()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias.detach()
+
+
+def add_adapters(lm: TinyLM, rank: int):
+    """Freeze all but a new head, and give every projection of the layers an adapter."""
+    for name, p in lm.named_parameters():
+        p.requires_grad_(in_new_head(lm, name))
+    for name, module in list(lm.named_modules()):
+        if isinstance(module, Linear) and "layers." in name:
+            fused = len(sources(name + ".weight", lm.config.model_type, lm.config.head)[0]) > 1
+            sizes = fused_sizes(name + ".weight", lm.config) if fused else (module.out_features,)
+            lm.set_submodule(name, LoRA(module, sizes, rank).to(lm.device))
+
+
+def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
+    """adapter_config.json and adapter_model.safetensors as PEFT names them, after the family's own modules."""
+    config = lm.config
+    tensors = {}
+    targets = set()  # names of projections, as they stand behind the layer's number
+    transposed = False
+    for name, module in lm.named_modules():
+        if isinstance(module, LoRA):
+            names, kind = sources(name + ".weight", config.model_type, config.head)
+            transposed |= kind is Transposed
+            for theirs, pair in zip(names, module.parts()):
+                theirs = theirs.removesuffix(".weight")
+                targets.add(re.split(r"\.\d+\.", theirs, maxsplit=1)[1])
+                for side, tensor in zip("AB", pair):
+                    tensors[f"{theirs}.lora_{side}.weight"] = tensor
+    head = {
+        f"head.{name}": full_tensor(p) for name, p in lm.head.named_parameters() if p.requires_grad
+    }
+    head = to_checkpoint(head, config, config.model_type)
+    if rank_and_world_size()[0] > 0:
+        return
+    kinds = {
+        "lm": "SEQ_2_SEQ_LM" if config.num_encoder_layers else "CAUSAL_LM",
+        "classify": "SEQ_CLS",
+        "tokens": "TOKEN_CLS",
+        "qa": "QUESTION_ANS",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(
+        folder / "adapter_model.safetensors",
+        {f"base_model.model.{name}": tensor for name, tensor in (tensors | head).items()},
+        {"format": "pt"},
+    )
+    write_json(
+        folder / "adapter_config.json",
+        dict(
+            peft_type="LORA",
+            task_type=kinds.get(config.head),
+            base_model_name_or_path=options.init,
+            inference_mode=True,
+            r=options.lora,
+            lora_alpha=2 * options.lora,
+            lora_dropout=0.0,
+            bias="none",
+            fan_in_fan_out=transposed,
+            target_modules=sorted(targets),
+            modules_to_save=sorted(
+                {  # PEFT wraps a classifier as one
+                    name.partition(".")[0]
+                    if name.startswith("classifier.")
+                    else name.rpartition(".")[0]
+                    for name in head
+                }
+            )
+            or None,
+        ),
+    )
+
+
+def sharded(lm: TinyLM, parallel: str = "fsdp"):
+    """Spread a model over all processes: fsdp shards its weights, gradients and the optimizer's state, ddp keeps a copy
+    on each (shards over one process each). The state dict stays the plain model's."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    world = rank_and_world_size()[1]
+    sizes = {"shards": world} if parallel == "fsdp" else {"copies": world, "shards": 1}
+    mesh = init_device_mesh(lm.device.type, (*sizes.values(),), mesh_dim_names=(*sizes,))
+    policy = MixedPrecisionPolicy()
+    if lm.device.type == "cuda":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    if lm.encoder is None:  # behind an encoder, parts of a layer are called by themselves
+        for block in lm.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(lm, mesh=mesh, mp_policy=policy)
+
+    def gather(_, state: dict, *__):
+        for name, x in state.items():  # one at a time: a device may not hold them all
+            state[name] = full_tensor(x).cpu()
+
+    lm.register_state_dict_post_hook(gather)
+
+
+NEW_HEADS = ("classify", "tokens", "qa")  # heads that fine-tuning begins at random
+
+
+def in_new_head(lm: TinyLM, parameter: str) -> bool:
+    return parameter.startswith("head.") and lm.config.head in NEW_HEADS
+
+
+def make_optimizer(lm: TinyLM, options: TrainOptions) -> torch.optim.Optimizer:
+    """Muon and AdamW from scratch; in fine-tuning AdamW, with one rate for what was pretrained and another for a new
+    head, where only matrices decay."""
     require(
-        task_of(lm.config) == options.task,
-        f"{folder}: a model for {task_of(lm.config)}, expected one for --task {options.task}",
+        any(p.requires_grad for p in lm.parameters()),
+        f"--freeze {options.freeze}: nothing is left to train",
     )
-    require(lm.tokenizer, f"{folder / 'tokenizer.json'}: no such file")
-    if (
-        lm.config.causal and lm.config.pad_token_id is None
-    ):  # by which a classifier finds a text's end
-        pad = lm.tokenizer.pad_token_id
-        lm.config = replace(lm.config, pad_token_id=pad if pad is not None else [*lm.ends(), 0][0])
-    return lm
+    if not options.init:
+        return MuonAdamW(lm, options.lr, options.adam_lr, options.weight_decay)
+    groups = {}
+    for name, p in lm.named_parameters():
+        if p.requires_grad:
+            rate = options.adam_lr if in_new_head(lm, name) else options.lr
+            decay = options.weight_decay if p.ndim == 2 else 0.0
+            group = groups.setdefault((rate, decay), dict(params=[], lr=rate, weight_decay=decay))
+            group["params"].append(p)
+    return torch.optim.AdamW([*groups.values()], fused=True)
 
 
-def build_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
-    """The model, new or opened, with what is to be trained of it."""
-    folder = options.init or Path(options.out) / "last"
-    pretrained = options.init or resume
-    lm = load_for_finetuning(folder, rows, options) if pretrained else new_model(rows, options)
-    lm.to(usable_device(options.device))
-    if options.freeze:
-        freeze(lm, options.freeze)
-    if options.lora:
-        add_adapters(lm, options.lora)
-    if options.checkpoint:
-        for block in blocks(lm):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if rank_and_world_size()[1] > 1:
-        sharded(lm, options.parallel)
-    return lm
-
-
-def lr_multiplier(step: int, steps: int, options: TrainOptions) -> float:
-    """Share of the peak learning rate: warmup-stable-decay, linear at both ends."""
-    return min(
-        1.0,
-        (step + 1) / max(options.warmup * steps, 1),
-        (steps - step) / max(options.decay * steps, 1),
-    )
-
-
-def peak_flops(device) -> float | None:
-    """What a CUDA device could do in bfloat16 at most, where it is known."""
-    if device.type != "cuda":
-        return None
-    said = torch.cuda.get_device_properties(device)
-    per_cycle = {(8, 0): 2048, (8, 6): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192}.get(
-        (said.major, said.minor)
-    )
-    return per_cycle and per_cycle * said.multi_processor_count * said.clock_rate * 1e3
-
-
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run shows and records
+# ---------------------------------------------------------------------------------------------------------------------
 QUIET = contextvars.ContextVar("QUIET", default=False)  # --quiet: nothing on stderr
 
 
@@ -2097,6 +2088,17 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def peak_flops(device) -> float | None:
+    """What a CUDA device could do in bfloat16 at most, where it is known."""
+    if device.type != "cuda":
+        return None
+    said = torch.cuda.get_device_properties(device)
+    per_cycle = {(8, 0): 2048, (8, 6): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192}.get(
+        (said.major, said.minor)
+    )
+    return per_cycle and per_cycle * said.multi_processor_count * said.clock_rate * 1e3
 
 
 class Progress:
@@ -2189,42 +2191,17 @@ class RunRecord:
             self.writer.flush()
 
 
-def loss_curve(rows: list[dict]) -> str:
-    """The losses of a run's record as an SVG picture: of training, and of validation where that is a loss."""
-    width, height, left, bottom = 640, 320, 60, 30
-    curves = {"training": [(row["step"], row["loss"]) for row in rows if "loss" in row]}
-    named = [(row["step"], row.get("validation", {}).get("nats/token")) for row in rows]
-    curves["validation"] = [(step, value) for step, value in named if value is not None]
-    points = [point for curve in curves.values() for point in curve]
-    if not points:
-        return ""
-    last = max(step for step, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-
-    def place(step: int, loss: float) -> str:
-        x = left + (width - left - 10) * step / last
-        y = 10 + (height - bottom - 10) * (high - loss) / max(high - low, 1e-9)
-        return f"{x:.1f},{y:.1f}"
-
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<path d="M{left},10V{height - bottom}H{width - 10}" fill="none" stroke="black"/>',
-        f'<text x="{left - 5}" y="20" text-anchor="end">{high:.3g}</text>',
-        f'<text x="{left - 5}" y="{height - bottom}" text-anchor="end">{low:.3g}</text>',
-        f'<text x="{width - 10}" y="{height - 10}" text-anchor="end">step {last}</text>',
-    ]
-    for (name, curve), colour, y in zip(curves.items(), ("#999999", "#d62728"), (24, 40)):
-        every = max(len(curve) // 400, 1)
-        shown = " ".join(place(*point) for point in curve[::every])
-        if shown:
-            lines.append(
-                f'<polyline points="{shown}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-            )
-            lines.append(
-                f'<text x="{width - 20}" y="{y}" fill="{colour}" text-anchor="end">{name}</text>'
-            )
-    return "\n".join([*lines, "</svg>", ""])
+def write_card(folder: Path, lm, options: TrainOptions, notes: dict, record: RunRecord, described):
+    """The model card and its picture, beside the best checkpoint."""
+    if not record.first or not folder.is_dir():
+        return
+    card, curve = model_card(lm, options, notes, described), loss_curve(record.rows)
+    try:
+        for name, text in {"README.md": card, "loss.svg": curve}.items():
+            content = text.encode("utf-8", errors="replace")  # a label may hold half a character
+            write_file(folder / name, lambda path, content=content: path.write_bytes(content))
+    except OSError as error:
+        raise Error(f"{folder}: no model card written ({error})") from None
 
 
 AUTO_CLASSES = {  # task -> transformers' class, the hub's name of the task
@@ -2235,6 +2212,7 @@ AUTO_CLASSES = {  # task -> transformers' class, the hub's name of the task
     "qa": ("AutoModelForQuestionAnswering", "question-answering"),
     "mlm": ("AutoModelForMaskedLM", "fill-mask"),
 }
+NOT_OF_THE_RUN = {"out", "overwrite", "quiet", "tensorboard"}  # options that change nothing learnt
 
 
 def model_card(lm: TinyLM, options: TrainOptions, notes: dict, described: list[str]) -> str:
@@ -2297,15 +2275,47 @@ def model_card(lm: TinyLM, options: TrainOptions, notes: dict, described: list[s
     return "\n".join([*lines, "```sh", f"tinylm {use}", "```", ""])
 
 
-NOT_OF_THE_RUN = {"out", "overwrite", "quiet", "tensorboard"}  # options that change nothing learnt
-MAY_CHANGE = NOT_OF_THE_RUN | {  # of a run that goes on
-    "steps",
-    "epochs",
-    "eval_every",
-    "patience",
-    "device",
-    "compile",
-}
+def loss_curve(rows: list[dict]) -> str:
+    """The losses of a run's record as an SVG picture: of training, and of validation where that is a loss."""
+    width, height, left, bottom = 640, 320, 60, 30
+    curves = {"training": [(row["step"], row["loss"]) for row in rows if "loss" in row]}
+    named = [(row["step"], row.get("validation", {}).get("nats/token")) for row in rows]
+    curves["validation"] = [(step, value) for step, value in named if value is not None]
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        return ""
+    last = max(step for step, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+
+    def place(step: int, loss: float) -> str:
+        x = left + (width - left - 10) * step / last
+        y = 10 + (height - bottom - 10) * (high - loss) / max(high - low, 1e-9)
+        return f"{x:.1f},{y:.1f}"
+
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<path d="M{left},10V{height - bottom}H{width - 10}" fill="none" stroke="black"/>',
+        f'<text x="{left - 5}" y="20" text-anchor="end">{high:.3g}</text>',
+        f'<text x="{left - 5}" y="{height - bottom}" text-anchor="end">{low:.3g}</text>',
+        f'<text x="{width - 10}" y="{height - 10}" text-anchor="end">step {last}</text>',
+    ]
+    for (name, curve), colour, y in zip(curves.items(), ("#999999", "#d62728"), (24, 40)):
+        every = max(len(curve) // 400, 1)
+        shown = " ".join(place(*point) for point in curve[::every])
+        if shown:
+            lines.append(
+                f'<polyline points="{shown}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+            )
+            lines.append(
+                f'<text x="{width - 20}" y="{y}" fill="{colour}" text-anchor="end">{name}</text>'
+            )
+    return "\n".join([*lines, "</svg>", ""])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: `best` for everyone, `last` to go on with
+# ---------------------------------------------------------------------------------------------------------------------
 REMEMBERED = ("task", *COLUMNS, "block", "regression", "classes")
 
 
@@ -2375,20 +2385,14 @@ def first_failure(error) -> str:
     return str(next(iter(error.failures.values()))[0])
 
 
-@contextlib.contextmanager
-def locked(folder: Path):
-    """No second run trains into the folder. A run that is killed leaves no lock behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise Error(f"--out {folder}: another run trains into this folder") from None
-    finally:
-        if fcntl:
-            os.close(handle)
+MAY_CHANGE = NOT_OF_THE_RUN | {  # of a run that goes on
+    "steps",
+    "epochs",
+    "eval_every",
+    "patience",
+    "device",
+    "compile",
+}
 
 
 def load_resume_metadata(folder: Path) -> dict:
@@ -2397,6 +2401,16 @@ def load_resume_metadata(folder: Path) -> dict:
     notes = json.loads((open_tensors(file).metadata() or {}).get("training", "null"))
     require(notes, f"{file}: not written by tinylm's training")
     return notes
+
+
+def check_resume(notes: dict, asked: dict, hashed: str):
+    """Refuse to go on with other options or other data."""
+    for name, value in notes["options"].items():
+        require(
+            name in MAY_CHANGE or asked.get(name) == value,
+            f"--resume: {flag(name)} was {value}, not {asked.get(name)}, in the run to go on with",
+        )
+    require(notes["data"] == hashed, "--resume: the data is not that of the run to go on with")
 
 
 @torch.no_grad()
@@ -2440,6 +2454,25 @@ def load_shards(path: Path, parameter: Callable) -> dict:
     return tensors
 
 
+@contextlib.contextmanager
+def locked(folder: Path):
+    """No second run trains into the folder. A run that is killed leaves no lock behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise Error(f"--out {folder}: another run trains into this folder") from None
+    finally:
+        if fcntl:
+            os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop
+# ---------------------------------------------------------------------------------------------------------------------
 def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     """Train on `data` (a path, or rows: see `read_rows`; {"train": rows, "validation": rows}) from scratch or from
     `options.init`; or go on where `options.out`/last stopped: bit for bit the run that was not interrupted, since data
@@ -2521,16 +2554,6 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
         )
         print(f"{out / 'best'}: {result}", flush=True)
     return lm.eval()
-
-
-def check_resume(notes: dict, asked: dict, hashed: str):
-    """Refuse to go on with other options or other data."""
-    for name, value in notes["options"].items():
-        require(
-            name in MAY_CHANGE or asked.get(name) == value,
-            f"--resume: {flag(name)} was {value}, not {asked.get(name)}, in the run to go on with",
-        )
-    require(notes["data"] == hashed, "--resume: the data is not that of the run to go on with")
 
 
 def describe_rows(rows: list, held: list, options: TrainOptions) -> str:
@@ -2657,17 +2680,13 @@ def train_steps(
         note(f"stopped at step {notes['step']}: {reason}")
 
 
-def write_card(folder: Path, lm, options: TrainOptions, notes: dict, record: RunRecord, described):
-    """The model card and its picture, beside the best checkpoint."""
-    if not record.first or not folder.is_dir():
-        return
-    card, curve = model_card(lm, options, notes, described), loss_curve(record.rows)
-    try:
-        for name, text in {"README.md": card, "loss.svg": curve}.items():
-            content = text.encode("utf-8", errors="replace")  # a label may hold half a character
-            write_file(folder / name, lambda path, content=content: path.write_bytes(content))
-    except OSError as error:
-        raise Error(f"{folder}: no model card written ({error})") from None
+def lr_multiplier(step: int, steps: int, options: TrainOptions) -> float:
+    """Share of the peak learning rate: warmup-stable-decay, linear at both ends."""
+    return min(
+        1.0,
+        (step + 1) / max(options.warmup * steps, 1),
+        (steps - step) / max(options.decay * steps, 1),
+    )
 
 
 def check_loss(loss: float, notes: dict):
@@ -3055,7 +3074,5 @@ COMMANDS = {
     "sample": run_sample,
     "chat": run_chat,
 }
-
-
 if __name__ == "__main__":
     sys.exit(main())

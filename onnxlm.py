@@ -97,6 +97,22 @@ def check_fields(owner, spelled: Callable = str):
         require(fine, f"{spelled(name)} = {getattr(owner, name)!r}, expected {expected}")
 
 
+def read_json(path: Path, missing: dict | list | None = None):
+    """A file's JSON object; `missing`: what stands for a file that is not there, a list where a list is expected."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if missing is not None:
+            return missing
+        raise Error(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Error(f"{path}: not readable as JSON ({error})") from None
+    kind = "array" if isinstance(missing, list) else "object"
+    fine = isinstance(content, list if kind == "array" else dict)
+    require(fine, f"{path}: expected a JSON {kind}")
+    return content
+
+
 class Session:
     """One graph under ONNX Runtime: arrays or OrtValues in, OrtValues out."""
 
@@ -107,27 +123,26 @@ class Session:
             self.session = ort.InferenceSession(path, options, providers=providers)
         except Exception as error:  # onnxruntime's own exceptions have no common base
             raise Error(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
-        self.values, self.provider = ort.OrtValue, self.session.get_providers()[0]
+        self.ort_value = ort.OrtValue
+        self.provider = self.session.get_providers()[0]
         self.device = "cuda" if self.provider in (CUDA, "TensorrtExecutionProvider") else "cpu"
         inputs = self.session.get_inputs()
-        self.inputs, self.types = (
-            {i.name: i.shape for i in inputs},
-            {i.name: i.type for i in inputs},
-        )
+        self.inputs = {i.name: i.shape for i in inputs}
+        self.types = {i.name: i.type for i in inputs}
         self.outputs = {o.name: o.shape for o in self.session.get_outputs()}
-        self.notes = self.session.get_modelmeta().custom_metadata_map
-        self.limit = int(self.notes.get("max_position_embeddings", 2**31))
+        self.metadata = self.session.get_modelmeta().custom_metadata_map
+        self.limit = int(self.metadata.get("max_position_embeddings", 2**31))
 
     def buffer(self, name: str, *shape):
-        """Memory of an input's type on the graph's device; what it holds is not said."""
+        """Memory of an input's type on the graph's device; uninitialized."""
         dtype = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}.get(
             self.types[name], np.float32
         )
-        return self.values.ortvalue_from_shape_and_type(shape, dtype, self.device)
+        return self.ort_value.ortvalue_from_shape_and_type(shape, dtype, self.device)
 
     def value(self, array):
         """An array on the graph's device."""
-        return self.values.ortvalue_from_numpy(np.asarray(array, order="C"), self.device)
+        return self.ort_value.ortvalue_from_numpy(np.asarray(array, order="C"), self.device)
 
     def __call__(self, into: dict = {}, **feeds) -> list:
         """All outputs, on the graph's device; `into`: an output's name -> the value that it is written to. What the
@@ -152,12 +167,23 @@ class Session:
         return binding.get_outputs()
 
 
+def has_cuda(ort) -> bool:
+    """Is there a CUDA build of ONNX Runtime and a driver for it?"""
+    if CUDA not in ort.get_available_providers():
+        return False
+    with contextlib.suppress(OSError):
+        if ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuInit(0) == 0:
+            ort.preload_dlls()
+            return True
+    return False
+
+
 class OnnxLM:
     """An exported model under ONNX Runtime: numpy in, numpy out.
 
-    folder: what `export_onnx` wrote; precision: a key of SUFFIXES (None: the first that is there); providers: ONNX Runtime's names, tried in order
-    (None: CUDA where there is a driver and the precision is for it, else CPU); threads: of the CPU (None: ONNX
-    Runtime's choice, one per core).
+    folder: what `export_onnx` wrote; precision: a key of SUFFIXES (None: the first that is there); providers: ONNX
+    Runtime's names, tried in order (None: CUDA where there is a driver and the precision is for it, else CPU);
+    threads: of the CPU (None: ONNX Runtime's choice, one per core).
     Raises Error where a file is missing or where a provider that was asked for does not load.
     """
 
@@ -183,15 +209,18 @@ class OnnxLM:
         self.folder = Path(folder)
         config = read_json(self.folder / "config.json")
         self.generation_config = read_generation_config(self.folder, config)
-        said = {name: value for name, value in self.generation_config.items() if value is not None}
-        self.config = config | said
-        two = self.config.get("is_encoder_decoder")
-        stems = ("encoder_model", "decoder_model_merged") if two else ("model",)
+        # tasks read both in one dict
+        self.config = config | {
+            name: value for name, value in self.generation_config.items() if value is not None
+        }
+        stems = ("model",)
+        if self.config.get("is_encoder_decoder"):
+            stems = ("encoder_model", "decoder_model_merged")
         self.precision, paths = self._graphs(stems, precision)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        asked = providers
-        if not providers:
+        asked = bool(providers)
+        if not asked:
             cuda = self.precision in CUDA_PRECISIONS and has_cuda(ort)
             providers = [CUDA, CPU] if cuda else [CPU]
         names = [x if isinstance(x, str) else x[0] for x in providers]  # or (name, options)
@@ -212,7 +241,7 @@ class OnnxLM:
             for name, shape in self.session.inputs.items()
             if name.startswith("past_key_values.")
         }
-        self.shared = "shared_cache" in self.session.notes
+        self.shared = "shared_cache" in self.session.metadata
         self.vocab_size = self.config["vocab_size"]
         self.max_length = (self.encoder or self.session).limit
         self.task = task_of(self.config, self.folder)
@@ -233,7 +262,7 @@ class OnnxLM:
         )
 
     def _compare(self, other: OnnxLM, tolerance: float = 0.02):
-        """Raise Error where a batch, and with a cache a step after it, differ from what another session says."""
+        """Raise Error where a batch, and with a cache a step after it, differ from those of another session."""
         ids = (np.arange(16).reshape(2, 8) * 7 + 1) % self.vocab_size
         mask = np.ones_like(ids)
         results = []
@@ -263,7 +292,7 @@ class OnnxLM:
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
     def cache(self, batch: int, length: int = 0) -> list:
-        """A cache's buffers; the graphs that say `shared_cache` write into those of their length in place."""
+        """A cache's buffers; the graphs marked `shared_cache` write into those of their length in place."""
         return [
             self.session.buffer(name, batch, heads, length, width)
             for name, (_, heads, _, width) in self.past.items()
@@ -278,18 +307,19 @@ class OnnxLM:
         new = mask[:, -seq:].astype(bool)
         if self.shared and mask.shape[1] > seq > 1 and not (batch == 1 and new.all()):
             return self._step_by_column(input_ids, mask, past, keep)
-        first = past is None
-        past = self.cache(len(input_ids)) if first else past
+        first_call = past is None
+        if first_call:
+            past = self.cache(batch)
         shared = self.shared and past[0].shape()[2] >= mask.shape[1]
         into = dict(zip([*self.session.outputs][1:], past)) if shared else {}
-        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -(keep or input_ids.shape[1]) :]
+        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -(keep or seq) :]
         feeds = dict(zip(self.past, past)) | (source or {})
         logits, *present = self.session(
             into,
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=positions,
-            use_cache_branch=np.array([not first]),
+            use_cache_branch=np.array([not first_call]),
             **feeds,
         )
         return logits.numpy(), present
@@ -327,27 +357,22 @@ class OnnxLM:
             return self.step(ids, ones, source=self.source(input_ids, mask))[0]
         if self.past:
             return self.step(input_ids, mask)[0]
-        types = (
-            np.zeros_like(input_ids)
-            if token_type_ids is None
-            else np.asarray(token_type_ids, np.int64)
-        )
-        require(
-            token_type_ids is None
-            or "token_type_ids" in self.session.inputs
-            and types.shape == input_ids.shape,
-            f"token_type_ids: shape {types.shape}, "
-            + (
-                f"expected {input_ids.shape}"
-                if "token_type_ids" in self.session.inputs
-                else "but the model has no token types"
-            ),
-        )
-        outputs = [
-            x.numpy()
-            for x in self.session(input_ids=input_ids, attention_mask=mask, token_type_ids=types)
-        ]
+        types = np.zeros_like(input_ids)
+        if token_type_ids is not None:
+            types = np.asarray(token_type_ids, np.int64)
+            require(
+                "token_type_ids" in self.session.inputs,
+                "token_type_ids: the model has no token types",
+            )
+            require(
+                types.shape == input_ids.shape,
+                f"token_type_ids: shape {types.shape}, expected {input_ids.shape}",
+            )
+        outputs = self.session(input_ids=input_ids, attention_mask=mask, token_type_ids=types)
+        outputs = [x.numpy() for x in outputs]
         return np.stack(outputs, -1) if len(outputs) > 1 else outputs[0]
+
+    forward = __call__  # what the functions of the tasks call
 
     def gather(self, past: list, rows: list) -> list:
         """A cache whose row i is what row rows[i] was (beam search); an encoder's keys are the same for all beams."""
@@ -355,8 +380,9 @@ class OnnxLM:
             return past
         new = []
         for name, value in zip(self.past, past):
-            same = ".encoder." in name
-            new.append(value if same else self.session.value(value.numpy()[rows]))
+            if ".encoder." not in name:
+                value = self.session.value(value.numpy()[rows])
+            new.append(value)
         return new
 
     def generate(
@@ -426,14 +452,6 @@ class OnnxLM:
         seq2seq = self.encoder is not None
         return make_generation_config(given, self.generation_config, self.config, seq2seq)
 
-    def forward(
-        self,
-        input_ids: np.ndarray,
-        attention_mask: np.ndarray,
-        token_type_ids: np.ndarray | None = None,
-    ) -> np.ndarray:
-        return self(input_ids, attention_mask, token_type_ids)
-
     def run(
         self, texts: list[str], pairs: list | None = None, batch: int = 32, **options
     ) -> list[list[dict]]:
@@ -446,9 +464,7 @@ class OnnxLM:
             input_ids.ndim == 2 and input_ids.size and np.issubdtype(input_ids.dtype, np.integer),
             f"{name}: {input_ids.dtype} of shape {input_ids.shape}, expected ids (batch, seq)",
         )
-        limit = (
-            self.session if self.encoder is None or name != "input_ids" else self.encoder
-        ).limit
+        limit = self.max_length if name == "input_ids" else self.session.limit
         require(
             input_ids.shape[1] <= limit,
             f"{name}: {input_ids.shape[1]} tokens, but the model has only {limit} positions",
@@ -467,576 +483,10 @@ class OnnxLM:
         return input_ids.astype(np.int64), mask.astype(np.int64)
 
 
-# ---- after the logits: what a model's outputs mean, for OnnxLM and, through an adapter, for a model in torch ---------
-# A `model` has forward(ids, mask, types) -> array, generate(ids, mask, **options) -> ids, tokenizer, config (a dict as in
-# config.json), max_length, folder (or None) and task. A task's function takes (model, texts, pairs, **options) and yields
-# a list of dicts for each text, the likeliest first.
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers and chat templates, mirrored in tinylm.py
+# ---------------------------------------------------------------------------------------------------------------------
 
-LONGEST = 512  # tokens of a text that are read, where nothing says another limit
-
-
-class Window(NamedTuple):
-    """Tokens of a text, or of a pair, that a model reads at once: lists with one entry for each."""
-
-    ids: list
-    type_ids: list
-    sequence_ids: list  # which text it is of, 0 or 1; None of a special one
-    offsets: list  # (start, end) in its text
-    cut: bool = False  # is the text longer than what the window has of it?
-
-
-def encode_windows(
-    tokenizer,
-    text: str,
-    pair: str | None = None,
-    limit: int = LONGEST,
-    stride: int | None = None,
-    special: bool = True,
-) -> list[Window]:
-    """A text, or two, between special tokens (if `special`) in at most `limit` tokens: cut at the end, of two texts
-    first of the longer one; with a stride the second one is divided into windows that share so many tokens."""
-    encoding = tokenizer.encoding(text, pair, special)
-    columns: dict = {None: [], 0: [], 1: []}
-    for column, part in enumerate(encoding.sequence_ids):
-        columns[part].append(column)
-    special, first, second = columns.values()
-    room = limit - len(special)
-    if len(encoding.ids) <= limit:
-        kept = [range(len(encoding.ids))]
-    elif stride is None:
-        shorter, longer = sorted((first, second), key=len)
-        shorter = shorter[: max(room, 0) // 2] if len(shorter) > room // 2 else shorter
-        kept = [special + shorter + longer[: max(room - len(shorter), 0)]]
-    else:
-        room -= len(first)
-        require(
-            room > stride, f"{text[:60]!r}: leaves no room for the text behind it in {limit} tokens"
-        )
-        starts = range(0, max(len(second) - stride, 1), room - stride)
-        kept = [special + first + second[start : start + room] for start in starts]
-    lists = encoding.ids, encoding.type_ids, encoding.sequence_ids, encoding.offsets
-    windows = [[[values[c] for c in sorted(columns)] for values in lists] for columns in kept]
-    return [Window(*window, cut=len(encoding.ids) > limit) for window in windows]
-
-
-def pad(windows: list, model) -> tuple:
-    """Ids, mask and types (batch, longest) of windows, padded on the right."""
-    empty = np.ravel(model.config.get("eos_token_id") or 0)[:1].tolist()
-    shape = len(windows), max(len(window.ids or empty) for window in windows)
-    ids = np.full(shape, max(model.config.get("pad_token_id") or 0, 0))
-    mask, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    for row, window in enumerate(windows):
-        tokens = window.ids or empty  # of a text of no tokens, where a tokenizer has no specials
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-        types[row, : len(window.type_ids)] = window.type_ids
-    return ids, mask, types if (model.config.get("type_vocab_size") or 0) > 1 else None
-
-
-def like_lengths(windows: list, batch: int):
-    """Indices of windows in batches of like length, the longest first."""
-    order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
-    return [order[at : at + batch] for at in range(0, len(order), batch)]
-
-
-def read(model, windows: list, batch: int = 32) -> list:
-    """The model's output for each window, without padding: of a classifier (labels,), else (tokens, ...)."""
-    outputs: list = [None] * len(windows)
-    for rows in like_lengths(windows, batch):
-        ids, mask, types = pad([windows[i] for i in rows], model)
-        found = model.forward(ids, mask, types)
-        for i, output, count in zip(rows, found, mask.sum(1)):
-            outputs[i] = output[:count] if found.ndim == 3 else output
-    return outputs
-
-
-def read_texts(model, texts, pairs, limit: int = LONGEST) -> tuple:
-    """Each text (and its pair) as one window, and the model's outputs for them."""
-    limit = min(model.max_length, limit)
-    windows = [encode_windows(model.tokenizer, *both, limit)[0] for both in zip(texts, pairs)]
-    return windows, read(model, windows)
-
-
-def label_names(config: dict, count: int) -> list:
-    names = config.get("id2label") or {}
-    return [names.get(str(i), f"LABEL_{i}") for i in range(count)]
-
-
-def label_scores(logits, config: dict) -> np.ndarray:
-    """Of logits (..., labels): probabilities that sum to one, one for each (of several labels, or of a single one), or
-    the numbers themselves."""
-    kind = config.get("problem_type")
-    if kind == "regression":
-        return logits
-    if kind == "multi_label_classification" or logits.shape[-1] == 1:
-        return 1 / (1 + np.exp(-logits))
-    return softmax(logits)
-
-
-def classify(model, texts, pairs, limit: int = LONGEST):
-    """All labels with their scores."""
-    for logits in read_texts(model, texts, pairs, limit)[1]:
-        scores, names = label_scores(logits, model.config), label_names(model.config, len(logits))
-        order = np.argsort(-scores, kind="stable")
-        yield [{"label": names[i], "score": float(scores[i])} for i in order]
-
-
-def tag(model, texts, pairs, limit: int = LONGEST):
-    """Entities: neighbouring tokens of one kind, with the mean of their scores."""
-    for text, window, logits in zip(texts, *read_texts(model, texts, pairs, limit)):
-        columns = [c for c, part in enumerate(window.sequence_ids) if part is not None]
-        names, scores = label_names(model.config, logits.shape[-1]), softmax(logits)[columns]
-        entities = []
-        for kind, first, end in tag_spans([names[i] for i in scores.argmax(-1)]):
-            start, stop = window.offsets[columns[first]][0], window.offsets[columns[end - 1]][1]
-            entities.append(
-                {
-                    "entity_group": kind,
-                    "word": text[start:stop].strip(),
-                    "score": float(scores[first:end].max(-1).mean()),
-                    "start": start,
-                    "end": stop,
-                }
-            )
-        yield entities
-
-
-def tag_spans(tags: list) -> list:
-    """(kind, first, behind the last) of each run of tags of one kind but O; B- begins another."""
-    kinds = [tag[2:] if tag[:2] in ("B-", "I-") else tag for tag in tags]
-    starts = [
-        i for i in range(len(tags)) if i == 0 or kinds[i] != kinds[i - 1] or tags[i][:2] == "B-"
-    ]
-    ends = [*starts[1:], len(tags)]
-    return [(kinds[start], start, end) for start, end in zip(starts, ends) if kinds[start] != "O"]
-
-
-def answer(model, texts, pairs, limit: int = 384):
-    """The likeliest span in any window of the context."""
-    for question, context in zip(texts, pairs):
-        require(context, f"{question[:60]!r}: expected a context, its pair")
-        windows = question_windows(model.tokenizer, question, context, min(model.max_length, limit))
-        yield [best_span(context, windows, read(model, windows))]
-
-
-def question_windows(tokenizer, question: str, context: str, limit: int) -> list[Window]:
-    """A question before each part of its context; the parts share up to 128 tokens."""
-    room = limit - len(tokenizer.encode(question, ""))
-    require(
-        room > 1, f"question {question[:60]!r}: leaves no room for the context in {limit} tokens"
-    )
-    return encode_windows(tokenizer, question, context, limit, min(128, room // 2))
-
-
-def best_span(context: str, windows: list, outputs: list, longest: int = 30) -> dict:
-    """The likeliest span of whole words, of at most `longest` tokens. Its score is the probability of its first column
-    times that of its last, among the context's columns and the first one, which stands for none."""
-    best = {"answer": "", "score": -1.0, "start": 0, "end": 0}
-    for window, logits in zip(windows, outputs):
-        inside = np.array([part == 1 for part in window.sequence_ids])
-        shown = inside.copy()
-        shown[0] = True
-        begins, ends = softmax(np.where(shown, logits.T, -np.inf)) * inside
-        scores = np.tril(np.triu(np.outer(begins, ends)), longest - 1)
-        first, last = np.unravel_index(scores.argmax(), scores.shape)
-        if scores[first, last] <= best["score"]:
-            continue
-        start, end = (
-            (window.offsets[first][0], window.offsets[last][1]) if inside[first] else (0, 0)
-        )
-        while 0 < start < end and context[start - 1 : start + 1].isalnum():
-            start -= 1
-        while start < end < len(context) and context[end - 1 : end + 1].isalnum():
-            end += 1
-        text, score = context[start:end].strip(), float(scores[first, last])
-        best = {"answer": text, "score": score, "start": start, "end": end}
-    return best
-
-
-def mask_token(tokenizer) -> tuple[str, int]:
-    """Text and id of the token that hides another."""
-    backend = getattr(tokenizer, "backend", None)  # bytes have none
-    named = tokenizer.special_tokens.get("mask_token")
-    for name in (named, "[MASK]", "<mask>"):  # BERT's own files do not name it
-        token = backend.token_to_id(name) if backend and name else None
-        if token is not None:
-            return name, token
-    raise Error("tokenizer_config.json: no mask_token")
-
-
-def fill_mask(model, texts, pairs, top_k: int = 5, limit: int = LONGEST):
-    """The likeliest tokens in the place of each <mask> (or what the tokenizer calls it)."""
-    name, mask = mask_token(model.tokenizer)
-    texts = [text.replace("<mask>", name) for text in texts]
-    for text, window, logits in zip(texts, *read_texts(model, texts, pairs, limit)):
-        require(mask in window.ids, f"{text[:60]!r}: expected {name} or <mask> in it")
-        found = []
-        for column in np.flatnonzero(np.array(window.ids) == mask):
-            scores = softmax(logits[column])
-            for token in np.argsort(-scores, kind="stable")[:top_k].tolist():
-                ids = [*window.ids[:column], token, *window.ids[column + 1 :]]
-                found.append(
-                    {
-                        "token_str": model.tokenizer.decode([token]),
-                        "score": float(scores[token]),
-                        "sequence": model.tokenizer.decode(ids),
-                    }
-                )
-        yield found
-
-
-POOLINGS = {  # of sentence-transformers, in its order: states (tokens, hidden) and weights (tokens, 1) -> a vector
-    "cls": lambda x, weights: x[0],
-    "max": lambda x, weights: x.max(0),
-    "mean": lambda x, weights: x.mean(0),
-    "mean_sqrt_len_tokens": lambda x, weights: x.sum(0) / len(x) ** 0.5,
-    "weightedmean": lambda x, weights: (x * weights).sum(0) / weights.sum(),
-    "lasttoken": lambda x, weights: x[-1],
-}
-ACTIVATIONS = {  # of its Dense: the class of torch -> what it computes
-    "Identity": lambda x: x,
-    "Tanh": np.tanh,
-    "ReLU": lambda x: np.maximum(x, 0),
-    "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "SiLU": lambda x: x / (1 + np.exp(-x)),
-    "GELU": lambda x: x * (0.5 + 0.5 * np.vectorize(math.erf)(x * 0.5**0.5)),
-}
-SENTENCE_CONFIGS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-
-
-class Embedder:
-    """From a text to its vector, as the files of sentence-transformers in the model's folder say it, which are read
-    once; without them, the mean of the hidden states.
-
-    Raises Error for what they say that is not supported here.
-    """
-
-    def __init__(self, model):
-        self.tokenizer = model.tokenizer
-        self.folder = model.folder or Path("(a model without a folder)")
-        main = read_json(self.folder / "config_sentence_transformers.json", {})
-        self.prompts = {"query": None, "document": None} | (main.get("prompts") or {})
-        self.default_prompt = main.get("default_prompt_name")
-        self.dimensions = main.get("truncate_dim")
-        names = [f"sentence_{name}_config.json" for name in SENTENCE_CONFIGS]
-        files = [self.folder / name for name in names if (self.folder / name).exists()]
-        self._read_transformer(model, files[0] if files else Path(os.devnull))
-        self.poolings, self.include_prompt = ["mean"], True
-        self.layers: list = []  # vector -> vector
-        for kind, name in sentence_modules(self.folder)[1:]:
-            path = self.folder / name
-            config = read_json(path / "config.json", {}) if name else {}
-            if kind == "Pooling":
-                self._read_pooling(path / "config.json", config)
-            elif kind == "Dense":
-                self.layers.append(dense_layer(path, config))
-            elif kind == "LayerNorm":
-                self.layers.append(norm_layer(path))
-            elif kind == "Normalize":
-                self.layers.append(lambda x: x / max(np.linalg.norm(x), 1e-12))
-
-    def _read_transformer(self, model, file: Path):
-        """How texts are cut and lower-cased."""
-        config = read_json(file, {}) if file.suffix else {}
-        processor = config.get("processor_kwargs") or config.get("tokenizer_args") or {}
-        model_args = config.get("model_kwargs") or config.get("model_args") or {}
-        harmless = {
-            "attn_implementation",
-            "dtype",
-            "torch_dtype",
-            "model_max_length",
-            "padding_side",
-        }
-        unknown = {
-            **processor,
-            **model_args,
-            **(config.get("config_kwargs") or {}),
-        }.keys() - harmless
-        unknown |= {key for key in ("config_args", "processing_kwargs") if config.get(key)}
-        if config.get("transformer_task", "feature-extraction") != "feature-extraction":
-            unknown.add("transformer_task")
-        if (config.get("module_output_name") or "token_embeddings") != "token_embeddings":
-            unknown.add("module_output_name")
-        require(not unknown, f"{file}: {', '.join(sorted(unknown))} is not supported")
-        limit = config.get("max_seq_length") or processor.get("model_max_length")
-        if not limit:
-            said = parse_json_file(model.tokenizer.files, "tokenizer_config.json")
-            known = said.get("model_max_length"), model.config.get("max_position_embeddings")
-            limit = min((n for n in known if n and 0 < n < 2**31), default=LONGEST)
-        self.limit = min(int(limit), model.max_length)
-        if config.get("do_lower_case") and hasattr(self.tokenizer, "backend"):
-            self.tokenizer = lower_case(self.tokenizer)
-
-    def _read_pooling(self, file: Path, config: dict):
-        old = {
-            f"pooling_mode_{name}_tokens".replace("_tokens_tokens", "_tokens"): name
-            for name in POOLINGS
-        }
-        old |= {"pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken"}
-        found = [name for key, name in old.items() if config.get(key)]
-        modes = config.get("pooling_mode") or sorted(found, key=[*POOLINGS].index) or "mean"
-        self.poolings = [modes] if isinstance(modes, str) else list(modes)
-        self.include_prompt = config.get("include_prompt", True)
-        dimensions = {"word_embedding_dimension", "embedding_dimension"}
-        unknown = config.keys() - dimensions - {*old, "pooling_mode", "include_prompt"}
-        unknown |= set(self.poolings) - set(POOLINGS)
-        require(not unknown, f"{file}: {', '.join(sorted(unknown))} is not supported")
-
-    def prompt(self, prompt: str | None, prompt_name: str | None) -> str:
-        """The text that stands before every other."""
-        name = prompt_name if prompt_name is not None else self.default_prompt
-        require(
-            prompt is not None or name is None or name in self.prompts,
-            f"prompt_name = {name!r}, expected one of {', '.join(self.prompts)}",
-        )
-        return (self.prompts.get(name) if prompt is None else prompt) or ""
-
-    def prompt_tokens(self, prompt: str) -> int:
-        """Tokens before a text's own that no pooling sees."""
-        if self.include_prompt or not prompt:
-            return 0
-        ids = encode_windows(self.tokenizer, prompt, None, self.limit)[0].ids
-        special = map(self.tokenizer.backend.token_to_id, self.tokenizer.special_tokens.values())
-        return len(ids) - (ids[-1] in [*special])
-
-    def pool(self, states: np.ndarray, skip: int = 0) -> np.ndarray:
-        """The vector of hidden states (tokens, hidden), of which the first `skip` do not count."""
-        require(
-            len(states) > skip, f"prompt: {skip} tokens leave no room for a text in {self.limit}"
-        )
-        weights = np.arange(1, len(states) + 1, dtype=np.float32)[skip:, None]
-        states = states[skip:].astype(np.float32)
-        vector = np.concatenate([POOLINGS[name](states, weights) for name in self.poolings])
-        for layer in self.layers:
-            vector = layer(vector)
-        return vector[: self.dimensions]
-
-
-def is_embedder(folder: Path | None) -> bool:
-    """Is it a folder of sentence-transformers whose model embeds (and does not classify pairs)?"""
-    main = read_json(folder / "config_sentence_transformers.json", {}) if folder else {}
-    return (
-        folder is not None
-        and (folder / "modules.json").exists()
-        and main.get("model_type", "SentenceTransformer") != "CrossEncoder"
-    )
-
-
-def sentence_modules(folder: Path) -> list[tuple[str, str]]:
-    """(class, name of its folder) of each module that modules.json names; "" is the folder itself."""
-    file, modules = folder / "modules.json", []
-    supported = ("Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
-    for entry in read_json(file, []):
-        kind = re.fullmatch(r"sentence_transformers(?:\.\w+)*\.(\w+)", entry["type"])
-        path = entry.get("path", "")
-        allowed = supported if modules else ("Transformer",)
-        require(
-            kind and kind[1] in allowed,
-            f"{file}: {entry['type']} is not supported here (supported: {', '.join(allowed)})",
-        )
-        inside = (folder / path).resolve().is_relative_to(folder.resolve())
-        require(
-            inside and (modules or path in ("", ".")),
-            f"{file}: path {path!r}, expected "
-            + ("a folder beside it" if modules else "'', the model in this folder"),
-        )
-        modules.append((kind[1], path))
-    kinds = [kind for kind, _ in modules]
-    require(
-        not kinds or kinds[1:2] == ["Pooling"] and kinds.count("Pooling") == 1,
-        f"{file}: {', '.join(kinds)}, expected Transformer, one Pooling and what follows it",
-    )
-    return modules
-
-
-def sentence_files(folder: Path) -> list[str]:
-    """Names of the files that sentence-transformers has in a folder beside the model, which travel with it."""
-    names = ["modules.json", "config_sentence_transformers.json"]
-    names += [f"sentence_{name}_config.json" for name in SENTENCE_CONFIGS]
-    for _, path in sentence_modules(folder)[1:]:
-        names += [f"{path}/config.json", f"{path}/model.safetensors"]
-    return [name for name in names if (folder / name).is_file()]
-
-
-def dense_layer(folder: Path, config: dict):
-    """A linear map and an activation function."""
-    weights = read_safetensors(folder / "model.safetensors")
-    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
-    name = activation.rpartition(".")[2]
-    source = config.get("module_input_name", "sentence_embedding")
-    target = config.get("module_output_name") or source
-    require(
-        activation.startswith("torch.") and name in ACTIVATIONS,
-        f"{folder / 'config.json'}: activation_function = {activation!r}, "
-        f"expected one of {', '.join(ACTIVATIONS)}",
-    )
-    require(
-        source == target == "sentence_embedding",
-        f"{folder / 'config.json'}: {source} to {target}, expected a layer of sentence_embedding",
-    )
-    matrix, bias = weights["linear.weight"], weights.get("linear.bias", np.float32(0))
-    return lambda x: ACTIVATIONS[name](matrix @ x + bias).astype(np.float32)
-
-
-def norm_layer(folder: Path):
-    weights = read_safetensors(folder / "model.safetensors")
-
-    def norm(x):
-        return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * weights["norm.weight"] + weights[
-            "norm.bias"
-        ]
-
-    return norm
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Name -> tensor, in fp32: the file is the length of a JSON header, the header and all numbers."""
-    require(
-        path.exists(),
-        f"{path}: no such file; save the model again with a newer sentence-transformers",
-    )
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    types = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-    tensors = {}
-    for name, entry in json.loads(content[8:start]).items():
-        if name == "__metadata__":
-            continue
-        require(
-            entry["dtype"] in types,
-            f"{path}: {name} is {entry['dtype']}, expected {', '.join(types)}",
-        )
-        first, end = (start + offset for offset in entry["data_offsets"])
-        array = np.frombuffer(content[first:end], types[entry["dtype"]])
-        if entry["dtype"] == "BF16":  # the upper half of an fp32
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        tensors[name] = array.astype(np.float32).reshape(entry["shape"])
-    return tensors
-
-
-def lower_case(tokenizer):
-    """A copy of the tokenizer that writes texts small first."""
-    from tokenizers import normalizers
-
-    tokenizer = copy.copy(tokenizer)
-    backend = tokenizer.backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
-    further = [backend.normalizer] if backend.normalizer else []
-    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *further])
-    return tokenizer
-
-
-def embed(model, texts, pairs, prompt: str | None = None, prompt_name: str | None = None):
-    """A vector for each text behind a prompt, or the one of that name; as sentence-transformers computes it."""
-    if getattr(model, "embedder", None) is None:
-        model.embedder = Embedder(model)
-    embedder: Embedder = model.embedder
-    prompt = embedder.prompt(prompt, prompt_name)
-    windows = [
-        encode_windows(embedder.tokenizer, prompt + text, None, embedder.limit)[0] for text in texts
-    ]
-    skip = embedder.prompt_tokens(prompt)
-    for states in read(model, windows):
-        yield [{"embedding": embedder.pool(states, skip).tolist()}]
-
-
-def write(model, texts, pairs, **options):
-    """What follows a text, or what is written of a source; through a chat template, where there is one, what answers
-    it. Greedy unless the options of `generate` say otherwise."""
-    tokenizer, chat = model.tokenizer, model.task == "lm" and has_chat_template(model.tokenizer)
-    if chat:
-        chats = [[{"role": "user", "content": text}] for text in texts]
-        texts = [tokenizer.apply_chat_template(x, add_generation_prompt=True) for x in chats]
-        ends = as_ids("eos_token_id", model.config.get("eos_token_id"))
-        ends = (*ends, *as_ids("eos_token_id", tokenizer.eos_token_id))
-        options = {"eos_token_id": ends} | options
-    limit = model.max_length if model.task == "seq2seq" else 2**31
-    windows = [encode_windows(tokenizer, x, None, limit, special=not chat)[0] for x in texts]
-    for text in write_windows(model, windows, len(windows), **options):
-        yield [{"generated_text": text}]
-
-
-def has_chat_template(tokenizer) -> bool:
-    config = parse_json_file(tokenizer.files, "tokenizer_config.json")
-    return bool(config.get("chat_template")) or "chat_template.jinja" in tokenizer.files
-
-
-def write_windows(model, windows: list, batch: int, **options) -> list[str]:
-    """The text that the model writes after each window, or of it."""
-    texts: list = [None] * len(windows)
-    ends = options.get("eos_token_id", model.config.get("eos_token_id"))
-    ends = set(() if ends is None else np.ravel(ends).tolist())
-    stop = stop_strings(options.get("stop") or model.config.get("stop_strings"))
-    for rows in like_lengths(windows, batch):
-        ids, mask, _ = pad([windows[i] for i in rows], model)
-        start = 1 if model.task == "seq2seq" else ids.shape[1]
-        for i, new in zip(rows, model.generate(ids, mask, **options)[:, start:].tolist()):
-            new = [*itertools.takewhile(lambda token: token not in ends, new)]
-            prompt = [] if model.task == "seq2seq" else windows[i].ids
-            texts[i] = "".join(stream_text(model.tokenizer, new, stop, prompt))
-    return texts
-
-
-TASKS = {
-    "lm": write,
-    "seq2seq": write,
-    "classify": classify,
-    "tokens": tag,
-    "qa": answer,
-    "mlm": fill_mask,
-    "embed": embed,
-}
-PAIRS = ("classify", "qa")  # tasks that read two texts
-ARCHITECTURES = {  # end of a class's name in transformers -> task
-    "ForSequenceClassification": "classify",
-    "ForTokenClassification": "tokens",
-    "ForQuestionAnswering": "qa",
-    "ForQuestionAnsweringSimple": "qa",
-    "ForMaskedLM": "mlm",
-    "ForCausalLM": "lm",
-    "LMHeadModel": "lm",
-    "Model": "embed",
-}
-
-
-def task_of(config: dict, folder: Path | None = None) -> str:
-    """What a model is for, a key of TASKS, by its config.json; with sentence-transformers' modules.json to embed."""
-    if is_embedder(folder):
-        return "embed"
-    if config.get("is_encoder_decoder"):
-        return "seq2seq"
-    if config.get("model_type") == "tinylm":
-        return config.get("head", "lm") or "embed"
-    name = (config.get("architectures") or [""])[0]
-    return next((task for end, task in ARCHITECTURES.items() if name.endswith(end)), "lm")
-
-
-def run(
-    model, texts: list[str], pairs: list | None = None, batch: int = 32, **options
-) -> list[list[dict]]:
-    """A list of dicts for each text (and its pair: of a question the context), the likeliest first: {"label", "score"},
-    {"entity_group", "word", "score", "start", "end"}, {"answer", "score", "start", "end"}, {"token_str", "score",
-    "sequence"}, {"embedding"} or {"generated_text"}. Runs in batches of texts of like length."""
-    texts = list(texts)
-    pairs = [None] * len(texts) if pairs is None else list(pairs)
-    require(
-        len(pairs) == len(texts), f"pairs: {len(pairs)} of them, expected the {len(texts)} of texts"
-    )
-    require(
-        is_number_in(batch, 1, 2**31, numbers.Integral),
-        f"batch = {batch!r}, expected a positive number",
-    )
-    results: dict = {}
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]) - len(pairs[i] or ""))
-    for at in range(0, len(order), batch):
-        rows = order[at : at + batch]
-        found = TASKS[model.task](
-            model, [texts[i] for i in rows], [pairs[i] for i in rows], **options
-        )
-        results.update(zip(rows, found))
-    return [results[i] for i in range(len(texts))]
-
-
-# Tokenizers and chat templates: mirrored in tinylm.py
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -1502,17 +952,6 @@ def template_environment():
         "namespace": Namespace,
     }
     return environment
-
-
-def has_cuda(ort) -> bool:
-    """Is there a CUDA build of ONNX Runtime and a driver for it?"""
-    if CUDA not in ort.get_available_providers():
-        return False
-    with contextlib.suppress(OSError):
-        if ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuInit(0) == 0:
-            ort.preload_dlls()
-            return True
-    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2012,20 +1451,581 @@ def stream_text(tokenizer, tokens, stop: tuple = (), prompt=()):
         yield rest
 
 
-def read_json(path: Path, missing: dict | list | None = None):
-    """A file's JSON object; `missing`: what stands for a file that is not there, a list where a list is expected."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if missing is not None:
-            return missing
-        raise Error(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise Error(f"{path}: not readable as JSON ({error})") from None
-    kind = "array" if isinstance(missing, list) else "object"
-    fine = isinstance(content, list if kind == "array" else dict)
-    require(fine, f"{path}: expected a JSON {kind}")
-    return content
+# ---------------------------------------------------------------------------------------------------------------------
+# After the logits: what a model's outputs mean, for OnnxLM and, through an adapter, for a model in torch
+# ---------------------------------------------------------------------------------------------------------------------
+#
+# A `model` has forward(ids, mask, types) -> array, generate(ids, mask, **options) -> ids, tokenizer, config (a dict as in
+# config.json), max_length, folder (or None) and task. A task's function takes (model, texts, pairs, **options) and yields
+# a list of dicts for each text, the likeliest first.
+
+LONGEST = 512  # tokens of a text that are read, where nothing says another limit
+
+
+class Window(NamedTuple):
+    """Tokens of a text, or of a pair, that a model reads at once: lists with one entry for each."""
+
+    ids: list
+    type_ids: list
+    sequence_ids: list  # which text it is of, 0 or 1; None of a special one
+    offsets: list  # (start, end) in its text
+    cut: bool = False  # is the text longer than what the window has of it?
+
+
+def encode_windows(
+    tokenizer,
+    text: str,
+    pair: str | None = None,
+    limit: int = LONGEST,
+    stride: int | None = None,
+    special: bool = True,
+) -> list[Window]:
+    """A text, or two, between special tokens (if `special`) in at most `limit` tokens: cut at the end, of two texts
+    first of the longer one; with a stride the second one is divided into windows that share so many tokens."""
+    encoding = tokenizer.encoding(text, pair, special)
+    columns: dict = {None: [], 0: [], 1: []}
+    for column, part in enumerate(encoding.sequence_ids):
+        columns[part].append(column)
+    special, first, second = columns.values()
+    room = limit - len(special)
+    if len(encoding.ids) <= limit:
+        kept = [range(len(encoding.ids))]
+    elif stride is None:
+        shorter, longer = sorted((first, second), key=len)
+        shorter = shorter[: max(room, 0) // 2] if len(shorter) > room // 2 else shorter
+        kept = [special + shorter + longer[: max(room - len(shorter), 0)]]
+    else:
+        room -= len(first)
+        require(
+            room > stride, f"{text[:60]!r}: leaves no room for the text behind it in {limit} tokens"
+        )
+        starts = range(0, max(len(second) - stride, 1), room - stride)
+        kept = [special + first + second[start : start + room] for start in starts]
+    lists = encoding.ids, encoding.type_ids, encoding.sequence_ids, encoding.offsets
+    windows = [[[values[c] for c in sorted(columns)] for values in lists] for columns in kept]
+    return [Window(*window, cut=len(encoding.ids) > limit) for window in windows]
+
+
+def pad(windows: list, model) -> tuple:
+    """Ids, mask and types (batch, longest) of windows, padded on the right."""
+    empty = np.ravel(model.config.get("eos_token_id") or 0)[:1].tolist()
+    shape = len(windows), max(len(window.ids or empty) for window in windows)
+    ids = np.full(shape, max(model.config.get("pad_token_id") or 0, 0))
+    mask, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for row, window in enumerate(windows):
+        tokens = window.ids or empty  # of a text of no tokens, where a tokenizer has no specials
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+        types[row, : len(window.type_ids)] = window.type_ids
+    return ids, mask, types if (model.config.get("type_vocab_size") or 0) > 1 else None
+
+
+def batches_by_length(windows: list, batch: int):
+    """Indices of windows in batches of like length, the longest first."""
+    order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
+    return [order[at : at + batch] for at in range(0, len(order), batch)]
+
+
+def read(model, windows: list, batch: int = 32) -> list:
+    """The model's output for each window, without padding: of a classifier (labels,), else (tokens, ...)."""
+    outputs: list = [None] * len(windows)
+    for rows in batches_by_length(windows, batch):
+        ids, mask, types = pad([windows[i] for i in rows], model)
+        found = model.forward(ids, mask, types)
+        for i, output, count in zip(rows, found, mask.sum(1)):
+            outputs[i] = output[:count] if found.ndim == 3 else output
+    return outputs
+
+
+def read_texts(model, texts, pairs, limit: int = LONGEST) -> tuple:
+    """Each text (and its pair) as one window, and the model's outputs for them."""
+    limit = min(model.max_length, limit)
+    windows = [encode_windows(model.tokenizer, *both, limit)[0] for both in zip(texts, pairs)]
+    return windows, read(model, windows)
+
+
+def label_names(config: dict, count: int) -> list:
+    names = config.get("id2label") or {}
+    return [names.get(str(i), f"LABEL_{i}") for i in range(count)]
+
+
+def label_scores(logits, config: dict) -> np.ndarray:
+    """Of logits (..., labels): probabilities that sum to one, one for each (of several labels, or of a single one), or
+    the numbers themselves."""
+    kind = config.get("problem_type")
+    if kind == "regression":
+        return logits
+    if kind == "multi_label_classification" or logits.shape[-1] == 1:
+        return 1 / (1 + np.exp(-logits))
+    return softmax(logits)
+
+
+def classify(model, texts, pairs, limit: int = LONGEST):
+    """All labels with their scores."""
+    for logits in read_texts(model, texts, pairs, limit)[1]:
+        scores, names = label_scores(logits, model.config), label_names(model.config, len(logits))
+        order = np.argsort(-scores, kind="stable")
+        yield [{"label": names[i], "score": float(scores[i])} for i in order]
+
+
+def tag(model, texts, pairs, limit: int = LONGEST):
+    """Entities: neighbouring tokens of one kind, with the mean of their scores."""
+    for text, window, logits in zip(texts, *read_texts(model, texts, pairs, limit)):
+        columns = [c for c, part in enumerate(window.sequence_ids) if part is not None]
+        names, scores = label_names(model.config, logits.shape[-1]), softmax(logits)[columns]
+        entities = []
+        for kind, first, end in tag_spans([names[i] for i in scores.argmax(-1)]):
+            start, stop = window.offsets[columns[first]][0], window.offsets[columns[end - 1]][1]
+            entities.append(
+                {
+                    "entity_group": kind,
+                    "word": text[start:stop].strip(),
+                    "score": float(scores[first:end].max(-1).mean()),
+                    "start": start,
+                    "end": stop,
+                }
+            )
+        yield entities
+
+
+def tag_spans(tags: list) -> list:
+    """(kind, first, behind the last) of each run of tags of one kind but O; B- begins another."""
+    kinds = [tag[2:] if tag[:2] in ("B-", "I-") else tag for tag in tags]
+    starts = [
+        i for i in range(len(tags)) if i == 0 or kinds[i] != kinds[i - 1] or tags[i][:2] == "B-"
+    ]
+    ends = [*starts[1:], len(tags)]
+    return [(kinds[start], start, end) for start, end in zip(starts, ends) if kinds[start] != "O"]
+
+
+def answer(model, texts, pairs, limit: int = 384):
+    """The likeliest span in any window of the context."""
+    for question, context in zip(texts, pairs):
+        require(context, f"{question[:60]!r}: expected a context, its pair")
+        windows = question_windows(model.tokenizer, question, context, min(model.max_length, limit))
+        yield [best_span(context, windows, read(model, windows))]
+
+
+def question_windows(tokenizer, question: str, context: str, limit: int) -> list[Window]:
+    """A question before each part of its context; the parts share up to 128 tokens."""
+    room = limit - len(tokenizer.encode(question, ""))
+    require(
+        room > 1, f"question {question[:60]!r}: leaves no room for the context in {limit} tokens"
+    )
+    return encode_windows(tokenizer, question, context, limit, min(128, room // 2))
+
+
+def best_span(context: str, windows: list, outputs: list, longest: int = 30) -> dict:
+    """The likeliest span of whole words, of at most `longest` tokens. Its score is the probability of its first column
+    times that of its last, among the context's columns and the first one, which stands for none."""
+    best = {"answer": "", "score": -1.0, "start": 0, "end": 0}
+    for window, logits in zip(windows, outputs):
+        inside = np.array([part == 1 for part in window.sequence_ids])
+        shown = inside.copy()
+        shown[0] = True
+        begins, ends = softmax(np.where(shown, logits.T, -np.inf)) * inside
+        scores = np.tril(np.triu(np.outer(begins, ends)), longest - 1)
+        first, last = np.unravel_index(scores.argmax(), scores.shape)
+        if scores[first, last] <= best["score"]:
+            continue
+        start, end = (
+            (window.offsets[first][0], window.offsets[last][1]) if inside[first] else (0, 0)
+        )
+        while 0 < start < end and context[start - 1 : start + 1].isalnum():
+            start -= 1
+        while start < end < len(context) and context[end - 1 : end + 1].isalnum():
+            end += 1
+        text, score = context[start:end].strip(), float(scores[first, last])
+        best = {"answer": text, "score": score, "start": start, "end": end}
+    return best
+
+
+def mask_token(tokenizer) -> tuple[str, int]:
+    """Text and id of the token that hides another."""
+    backend = getattr(tokenizer, "backend", None)  # bytes have none
+    named = tokenizer.special_tokens.get("mask_token")
+    for name in (named, "[MASK]", "<mask>"):  # BERT's own files do not name it
+        token = backend.token_to_id(name) if backend and name else None
+        if token is not None:
+            return name, token
+    raise Error("tokenizer_config.json: no mask_token")
+
+
+def fill_mask(model, texts, pairs, top_k: int = 5, limit: int = LONGEST):
+    """The likeliest tokens in the place of each <mask> (or what the tokenizer calls it)."""
+    name, mask = mask_token(model.tokenizer)
+    texts = [text.replace("<mask>", name) for text in texts]
+    for text, window, logits in zip(texts, *read_texts(model, texts, pairs, limit)):
+        require(mask in window.ids, f"{text[:60]!r}: expected {name} or <mask> in it")
+        found = []
+        for column in np.flatnonzero(np.array(window.ids) == mask):
+            scores = softmax(logits[column])
+            for token in np.argsort(-scores, kind="stable")[:top_k].tolist():
+                ids = [*window.ids[:column], token, *window.ids[column + 1 :]]
+                found.append(
+                    {
+                        "token_str": model.tokenizer.decode([token]),
+                        "score": float(scores[token]),
+                        "sequence": model.tokenizer.decode(ids),
+                    }
+                )
+        yield found
+
+
+POOLINGS = {  # of sentence-transformers, in its order: states (tokens, hidden) and weights (tokens, 1) -> a vector
+    "cls": lambda x, weights: x[0],
+    "max": lambda x, weights: x.max(0),
+    "mean": lambda x, weights: x.mean(0),
+    "mean_sqrt_len_tokens": lambda x, weights: x.sum(0) / len(x) ** 0.5,
+    "weightedmean": lambda x, weights: (x * weights).sum(0) / weights.sum(),
+    "lasttoken": lambda x, weights: x[-1],
+}
+ACTIVATIONS = {  # of its Dense: the class of torch -> what it computes
+    "Identity": lambda x: x,
+    "Tanh": np.tanh,
+    "ReLU": lambda x: np.maximum(x, 0),
+    "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "SiLU": lambda x: x / (1 + np.exp(-x)),
+    "GELU": lambda x: x * (0.5 + 0.5 * np.vectorize(math.erf)(x * 0.5**0.5)),
+}
+SENTENCE_CONFIGS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+
+
+class Embedder:
+    """From a text to its vector, as the files of sentence-transformers in the model's folder say it, which are read
+    once; without them, the mean of the hidden states.
+
+    Raises Error for what they say that is not supported here.
+    """
+
+    def __init__(self, model):
+        self.tokenizer = model.tokenizer
+        self.folder = model.folder or Path("(a model without a folder)")
+        main = read_json(self.folder / "config_sentence_transformers.json", {})
+        self.prompts = {"query": None, "document": None} | (main.get("prompts") or {})
+        self.default_prompt = main.get("default_prompt_name")
+        self.dimensions = main.get("truncate_dim")
+        names = [f"sentence_{name}_config.json" for name in SENTENCE_CONFIGS]
+        files = [self.folder / name for name in names if (self.folder / name).exists()]
+        self._read_transformer(model, files[0] if files else Path(os.devnull))
+        self.poolings, self.include_prompt = ["mean"], True
+        self.layers: list = []  # vector -> vector
+        for kind, name in sentence_modules(self.folder)[1:]:
+            path = self.folder / name
+            config = read_json(path / "config.json", {}) if name else {}
+            if kind == "Pooling":
+                self._read_pooling(path / "config.json", config)
+            elif kind == "Dense":
+                self.layers.append(dense_layer(path, config))
+            elif kind == "LayerNorm":
+                self.layers.append(norm_layer(path))
+            elif kind == "Normalize":
+                self.layers.append(lambda x: x / max(np.linalg.norm(x), 1e-12))
+
+    def _read_transformer(self, model, file: Path):
+        """How texts are cut and lower-cased."""
+        config = read_json(file, {}) if file.suffix else {}
+        processor = config.get("processor_kwargs") or config.get("tokenizer_args") or {}
+        model_args = config.get("model_kwargs") or config.get("model_args") or {}
+        harmless = {
+            "attn_implementation",
+            "dtype",
+            "torch_dtype",
+            "model_max_length",
+            "padding_side",
+        }
+        unknown = {
+            **processor,
+            **model_args,
+            **(config.get("config_kwargs") or {}),
+        }.keys() - harmless
+        unknown |= {key for key in ("config_args", "processing_kwargs") if config.get(key)}
+        if config.get("transformer_task", "feature-extraction") != "feature-extraction":
+            unknown.add("transformer_task")
+        if (config.get("module_output_name") or "token_embeddings") != "token_embeddings":
+            unknown.add("module_output_name")
+        require(not unknown, f"{file}: {', '.join(sorted(unknown))} is not supported")
+        limit = config.get("max_seq_length") or processor.get("model_max_length")
+        if not limit:
+            said = parse_json_file(model.tokenizer.files, "tokenizer_config.json")
+            known = said.get("model_max_length"), model.config.get("max_position_embeddings")
+            limit = min((n for n in known if n and 0 < n < 2**31), default=LONGEST)
+        self.limit = min(int(limit), model.max_length)
+        if config.get("do_lower_case") and hasattr(self.tokenizer, "backend"):
+            self.tokenizer = lower_case(self.tokenizer)
+
+    def _read_pooling(self, file: Path, config: dict):
+        old = {
+            f"pooling_mode_{name}_tokens".replace("_tokens_tokens", "_tokens"): name
+            for name in POOLINGS
+        }
+        old |= {"pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken"}
+        found = [name for key, name in old.items() if config.get(key)]
+        modes = config.get("pooling_mode") or sorted(found, key=[*POOLINGS].index) or "mean"
+        self.poolings = [modes] if isinstance(modes, str) else list(modes)
+        self.include_prompt = config.get("include_prompt", True)
+        dimensions = {"word_embedding_dimension", "embedding_dimension"}
+        unknown = config.keys() - dimensions - {*old, "pooling_mode", "include_prompt"}
+        unknown |= set(self.poolings) - set(POOLINGS)
+        require(not unknown, f"{file}: {', '.join(sorted(unknown))} is not supported")
+
+    def prompt(self, prompt: str | None, prompt_name: str | None) -> str:
+        """The text that stands before every other."""
+        name = prompt_name if prompt_name is not None else self.default_prompt
+        require(
+            prompt is not None or name is None or name in self.prompts,
+            f"prompt_name = {name!r}, expected one of {', '.join(self.prompts)}",
+        )
+        return (self.prompts.get(name) if prompt is None else prompt) or ""
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """Tokens before a text's own that no pooling sees."""
+        if self.include_prompt or not prompt:
+            return 0
+        ids = encode_windows(self.tokenizer, prompt, None, self.limit)[0].ids
+        special = map(self.tokenizer.backend.token_to_id, self.tokenizer.special_tokens.values())
+        return len(ids) - (ids[-1] in [*special])
+
+    def pool(self, states: np.ndarray, skip: int = 0) -> np.ndarray:
+        """The vector of hidden states (tokens, hidden), of which the first `skip` do not count."""
+        require(
+            len(states) > skip, f"prompt: {skip} tokens leave no room for a text in {self.limit}"
+        )
+        weights = np.arange(1, len(states) + 1, dtype=np.float32)[skip:, None]
+        states = states[skip:].astype(np.float32)
+        vector = np.concatenate([POOLINGS[name](states, weights) for name in self.poolings])
+        for layer in self.layers:
+            vector = layer(vector)
+        return vector[: self.dimensions]
+
+
+def is_embedder(folder: Path | None) -> bool:
+    """Is it a folder of sentence-transformers whose model embeds (and does not classify pairs)?"""
+    main = read_json(folder / "config_sentence_transformers.json", {}) if folder else {}
+    return (
+        folder is not None
+        and (folder / "modules.json").exists()
+        and main.get("model_type", "SentenceTransformer") != "CrossEncoder"
+    )
+
+
+def sentence_modules(folder: Path) -> list[tuple[str, str]]:
+    """(class, name of its folder) of each module that modules.json names; "" is the folder itself."""
+    file, modules = folder / "modules.json", []
+    supported = ("Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
+    for entry in read_json(file, []):
+        kind = re.fullmatch(r"sentence_transformers(?:\.\w+)*\.(\w+)", entry["type"])
+        path = entry.get("path", "")
+        allowed = supported if modules else ("Transformer",)
+        require(
+            kind and kind[1] in allowed,
+            f"{file}: {entry['type']} is not supported here (supported: {', '.join(allowed)})",
+        )
+        inside = (folder / path).resolve().is_relative_to(folder.resolve())
+        require(
+            inside and (modules or path in ("", ".")),
+            f"{file}: path {path!r}, expected "
+            + ("a folder beside it" if modules else "'', the model in this folder"),
+        )
+        modules.append((kind[1], path))
+    kinds = [kind for kind, _ in modules]
+    require(
+        not kinds or kinds[1:2] == ["Pooling"] and kinds.count("Pooling") == 1,
+        f"{file}: {', '.join(kinds)}, expected Transformer, one Pooling and what follows it",
+    )
+    return modules
+
+
+def sentence_files(folder: Path) -> list[str]:
+    """Names of the files that sentence-transformers has in a folder beside the model, which travel with it."""
+    names = ["modules.json", "config_sentence_transformers.json"]
+    names += [f"sentence_{name}_config.json" for name in SENTENCE_CONFIGS]
+    for _, path in sentence_modules(folder)[1:]:
+        names += [f"{path}/config.json", f"{path}/model.safetensors"]
+    return [name for name in names if (folder / name).is_file()]
+
+
+def dense_layer(folder: Path, config: dict):
+    """A linear map and an activation function."""
+    weights = read_safetensors(folder / "model.safetensors")
+    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    name = activation.rpartition(".")[2]
+    source = config.get("module_input_name", "sentence_embedding")
+    target = config.get("module_output_name") or source
+    require(
+        activation.startswith("torch.") and name in ACTIVATIONS,
+        f"{folder / 'config.json'}: activation_function = {activation!r}, "
+        f"expected one of {', '.join(ACTIVATIONS)}",
+    )
+    require(
+        source == target == "sentence_embedding",
+        f"{folder / 'config.json'}: {source} to {target}, expected a layer of sentence_embedding",
+    )
+    matrix, bias = weights["linear.weight"], weights.get("linear.bias", np.float32(0))
+    return lambda x: ACTIVATIONS[name](matrix @ x + bias).astype(np.float32)
+
+
+def norm_layer(folder: Path):
+    weights = read_safetensors(folder / "model.safetensors")
+
+    def norm(x):
+        return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * weights["norm.weight"] + weights[
+            "norm.bias"
+        ]
+
+    return norm
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Name -> tensor, in fp32: the file is the length of a JSON header, the header and all numbers."""
+    require(
+        path.exists(),
+        f"{path}: no such file; save the model again with a newer sentence-transformers",
+    )
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    types = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+    tensors = {}
+    for name, entry in json.loads(content[8:start]).items():
+        if name == "__metadata__":
+            continue
+        require(
+            entry["dtype"] in types,
+            f"{path}: {name} is {entry['dtype']}, expected {', '.join(types)}",
+        )
+        first, end = (start + offset for offset in entry["data_offsets"])
+        array = np.frombuffer(content[first:end], types[entry["dtype"]])
+        if entry["dtype"] == "BF16":  # the upper half of an fp32
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        tensors[name] = array.astype(np.float32).reshape(entry["shape"])
+    return tensors
+
+
+def lower_case(tokenizer):
+    """A copy of the tokenizer that writes texts small first."""
+    from tokenizers import normalizers
+
+    tokenizer = copy.copy(tokenizer)
+    backend = tokenizer.backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
+    further = [backend.normalizer] if backend.normalizer else []
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *further])
+    return tokenizer
+
+
+def embed(model, texts, pairs, prompt: str | None = None, prompt_name: str | None = None):
+    """A vector for each text behind a prompt, or the one of that name; as sentence-transformers computes it."""
+    if getattr(model, "embedder", None) is None:
+        model.embedder = Embedder(model)
+    embedder: Embedder = model.embedder
+    prompt = embedder.prompt(prompt, prompt_name)
+    windows = [
+        encode_windows(embedder.tokenizer, prompt + text, None, embedder.limit)[0] for text in texts
+    ]
+    skip = embedder.prompt_tokens(prompt)
+    for states in read(model, windows):
+        yield [{"embedding": embedder.pool(states, skip).tolist()}]
+
+
+def write(model, texts, pairs, **options):
+    """What follows a text, or what is written of a source; through a chat template, where there is one, what answers
+    it. Greedy unless the options of `generate` say otherwise."""
+    tokenizer, chat = model.tokenizer, model.task == "lm" and has_chat_template(model.tokenizer)
+    if chat:
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        texts = [tokenizer.apply_chat_template(x, add_generation_prompt=True) for x in chats]
+        ends = as_ids("eos_token_id", model.config.get("eos_token_id"))
+        ends = (*ends, *as_ids("eos_token_id", tokenizer.eos_token_id))
+        options = {"eos_token_id": ends} | options
+    limit = model.max_length if model.task == "seq2seq" else 2**31
+    windows = [encode_windows(tokenizer, x, None, limit, special=not chat)[0] for x in texts]
+    for text in write_windows(model, windows, len(windows), **options):
+        yield [{"generated_text": text}]
+
+
+def has_chat_template(tokenizer) -> bool:
+    config = parse_json_file(tokenizer.files, "tokenizer_config.json")
+    return bool(config.get("chat_template")) or "chat_template.jinja" in tokenizer.files
+
+
+def write_windows(model, windows: list, batch: int, **options) -> list[str]:
+    """The text that the model writes after each window, or of it."""
+    texts: list = [None] * len(windows)
+    ends = options.get("eos_token_id", model.config.get("eos_token_id"))
+    ends = set(() if ends is None else np.ravel(ends).tolist())
+    stop = stop_strings(options.get("stop") or model.config.get("stop_strings"))
+    for rows in batches_by_length(windows, batch):
+        ids, mask, _ = pad([windows[i] for i in rows], model)
+        start = 1 if model.task == "seq2seq" else ids.shape[1]
+        for i, new in zip(rows, model.generate(ids, mask, **options)[:, start:].tolist()):
+            new = [*itertools.takewhile(lambda token: token not in ends, new)]
+            prompt = [] if model.task == "seq2seq" else windows[i].ids
+            texts[i] = "".join(stream_text(model.tokenizer, new, stop, prompt))
+    return texts
+
+
+TASKS = {
+    "lm": write,
+    "seq2seq": write,
+    "classify": classify,
+    "tokens": tag,
+    "qa": answer,
+    "mlm": fill_mask,
+    "embed": embed,
+}
+PAIRS = ("classify", "qa")  # tasks that read two texts
+ARCHITECTURES = {  # end of a class's name in transformers -> task
+    "ForSequenceClassification": "classify",
+    "ForTokenClassification": "tokens",
+    "ForQuestionAnswering": "qa",
+    "ForQuestionAnsweringSimple": "qa",
+    "ForMaskedLM": "mlm",
+    "ForCausalLM": "lm",
+    "LMHeadModel": "lm",
+    "Model": "embed",
+}
+
+
+def task_of(config: dict, folder: Path | None = None) -> str:
+    """What a model is for, a key of TASKS, by its config.json; with sentence-transformers' modules.json to embed."""
+    if is_embedder(folder):
+        return "embed"
+    if config.get("is_encoder_decoder"):
+        return "seq2seq"
+    if config.get("model_type") == "tinylm":
+        return config.get("head", "lm") or "embed"
+    name = (config.get("architectures") or [""])[0]
+    return next((task for end, task in ARCHITECTURES.items() if name.endswith(end)), "lm")
+
+
+def run(
+    model, texts: list[str], pairs: list | None = None, batch: int = 32, **options
+) -> list[list[dict]]:
+    """A list of dicts for each text (and its pair: of a question the context), the likeliest first: {"label", "score"},
+    {"entity_group", "word", "score", "start", "end"}, {"answer", "score", "start", "end"}, {"token_str", "score",
+    "sequence"}, {"embedding"} or {"generated_text"}. Runs in batches of texts of like length."""
+    texts = list(texts)
+    pairs = [None] * len(texts) if pairs is None else list(pairs)
+    require(
+        len(pairs) == len(texts), f"pairs: {len(pairs)} of them, expected the {len(texts)} of texts"
+    )
+    require(
+        is_number_in(batch, 1, 2**31, numbers.Integral),
+        f"batch = {batch!r}, expected a positive number",
+    )
+    results: dict = {}
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]) - len(pairs[i] or ""))
+    for at in range(0, len(order), batch):
+        rows = order[at : at + batch]
+        found = TASKS[model.task](
+            model, [texts[i] for i in rows], [pairs[i] for i in rows], **options
+        )
+        results.update(zip(rows, found))
+    return [results[i] for i in range(len(texts))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def add_run_options(parser: argparse.ArgumentParser):

@@ -89,7 +89,6 @@ Id = Annotated[int, -1, 2**31]
 Real = Annotated[float, 1e-30, 1e30]
 Share = Annotated[float, 0, 1]
 Dropout = Annotated[float, 0, 0.99]
-Rate = Annotated[float, 1e-12, 1e12]
 
 
 def matches_annotation(hint, value) -> tuple[bool, str]:
@@ -2070,6 +2069,11 @@ def special_tokens(
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
+def without_surrogates(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair, which UTF-8 can't encode."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 class Tokenizer:
     """A tokenizer.json, run by the `tokenizers` library.
 
@@ -2098,14 +2102,12 @@ class Tokenizer:
     def encoding(self, text: str, pair: str | None = None, special: bool = True):
         """The `tokenizers` library's Encoding: ids, type_ids, sequence_ids (which text; None: a special token), offsets
         in the text, special_tokens_mask."""
-        text = text.encode("utf-8", errors="replace").decode("utf-8")
-        if pair is not None:
-            pair = pair.encode("utf-8", errors="replace").decode("utf-8")
-        return self.backend.encode(text, pair, add_special_tokens=special)
+        pair = None if pair is None else without_surrogates(pair)
+        return self.backend.encode(without_surrogates(text), pair, add_special_tokens=special)
 
     def batch(self, texts: list[str]):
         """Ids of texts without special tokens around them, on all processors."""
-        texts = [text.encode("utf-8", errors="replace").decode("utf-8") for text in texts]
+        texts = [without_surrogates(text) for text in texts]
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return (encoding.ids for encoding in encodings)
 

@@ -64,7 +64,6 @@ from tinylm import (
     GenerationConfig,
     Linear,
     MuonAdamW,
-    Rate,
     Size,
     TinyLM,
     Tokenizer,
@@ -105,6 +104,9 @@ from tinylm import (
 def option(default, help: str):
     """A field of TrainOptions, and what the command line says of it."""
     return field(default=default, metadata=dict(help=help))
+
+
+Rate = Annotated[float, 1e-12, 1e12]
 
 
 @dataclass(frozen=True)

@@ -2793,7 +2793,7 @@ def add_options(parser, owner, *names: str, shown: dict | None = None, **default
 def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     """The command line; `defaults`: what is shown as TrainOptions' own, where those depend on the task and the start."""
     parser = argparse.ArgumentParser(
-        prog="tinylm", description="A whole language-model library in one file."
+        prog="tinylm", description="Train and fine-tune language models, run them and ship them."
     )
     parser.add_argument("--version", action="version", version=f"tinylm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -2843,6 +2843,8 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         help="a variable of the chat template, as enable_thinking=false; may be given again",
     )
     add_generation_options(sub, max_new_tokens=512)
+
+    commands.add_parser("export", help="turn a checkpoint into ONNX graphs, by export.py")
     return parser
 
 
@@ -2866,7 +2868,7 @@ def template_variable(text: str) -> tuple[str, object]:
 
 
 def main(argv: list | None = None) -> int:
-    """`tinylm.py train | eval | run | sample | chat`; an Error is one line on stderr and exit code 1."""
+    """`tinylm train | eval | run | sample | chat | export`; an Error is one line on stderr and exit code 1."""
     argv = sys.argv[1:] if argv is None else [*map(str, argv)]
     if argv[:1] == ["export"]:
         return export_command().main(argv[1:])

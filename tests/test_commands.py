@@ -104,3 +104,10 @@ def test_head_ends_sample_quietly(talker):
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.stdout == "ab" and done.stderr == ""
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    assert end.value.code == 0
+    assert "{train,eval,run,sample,chat,export}" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from tinylm import Config, TinyLM
 
 EQUAL = """require is_number_in matches_annotation check_fields read_json
     as_ids GenerationConfig read_generation_config make_generation_config BeamSearch
-    TextStream stream_text
+    TextStream stream_text stop_strings
     read_tokenizer_files parse_json_file tokenizer_class special_tokens without_surrogates Tokenizer
     render_chat find_chat_template plain_data template_message GeneratedText compile_template
     template_environment""".split()

@@ -49,6 +49,7 @@ from onnxlm import (
     CPU,
     CUDA_PRECISIONS,
     SUFFIXES,
+    TRAINING,
     OnnxLM,
     Session,
     first_line,
@@ -1164,7 +1165,7 @@ def export_onnx(
         log(f"loading {model_or_folder}")
         head = None if is_embedder(source) else "config"
         lm = tinylm.TinyLM.from_pretrained(source, head=head)
-        extras = sentence_files(source)
+        extras = sentence_files(source) + [TRAINING] * (source / TRAINING).is_file()
     work = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
         work.mkdir(parents=True)

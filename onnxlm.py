@@ -1976,6 +1976,8 @@ TASKS = {
     "embed": embed,
 }
 PAIRS = ("classify", "qa")  # tasks that read two texts
+CUT = ("classify", "tokens", "qa", "mlm")  # tasks that read no more of a text than was trained on
+TRAINING = "tinylm_training.json"  # what a training leaves beside a model: its task, columns, block
 ARCHITECTURES = {  # end of a class's name in transformers -> task
     "ForSequenceClassification": "classify",
     "ForTokenClassification": "tokens",
@@ -2015,6 +2017,9 @@ def run(
         is_number_in(batch, 1, 2**31, numbers.Integral),
         f"batch = {batch!r}, expected a positive number",
     )
+    trained = read_json(Path(model.folder) / TRAINING, {}) if model.folder else {}
+    if model.task in CUT and is_number_in(trained.get("block"), 1, 2**31, int):
+        options.setdefault("limit", trained["block"])
     results: dict = {}
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]) - len(pairs[i] or ""))
     for at in range(0, len(order), batch):

@@ -2323,7 +2323,7 @@ REMEMBERED = ("task", *COLUMNS, "block", "regression", "classes")
 
 def remembered(folder) -> dict:
     """What `eval` and `run` need of the training of a checkpoint: its task, columns and --block; {} of another's."""
-    return read_json(Path(folder) / "tinylm_training.json", {})
+    return read_json(Path(folder) / onnxlm.TRAINING, {})
 
 
 def save(
@@ -2345,7 +2345,7 @@ def save(
         if rank_and_world_size()[0] == 0:
             lm.save_pretrained(folder)
             said = {name: getattr(options, name) for name in REMEMBERED}
-            write_json(folder / "tinylm_training.json", said)
+            write_json(folder / onnxlm.TRAINING, said)
         else:
             lm.state_dict()  # in which all processes take part
         if options.lora:
@@ -3002,11 +3002,7 @@ def table_lines(table: dict[str, dict]) -> list[str]:
 def run_run(options: dict):
     """A line for each input: what the head says, the likeliest first, with scores."""
     lm = opened(options)
-    runner = TorchRunner(lm, lm.folder)
-    block = remembered(lm.folder).get("block")
-    if block and runner.task in ("classify", "tokens", "qa", "mlm"):
-        options["limit"] = block  # as `eval`: behind it nothing was learnt
-    onnxlm.run_lines(runner, **options)
+    onnxlm.run_lines(TorchRunner(lm, lm.folder), **options)
 
 
 def run_sample(options: dict):

@@ -111,7 +111,8 @@ Rate = Annotated[float, 1e-12, 1e12]
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of `tinylm.py train`; the command line is made of these fields. None is what `TASKS` and `STARTS` say."""
+    """Options of `tinylm train`; the command line is made of these fields. None stands for the default of the start
+    (`STARTS`) and the task (`TASKS`), which `filled` puts in its place."""
 
     # what, from where, to where
     task: Literal[(*TASKS,)] = option("lm", "lm, classify, tokens, qa, seq2seq or mlm")
@@ -218,11 +219,11 @@ class TrainOptions:
     def filled(self) -> TrainOptions:
         """With what the start (from scratch, pretrained, adapters) and the task say of the options that are None."""
         start = "lora" if self.lora else "init" if self.init else "scratch"
-        said = STARTS[start] | getattr(TASKS[self.task], start, {})
+        defaults = STARTS[start] | getattr(TASKS[self.task], start, {})
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if {"steps", "epochs"} & set(given):  # either takes the other's place
-            said |= dict(steps=None, epochs=None)
-        options = replace(self, **said | given)
+            defaults |= dict(steps=None, epochs=None)
+        options = replace(self, **defaults | given)
         require(
             options.batch % (rank_and_world_size()[1] * options.accumulate) == 0,
             f"--batch {options.batch}: expected a multiple "
@@ -362,7 +363,7 @@ def read_records(
             yield record
 
 
-def file_records(file: Path, options: TrainOptions, root: Path, said: list, guess: bool = False):
+def file_records(file: Path, options: TrainOptions, root: Path, notices: list, guess: bool = False):
     """Yield (place, record) of a file, for an error to name the place. `guess`: no task says what a text is."""
     suffix = suffix_of(file)
     from_stdin = str(file) == "-"
@@ -382,7 +383,7 @@ def file_records(file: Path, options: TrainOptions, root: Path, said: list, gues
         data[:4] not in (b"PK\3\4", b"PAR1") and data[:2] != b"\x80\x05",
         f"{name}: binary, expected text; its suffix does not say what it is",
     )
-    text = decode_text(data, name, options.encoding, said)
+    text = decode_text(data, name, options.encoding, notices)
     if kind is None:
         kind = "text" if plain else "table"
         if looks_like_json_lines(text):
@@ -416,7 +417,7 @@ def is_mappable(file: Path) -> bool:
     return True
 
 
-def decode_text(data: bytes, file, encoding: str, said: list) -> str:
+def decode_text(data: bytes, file, encoding: str, notices: list) -> str:
     """A file's bytes as text with \\n at the ends of lines: in the encoding given; else by its byte order mark, in
     UTF-8, or in cp1252, which is said once. Raises Error for what is no text."""
     if data[:2] == b"\x1f\x8b":
@@ -436,8 +437,8 @@ def decode_text(data: bytes, file, encoding: str, said: list) -> str:
     except UnicodeError as error:
         require(not encoding and not marked, f"{file}: not {encoding or marked} ({error})")
         text = decode_cp1252(data, file, error)
-        if not any("cp1252" in line for line in said):
-            said.append(f"{file}: not UTF-8, read as cp1252 (--encoding names another)")
+        if not any("cp1252" in line for line in notices):
+            notices.append(f"{file}: not UTF-8, read as cp1252 (--encoding names another)")
     require("\0" not in text, f"{file}: binary (a NUL character), expected text")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -780,19 +781,19 @@ class Incomplete(Exception):
     """A row that nothing can be learnt from, and why."""
 
 
-def read_splits(data, options: TrainOptions, said: list) -> tuple[list, list]:
+def read_splits(data, options: TrainOptions, notices: list) -> tuple[list, list]:
     """Rows to train on, and those to validate on: of --val, of the data's own validation split, or the last tenth."""
     if isinstance(data, dict):  # splits in memory
         require("train" in data, "data: expected a split `train`")
-        rows = read_rows(data["train"], options, said=said)
+        rows = read_rows(data["train"], options, notices=notices)
         held = data.get("validation")
     else:
-        rows = read_rows(data, options, said=said)
+        rows = read_rows(data, options, notices=notices)
         in_folder = isinstance(data, (str, Path)) and Path(data).is_dir()
         splits = data_files(Path(data)) if in_folder else {}
         held = data if "validation" in splits else None
         if "test" in splits:
-            said.append(f"{data}: its test split is not read (`tinylm eval` reads it)")
+            notices.append(f"{data}: its test split is not read (`tinylm eval` reads it)")
     held = options.val or held
     if held is None:
         return split_rows(rows)
@@ -800,7 +801,7 @@ def read_splits(data, options: TrainOptions, said: list) -> tuple[list, list]:
         numbers = isinstance(rows[0]["label"], float)
         options = replace(options, regression=numbers, classes=not numbers)
     splits = ("validation", "test", "train") if options.val else ("validation",)
-    return rows, read_rows(held, options, splits, said)
+    return rows, read_rows(held, options, splits, notices)
 
 
 def split_rows(rows: list, share: float = VAL_FRACTION) -> tuple[list, list]:
@@ -830,11 +831,11 @@ def split_rows(rows: list, share: float = VAL_FRACTION) -> tuple[list, list]:
 
 
 def read_rows(
-    path, options: TrainOptions, splits: tuple = ("train",), said: list | None = None
+    path, options: TrainOptions, splits: tuple = ("train",), notices: list | None = None
 ) -> list[dict]:
     """Rows, with the roles that the task needs, of a file, of a folder's files of the first of the splits that it has,
     of standard input ("-"), or of records in memory. Rows where something is empty are left out. What there is to say
-    of it goes to stderr, or to the list `said`.
+    of it goes to stderr, or to the list `notices`.
 
     Raises Error where a column is missing or has something else in it.
     """
@@ -842,7 +843,7 @@ def read_rows(
     rows = []
     columns = {}  # of the first row
     dropped = Counter()  # reason -> rows
-    lines = [] if said is None else said
+    lines = [] if notices is None else notices
     if isinstance(path, (str, Path)):
         name = str(path)
         path = Path(path)
@@ -882,7 +883,7 @@ def read_rows(
     lines.append(f"{name}: {counted(len(rows), 'row')}, columns {used}{left_out}")
     if "label" in rows[0]:
         lines += settle_labels(name, rows, options)
-    for line in lines if said is None else ():
+    for line in lines if notices is None else ():
         note(line)
     return rows
 
@@ -990,11 +991,13 @@ def from_instruction(record, options: TrainOptions):
         return record
     columns = {str(name).lower(): value for name, value in record.items()}
     asked = next((name for name in ("instruction", "prompt") if name in columns), None)
-    said = next((name for name in ("output", "response", "completion") if name in columns), None)
-    if not asked or not said or {"messages", "conversations"} & set(columns):
+    answered = next(
+        (name for name in ("output", "response", "completion") if name in columns), None
+    )
+    if not asked or not answered or {"messages", "conversations"} & set(columns):
         return record
     parts = columns[asked], columns.get("input")
-    answer = columns[said]
+    answer = columns[answered]
     if not all(isinstance(text, (str, type(None))) for text in (*parts, answer)):
         return record
     source = "\n\n".join(text for text in parts if text)
@@ -1350,8 +1353,8 @@ class TorchRunner:
         self.lm = lm.eval()
         self.tokenizer = lm.tokenizer
         self.folder = folder
-        said = {key: value for key, value in lm.generation_config.items() if value is not None}
-        self.config = config_to_hf(lm.config) | said
+        overrides = {key: value for key, value in lm.generation_config.items() if value is not None}
+        self.config = config_to_hf(lm.config) | overrides
         self.max_length = limit(lm, 2**31)
         self.task = onnxlm.task_of(self.config, folder)
 
@@ -1398,7 +1401,8 @@ class Task:
         return self.figures(lm, examples, batch)
 
     def epochs(self, lm: TinyLM, rows: list, block: int) -> Callable:
-        """A function of a random generator that gives an epoch's examples; of None, it gives all of them in order."""
+        """A function that gives the examples of an epoch: of a random generator, which may shift where blocks begin; of
+        None, all of them in order."""
         examples = [
             example | {"row": row, "number": number}
             for number, row in enumerate(watch(rows, "tokenising"))
@@ -1506,16 +1510,16 @@ class Writing(Task):
         bleu, rouge = (importlib.util.find_spec(name) for name in ("sacrebleu", "rouge_score"))
         if bleu or rouge:
             windows = [example["window"] for example in examples]
-            said = onnxlm.write_windows(TorchRunner(lm), windows, batch)
+            written = onnxlm.write_windows(TorchRunner(lm), windows, batch)
         if bleu:
             import sacrebleu
 
-            figures["BLEU"] = sacrebleu.corpus_bleu(said, [true]).score
+            figures["BLEU"] = sacrebleu.corpus_bleu(written, [true]).score
         if rouge:
             from rouge_score.rouge_scorer import RougeScorer
 
             scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-            scores = [scorer.score(*pair) for pair in zip(true, said)]
+            scores = [scorer.score(*pair) for pair in zip(true, written)]
             figures |= {
                 name: sum(score[name].fmeasure for score in scores) / len(scores)
                 for name in scores[0]
@@ -1553,21 +1557,23 @@ class Classification(Task):
         problem = lm.config.problem_type
         labels = np.array([example["labels"] for example in examples])
         if problem == "regression":
-            said = logits.flatten()
+            predicted = logits.flatten()
             return {
-                "mean squared error": float(((said - labels) ** 2).mean()),
-                "correlation": float(np.corrcoef(said, labels)[0, 1]),
+                "mean squared error": float(((predicted - labels) ** 2).mean()),
+                "correlation": float(np.corrcoef(predicted, labels)[0, 1]),
             }
         names = [lm.config.id2label[i] for i in range(lm.config.num_labels)]
         several = problem == "multi_label_classification"
         if several:
-            said, true = logits > 0, labels > 0
+            predicted, true = logits > 0, labels > 0
             losses = np.logaddexp(0, np.where(true, -logits, logits)).mean(-1)
         else:
             classes = np.arange(len(names))
-            said, true = logits.argmax(-1)[:, None] == classes, labels[:, None] == classes
+            predicted, true = logits.argmax(-1)[:, None] == classes, labels[:, None] == classes
             losses = np.logaddexp.reduce(logits, -1) - logits[true]
-        right, found, support = (part.sum(0).tolist() for part in (said & true, said, true))
+        right, found, support = (
+            part.sum(0).tolist() for part in (predicted & true, predicted, true)
+        )
         table = {}
         for i, name in enumerate(names):
             table[name] = {
@@ -1578,13 +1584,13 @@ class Classification(Task):
             }
         scores = [f1(*count) for count in zip(right, found, support) if any(count)]
         figures = {
-            "accuracy": float((said == true).all(-1).mean()),
+            "accuracy": float((predicted == true).all(-1).mean()),
             "macro F1": float(sum(scores) / max(len(scores), 1)),
             "loss": float(losses.mean()),
             "classes": table,
         }
         if not several:
-            counts = (true.T.astype(int) @ said.astype(int)).tolist()
+            counts = (true.T.astype(int) @ predicted.astype(int)).tolist()
             figures["confusion"] = {name: dict(zip(names, row)) for name, row in zip(names, counts)}
         return figures
 
@@ -1646,14 +1652,16 @@ class Tagging(Task):
         pairs = []
         counts = Counter()
         for example, logits in zip(examples, outputs(lm, examples, batch)):
-            said = [lm.config.id2label[int(logits[c].argmax())] for c in example["first"].values()]
+            predicted = [
+                lm.config.id2label[int(logits[c].argmax())] for c in example["first"].values()
+            ]
             true = [example["row"]["tags"][word] for word in example["first"]]
-            pairs += zip(said, true)
-            said, true = set(tag_spans(said)), set(tag_spans(true))
-            counts.update(right=len(said & true), said=len(said), true=len(true))
+            pairs += zip(predicted, true)
+            predicted, true = set(tag_spans(predicted)), set(tag_spans(true))
+            counts.update(right=len(predicted & true), predicted=len(predicted), true=len(true))
         return {
-            "entity F1": f1(*(counts[name] for name in ("right", "said", "true"))),
-            "accuracy": sum(said == true for said, true in pairs) / max(len(pairs), 1),
+            "entity F1": f1(*(counts[name] for name in ("right", "predicted", "true"))),
+            "accuracy": sum(predicted == true for predicted, true in pairs) / max(len(pairs), 1),
         }
 
 
@@ -1692,10 +1700,10 @@ class QuestionAnswering(Task):
         f1s = []
         exact = []
         for number, row in rows.items():
-            said = best_span(row["context"], windows[number], logits[number])["answer"]
+            predicted = best_span(row["context"], windows[number], logits[number])["answer"]
             true = [text for text, _ in row["answer"]] or [""]
-            f1s.append(max(overlap(said, text) for text in true))
-            exact.append(max(plain(said) == plain(text) for text in true))
+            f1s.append(max(overlap(predicted, text) for text in true))
+            exact.append(max(plain(predicted) == plain(text) for text in true))
         return {"span F1": sum(f1s) / len(f1s), "exact match": sum(exact) / len(exact)}
 
 
@@ -1705,16 +1713,16 @@ def plain(text: str) -> list:
     return [word for word in text.split() if word not in ("a", "an", "the")]
 
 
-def overlap(said: str, true: str) -> float:
+def overlap(predicted: str, true: str) -> float:
     """F1 of the words of two answers."""
-    said, true = plain(said), plain(true)
-    if not said or not true:
-        return float(said == true)
-    return f1((Counter(said) & Counter(true)).total(), len(said), len(true))
+    predicted, true = plain(predicted), plain(true)
+    if not predicted or not true:
+        return float(predicted == true)
+    return f1((Counter(predicted) & Counter(true)).total(), len(predicted), len(true))
 
 
-def f1(right: float, said: float, true: float) -> float:
-    return 2 * right / (said + true) if said + true else 0.0
+def f1(right: float, predicted: float, true: float) -> float:
+    return 2 * right / (predicted + true) if predicted + true else 0.0
 
 
 TASKS = dict(
@@ -2096,11 +2104,11 @@ def peak_flops(device) -> float | None:
     """What a CUDA device could do in bfloat16 at most, where it is known."""
     if device.type != "cuda":
         return None
-    said = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     per_cycle = {(8, 0): 2048, (8, 6): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192}.get(
-        (said.major, said.minor)
+        (properties.major, properties.minor)
     )
-    return per_cycle and per_cycle * said.multi_processor_count * said.clock_rate * 1e3
+    return per_cycle and per_cycle * properties.multi_processor_count * properties.clock_rate * 1e3
 
 
 class Progress:
@@ -2193,11 +2201,13 @@ class RunRecord:
             self.writer.flush()
 
 
-def write_card(folder: Path, lm, options: TrainOptions, notes: dict, record: RunRecord, described):
+def write_card(
+    folder: Path, lm, options: TrainOptions, run_state: dict, record: RunRecord, described
+):
     """The model card and its picture, beside the best checkpoint."""
     if not record.first or not folder.is_dir():
         return
-    card, curve = model_card(lm, options, notes, described), loss_curve(record.rows)
+    card, curve = model_card(lm, options, run_state, described), loss_curve(record.rows)
     try:
         for name, text in {"README.md": card, "loss.svg": curve}.items():
             content = text.encode("utf-8", errors="replace")  # a label may hold half a character
@@ -2217,7 +2227,7 @@ AUTO_CLASSES = {  # task -> transformers' class, the hub's name of the task
 NOT_OF_THE_RUN = {"out", "overwrite", "quiet", "tensorboard"}  # options that change nothing learnt
 
 
-def model_card(lm: TinyLM, options: TrainOptions, notes: dict, described: list[str]) -> str:
+def model_card(lm: TinyLM, options: TrainOptions, run_state: dict, described: list[str]) -> str:
     """README.md as the hub reads it: front matter, data, options, figures, how to load it."""
     auto, tag = AUTO_CLASSES[options.task]
     stock = lm.config.model_type != "tinylm"
@@ -2227,7 +2237,7 @@ def model_card(lm: TinyLM, options: TrainOptions, notes: dict, described: list[s
         for name, value in asdict(options).items()
         if value not in (None, "", False) and name not in NOT_OF_THE_RUN
     }
-    figures = notes.get("figures") or {}
+    figures = run_state.get("figures") or {}
     front = ["---", f"pipeline_tag: {tag}", "tags:", "- tinylm"]
     if stock:
         front.insert(1, "library_name: transformers")
@@ -2248,7 +2258,7 @@ def model_card(lm: TinyLM, options: TrainOptions, notes: dict, described: list[s
         "",
         "## Figures",
         "",
-        f"After step {notes.get('best_step', notes['step'])}, on what was held back:"
+        f"After step {run_state.get('best_step', run_state['step'])}, on what was held back:"
         if figures
         else "Nothing was held back.",
         "",
@@ -2327,7 +2337,7 @@ def remembered(folder) -> dict:
 
 
 def save(
-    folder: Path, lm: TinyLM, options: TrainOptions, optimizer=None, notes: dict | None = None
+    folder: Path, lm: TinyLM, options: TrainOptions, optimizer=None, run_state: dict | None = None
 ):
     """A checkpoint for everyone; with an optimizer, beside it all that `--resume` needs, in one file that is replaced
     at once; under torchrun that names the folder into which each process wrote its own part. Raises Error where it
@@ -2341,17 +2351,19 @@ def save(
     before = {*folder.glob("training-*")}
     try:
         if optimizer and rank_and_world_size()[1] > 1:
-            tensors, notes = {}, notes | {"shards": save_shards(folder, tensors, lm.device)}
+            tensors, run_state = {}, run_state | {"shards": save_shards(folder, tensors, lm.device)}
         if rank_and_world_size()[0] == 0:
             lm.save_pretrained(folder)
-            said = {name: getattr(options, name) for name in REMEMBERED}
-            write_json(folder / onnxlm.TRAINING, said)
+            settings = {name: getattr(options, name) for name in REMEMBERED}
+            write_json(folder / onnxlm.TRAINING, settings)
         else:
             lm.state_dict()  # in which all processes take part
         if options.lora:
             save_adapter(folder / "adapter", lm, options)
         if optimizer and rank_and_world_size()[0] == 0:
-            write_tensors(folder / "training.safetensors", tensors, {"training": json.dumps(notes)})
+            write_tensors(
+                folder / "training.safetensors", tensors, {"training": json.dumps(run_state)}
+            )
             for path in before:
                 shutil.rmtree(path, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -2398,31 +2410,31 @@ MAY_CHANGE = NOT_OF_THE_RUN | {  # of a run that goes on
 
 
 def load_resume_metadata(folder: Path) -> dict:
-    """The notes that `save` has for `--resume`."""
+    """Where a run stands and its options, as `save` wrote them for `--resume`."""
     file = folder / "training.safetensors"
-    notes = json.loads((open_tensors(file).metadata() or {}).get("training", "null"))
-    require(notes, f"{file}: not written by tinylm's training")
-    return notes
+    run_state = json.loads((open_tensors(file).metadata() or {}).get("training", "null"))
+    require(run_state, f"{file}: not written by tinylm's training")
+    return run_state
 
 
-def check_resume(notes: dict, asked: dict, hashed: str):
+def check_resume(run_state: dict, asked: dict, hashed: str):
     """Refuse to go on with other options or other data."""
-    for name, value in notes["options"].items():
+    for name, value in run_state["options"].items():
         require(
             name in MAY_CHANGE or asked.get(name) == value,
             f"--resume: {flag(name)} was {value}, not {asked.get(name)}, in the run to go on with",
         )
-    require(notes["data"] == hashed, "--resume: the data is not that of the run to go on with")
+    require(run_state["data"] == hashed, "--resume: the data is not that of the run to go on with")
 
 
 @torch.no_grad()
-def restore(lm: TinyLM, optimizer, folder: Path, notes: dict):
+def restore(lm: TinyLM, optimizer, folder: Path, run_state: dict):
     """Parameters and the optimizer's state as they were saved, by however many processes."""
 
     def parameter(name: str) -> Tensor:
         return lm.get_parameter(name.split("/")[1])
 
-    if shards := notes.pop("shards", None):
+    if shards := run_state.pop("shards", None):
         tensors = load_shards(folder / Path(shards).name, parameter)
     else:
         file = open_tensors(folder / "training.safetensors")
@@ -2494,21 +2506,21 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
     options = options.filled()
     out = Path(options.out)
     task = TASKS[options.task]
-    said = []  # lines to show before the first step, and for the model card
+    notices = []  # lines to show before the first step, and for the model card
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file, expected a folder")
     if not isinstance(data, (str, Path, dict)):
         data = list(data)
-    notes = load_resume_metadata(out / "last") if resume else None
+    run_state = load_resume_metadata(out / "last") if resume else None
     held_run = [path for path in (out / "last", out / "best") if (path / "config.json").exists()]
     require(
         resume or options.overwrite or not held_run,
         f"--out {out}: holds a run; expected --resume to go on with it, --overwrite to replace it, or another --out",
     )
-    rows, held = read_splits(data, options, said)
+    rows, held = read_splits(data, options, notices)
     hashed = hashlib.sha256(repr((rows, held)).encode("utf-8", errors="replace")).hexdigest()
     if resume:
-        check_resume(notes, asked, hashed)
-    said.append(describe_rows(rows, held, options))
+        check_resume(run_state, asked, hashed)
+    notices.append(describe_rows(rows, held, options))
     # classes that are only in what is held back are classes too; its texts train no tokenizer
     named = [{role: row[role] for role in ("label", "tags") if role in row} for row in held]
     lm = build_model(rows + named, options, resume)
@@ -2520,15 +2532,15 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
     )
     held_rows = held
     held = task.epochs(lm, held, options.block)(None) if held else []
-    said += describe_cuts(options, (rows, batches.epoch(None)), (held_rows, held))
+    notices += describe_cuts(options, (rows, batches.epoch(None)), (held_rows, held))
     weights = None
     if options.class_weights:
         weights = class_weights(lm.config, batches.epoch(None)).to(lm.device)
     steps = options.steps or math.ceil(options.epochs * batches.per_epoch)
     if resume:
-        restore(lm, optimizer, out / "last", notes)
-        notes["options"] = asked
-    notes = notes or dict(options=asked, data=hashed, step=0, best=None, stale=0)
+        restore(lm, optimizer, out / "last", run_state)
+        run_state["options"] = asked
+    run_state = run_state or dict(options=asked, data=hashed, step=0, best=None, stale=0)
     if options.compile:
         lm.compile(fullgraph=True)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
@@ -2537,23 +2549,23 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
     parameters = [*lm.parameters()]
     total = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    for line in said:
+    for line in notices:
         note(line)
     note(
         f"{total:,} parameters, {trained:,} of them trained; {batches.per_epoch:,} batches to train on, "
         f"{len(held):,} sequences held back; {lm.device}"
     )
     with locked(out) if rank_and_world_size()[0] == 0 else contextlib.nullcontext():
-        record = RunRecord(out, notes["step"], options)
-        if notes["step"] >= steps:
+        record = RunRecord(out, run_state["step"], options)
+        if run_state["step"] >= steps:
             note(f"{out}: this run is finished; --resume --steps N with N above {steps} goes on")
-        train_steps(lm, optimizer, batches, held, weights, steps, notes, options, record, said)
-    figures = notes.get("figures") or {}
+        train_steps(
+            lm, optimizer, batches, held, weights, steps, run_state, options, record, notices
+        )
+    figures = run_state.get("figures") or {}
     if rank_and_world_size()[0] == 0:
         result = "  ".join(f"{value:.4f} {name}" for name, value in figures.items())
-        result = (
-            f"{result or 'nothing was held back'}; {notes['step']} steps in {clock(record.spent())}"
-        )
+        result = f"{result or 'nothing was held back'}; {run_state['step']} steps in {clock(record.spent())}"
         print(f"{out / 'best'}: {result}", flush=True)
     return lm.eval()
 
@@ -2622,24 +2634,26 @@ def train_steps(
     held: list,
     weights: Tensor | None,
     steps: int,
-    notes: dict,
+    run_state: dict,
     options: TrainOptions,
     record: RunRecord,
     described: list[str],
 ):
-    """The loop, from the step that the notes name to the last, or to an interruption."""
+    """The loop, from the step after the last one done to the end, or to an interruption."""
     every = options.eval_every or min(batches.per_epoch, steps)
     best, last = (Path(options.out) / name for name in ("best", "last"))
     peaks = [group["lr"] for group in optimizer.param_groups]
     stop = False
     rank, world = rank_and_world_size()
-    progress = Progress(lm, steps, notes["step"])
+    progress = Progress(lm, steps, run_state["step"])
     log_every = max(steps // 1000, 16 if lm.device.type == "cuda" else 1)
     with interruptible() as interrupted:
-        while notes["step"] < steps and not (stop or 0 < options.patience <= notes["stale"]):
-            torch.manual_seed(options.seed * 1_000_003 + notes["step"] + 2**40 * rank)
-            batch = batches.draw(notes["step"])
-            scale = lr_multiplier(notes["step"], steps, options)
+        while run_state["step"] < steps and not (
+            stop or 0 < options.patience <= run_state["stale"]
+        ):
+            torch.manual_seed(options.seed * 1_000_003 + run_state["step"] + 2**40 * rank)
+            batch = batches.draw(run_state["step"])
+            scale = lr_multiplier(run_state["step"], steps, options)
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * scale
             loss = train_step(
@@ -2650,14 +2664,14 @@ def train_steps(
                 options.accumulate,
                 options.bf16,
                 weights,
-                loss_spike_threshold(notes),
+                loss_spike_threshold(run_state),
             )
-            notes["step"] += 1
-            step = notes["step"]
+            run_state["step"] += 1
+            step = run_state["step"]
             due = step % every == 0 or step == steps
             logged = due or step % log_every == 0
             if logged or step % 16 == 0 or not loss.is_cuda:  # a look at a GPU waits for it
-                check_loss(loss.item(), notes)
+                check_loss(loss.item(), run_state)
                 flag_set = loss.new_tensor(interrupted.is_set())
                 stop = bool(all_reduce(flag_set, world, "MAX"))
             progress.line(step, loss, options.lr * scale, batch["input_ids"].numel() * world)
@@ -2666,20 +2680,20 @@ def train_steps(
                 row = dict(loss=loss.item(), lr=options.lr * scale, adam_lr=options.adam_lr * scale)
                 row["tokens_per_second"] = round(progress.speed())
             if due:
-                better, figures = validate(lm, held, notes, options)
+                better, figures = validate(lm, held, run_state, options)
                 row |= {"validation": figures} if figures else {}
                 if better:
                     save(best, lm, options)
             if row:
                 record.add(step, row)
             if due or stop:
-                save(last, lm, options, optimizer, notes)
+                save(last, lm, options, optimizer, run_state)
                 record.flush()
-                write_card(best, lm, options, notes, record, described)
-    if notes["step"] < steps:
+                write_card(best, lm, options, run_state, record, described)
+    if run_state["step"] < steps:
         reason = f"{last} is saved; --resume goes on" if stop else ""
-        reason = reason or f"no better validation in the last {notes['stale']}"
-        note(f"stopped at step {notes['step']}: {reason}")
+        reason = reason or f"no better validation in the last {run_state['stale']}"
+        note(f"stopped at step {run_state['step']}: {reason}")
 
 
 def lr_multiplier(step: int, steps: int, options: TrainOptions) -> float:
@@ -2691,47 +2705,47 @@ def lr_multiplier(step: int, steps: int, options: TrainOptions) -> float:
     )
 
 
-def check_loss(loss: float, notes: dict):
+def check_loss(loss: float, run_state: dict):
     """Stop at a loss that is no number, before anything is saved; say when one jumped, which changed nothing."""
-    step = notes["step"]
+    step = run_state["step"]
     require(
         math.isfinite(loss),
         f"step {step}: the loss is {loss}, and what was saved before is kept; expected a "
         "number (try a lower --lr and --adam-lr)",
     )
-    if loss > loss_spike_threshold(notes):
+    if loss > loss_spike_threshold(run_state):
         note(
-            f"step {step}: the loss jumped from about {notes['usual']:.3f} to {loss:.3f}; left out"
+            f"step {step}: the loss jumped from about {run_state['usual']:.3f} to {loss:.3f}; left out"
         )
-    notes["usual"] = 0.9 * notes.get("usual", loss) + 0.1 * loss
+    run_state["usual"] = 0.9 * run_state.get("usual", loss) + 0.1 * loss
 
 
-def loss_spike_threshold(notes: dict) -> float:
+def loss_spike_threshold(run_state: dict) -> float:
     """A loss above it is no usual one."""
-    return 2 * notes.get("usual", math.inf) + 1
+    return 2 * run_state.get("usual", math.inf) + 1
 
 
-def validate(lm: TinyLM, held: list, notes: dict, options: TrainOptions) -> tuple[bool, dict]:
+def validate(lm: TinyLM, held: list, run_state: dict, options: TrainOptions) -> tuple[bool, dict]:
     """Score what was held back; is it the best so far, and the figures. Shows a sample of what a decoder writes."""
     better = True
     figures = {}
     if held:
         figures = TASKS[options.task].figures(lm, held, options.batch)
         name, figure = next(iter(figures.items()))
-        better = notes["best"] is None or (
-            figure < notes["best"] if name in LOWER_IS_BETTER else figure > notes["best"]
+        better = run_state["best"] is None or (
+            figure < run_state["best"] if name in LOWER_IS_BETTER else figure > run_state["best"]
         )
         if better:
-            notes |= dict(best=figure, stale=0, figures=figures, best_step=notes["step"])
+            run_state |= dict(best=figure, stale=0, figures=figures, best_step=run_state["step"])
         else:
-            notes["stale"] += 1
+            run_state["stale"] += 1
         shown = "  ".join(f"{figure:.4f} {name}" for name, figure in figures.items())
-        note(f"step {notes['step']}  validation {shown}" + "  best" * better)
+        note(f"step {run_state['step']}  validation {shown}" + "  best" * better)
     if options.task == "lm" and held and rank_and_world_size()[1] == 1 and not QUIET.get():
         text = lm.tokenizer.decode(held[0]["input_ids"][:1])
         with contextlib.suppress(Error):  # e.g. of so many tokens: it is only a sample
             text += "".join(
-                lm.eval().stream(text, 120, temperature=0.8, top_p=0.95, seed=notes["step"])
+                lm.eval().stream(text, 120, temperature=0.8, top_p=0.95, seed=run_state["step"])
             )
         note("  | " + text.replace("\n", "\n  | "))
     return better, figures
@@ -2765,8 +2779,8 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped besid
 
 
 def add_options(parser, owner, *names: str, shown: dict | None = None, **defaults):
-    """Fields of a dataclass, or those named, as options of a command. What is not said is not there. `shown`: defaults
-    that the help names and that are filled in later."""
+    """Fields of a dataclass, or those named, as options of a command; what is not given is absent from the result.
+    `shown`: defaults that the help names and that are filled in later."""
     for f in fields(owner):
         if f.name in names or not names:
             hint = get_type_hints(owner)[f.name]
@@ -2906,9 +2920,9 @@ def defaults_of(argv: list[str]) -> dict:
     parser.add_argument("--task", default="lm")
     parser.add_argument("--init", default="")
     parser.add_argument("--lora", default="0")
-    said, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    given, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     try:
-        options = TrainOptions(task=said.task, init=said.init, lora=int(said.lora))
+        options = TrainOptions(task=given.task, init=given.init, lora=int(given.lora))
     except ValueError:
         options = TrainOptions()
     return asdict(options.filled())

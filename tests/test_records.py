@@ -11,7 +11,9 @@ from conftest import ROOT  # noqa: F401
 from test_train import TEXT, same_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import onnxlm
 import train
+from export import export_onnx
 from tinylm import ByteTokenizer, Config, TinyLM
 from train import main
 
@@ -225,3 +227,23 @@ def test_rows_in_memory_train(tmp_path):
         {"train": rows, "validation": rows[:4]}, train.replace(options, out=str(tmp_path / "b"))
     )
     assert not torch.equal(again.embed.weight, lm.embed.weight)
+
+
+def test_what_is_exported_reads_as_much_as_was_trained_on(tmp_path, capsys):
+    """Guards `train.py run` cut at --block beside an exported folder that read on: other scores for long texts."""
+    rows = [{"text": "good " * 3 + f"w{i}", "label": "pos"} for i in range(8)]
+    rows += [{"text": "bad " * 3 + f"w{i}", "label": "neg"} for i in range(8)]
+    out = tmp_path / "out"
+    options = dict(task="classify", size="pico", steps=2, batch=4, block=16, vocab=300)
+    train.train(rows, train.TrainOptions(out=str(out), quiet=True, **options))
+    export_onnx(out / "best", tmp_path / "exported")
+    text = "good bad " * 40
+    capsys.readouterr()
+    lines = []
+    for command in (
+        lambda: train.main(["run", str(out / "best"), text]),
+        lambda: onnxlm.main([str(tmp_path / "exported"), text]),
+    ):
+        assert command() == 0
+        lines.append(capsys.readouterr().out)
+    assert lines[0] == lines[1] != ""

@@ -2189,7 +2189,14 @@ class ByteTokenizer:
     def special_tokens(self) -> dict[str, str]:
         return special_tokens(self.files)
 
-    apply_chat_template = Tokenizer.apply_chat_template
+    def apply_chat_template(
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        add_generation_prompt: bool = False,
+        **variables,
+    ) -> str:
+        return render_chat(self, messages, tools, add_generation_prompt, **variables)[0]
 
     @property
     def files(self) -> dict[str, bytes]:

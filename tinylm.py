@@ -3752,7 +3752,9 @@ def flat_rope(row: Family, raw: dict, source: str, ignored: list):
         return
     if kind in ROPE_OPTIONS:
         length = raw["max_position_embeddings"]
-        original = rope[ORIGINAL] = rope.get(ORIGINAL, length) if beside is None else beside
+        if beside is not None:
+            rope[ORIGINAL] = beside
+        original = rope.get(ORIGINAL, length)
         require(
             is_number_in(original, 1, 2**31),
             f"{source}: {ORIGINAL} = {original!r}, expected a size",

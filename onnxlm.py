@@ -515,10 +515,7 @@ _ROBERTA = _SENTENCEPIECE | {
 _BERT = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")}
 CLASS_TOKENS = {  # tokenizer class of transformers -> the special tokens that it has where no file says otherwise
     "BertTokenizer": _BERT,
-    "DistilBertTokenizer": _BERT,
-    "ElectraTokenizer": _BERT,
     "RobertaTokenizer": _ROBERTA,
-    "BartTokenizer": _ROBERTA,
     "XLMRobertaTokenizer": _ROBERTA,
     "MBartTokenizer": _ROBERTA,
     "LlamaTokenizer": _SENTENCEPIECE,
@@ -530,6 +527,11 @@ CLASS_TOKENS = {  # tokenizer class of transformers -> the special tokens that i
     "GemmaTokenizer": {
         f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")
     },
+}
+SAME_TOKENIZERS = {  # a second name of a class -> the class
+    "DistilBertTokenizer": "BertTokenizer",
+    "ElectraTokenizer": "BertTokenizer",
+    "BartTokenizer": "RobertaTokenizer",
 }
 MODEL_TOKENIZERS = {  # model_type -> tokenizer class of transformers; "": whatever tokenizer.json says
     "bert": "BertTokenizer",
@@ -576,6 +578,7 @@ def tokenizer_class(files: dict[str, bytes], hf_config: dict) -> str:
     """The class of transformers that its AutoTokenizer takes; "" where it goes by tokenizer.json alone."""
     declared = parse_json_file(files, "tokenizer_config.json").get("tokenizer_class")
     declared = str(declared or hf_config.get("tokenizer_class") or "").removesuffix("Fast")
+    declared = SAME_TOKENIZERS.get(declared, declared)
     registered = MODEL_TOKENIZERS.get(hf_config.get("model_type"))
     if declared == "LlamaTokenizer" and hf_config.get("model_type") != "qwen2":
         if b'"ByteLevel"' in files.get("tokenizer.json", b""):  # Llama 3

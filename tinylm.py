@@ -1975,10 +1975,7 @@ _ROBERTA = _SENTENCEPIECE | {
 _BERT = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")}
 CLASS_TOKENS = {  # tokenizer class of transformers -> the special tokens that it has where no file says otherwise
     "BertTokenizer": _BERT,
-    "DistilBertTokenizer": _BERT,
-    "ElectraTokenizer": _BERT,
     "RobertaTokenizer": _ROBERTA,
-    "BartTokenizer": _ROBERTA,
     "XLMRobertaTokenizer": _ROBERTA,
     "MBartTokenizer": _ROBERTA,
     "LlamaTokenizer": _SENTENCEPIECE,
@@ -1990,6 +1987,11 @@ CLASS_TOKENS = {  # tokenizer class of transformers -> the special tokens that i
     "GemmaTokenizer": {
         f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")
     },
+}
+SAME_TOKENIZERS = {  # a second name of a class -> the class
+    "DistilBertTokenizer": "BertTokenizer",
+    "ElectraTokenizer": "BertTokenizer",
+    "BartTokenizer": "RobertaTokenizer",
 }
 MODEL_TOKENIZERS = {  # model_type -> tokenizer class of transformers; "": whatever tokenizer.json says
     "bert": "BertTokenizer",
@@ -2036,6 +2038,7 @@ def tokenizer_class(files: dict[str, bytes], hf_config: dict) -> str:
     """The class of transformers that its AutoTokenizer takes; "" where it goes by tokenizer.json alone."""
     declared = parse_json_file(files, "tokenizer_config.json").get("tokenizer_class")
     declared = str(declared or hf_config.get("tokenizer_class") or "").removesuffix("Fast")
+    declared = SAME_TOKENIZERS.get(declared, declared)
     registered = MODEL_TOKENIZERS.get(hf_config.get("model_type"))
     if declared == "LlamaTokenizer" and hf_config.get("model_type") != "qwen2":
         if b'"ByteLevel"' in files.get("tokenizer.json", b""):  # Llama 3
@@ -2205,34 +2208,13 @@ class ByteTokenizer:
         moved = [b for b in range(256) if b not in plain]
         vocab = {chr(b if b in plain else 256 + moved.index(b)): b for b in range(256)}
         added = [
-            {
-                "id": 256 + i,
-                "content": name,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for i, name in enumerate(self.specials)
+            {"id": i} | added_token(name, special=True) for i, name in enumerate(self.specials, 256)
         ]
         level = {
             "type": "ByteLevel",
             "add_prefix_space": False,
             "trim_offsets": False,
             "use_regex": False,
-        }
-        model = {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": [],
         }
         tokenizer = {
             "version": "1.0",
@@ -2243,7 +2225,7 @@ class ByteTokenizer:
             "pre_tokenizer": level,
             "post_processor": None,
             "decoder": level,
-            "model": model,
+            "model": {"type": "BPE"} | BPE_OPTIONS | {"vocab": vocab, "merges": []},
         }
         return {
             "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False).encode("utf-8"),
@@ -2308,93 +2290,68 @@ def resolve_tokenizer(files: dict[str, bytes], hf_config: dict) -> dict[str, byt
     else:
         kind, files = kind_of_vocabulary(files, kind, config)
     spec = json.loads(files["tokenizer.json"])
-    model = spec["model"]
-    before = spec.get("added_tokens") or []
-    tokens = special_tokens(files, hf_config, spec.get("padding"))
+    model, before = spec["model"], spec.get("added_tokens") or []
     model_type, pipeline = CLASS_PIPELINES.get(kind, (None, None))
-    by_class = pipeline is not None and model_type == model.get("type")
-    parts = pipeline(config, tokens, spec) if by_class else {}
-    found = tokens_to_add(files, tokens, before, kind if parts else "")
-    have = {token["content"]: token for token in before}
-    same_tokens = all(is_same_token(token, have.get(token.content)) for token in found)
-    same_tokens &= not parts or len(found) == len(have)
-    same_parts = all(has_parts(spec.get(name), part) for name, part in parts.items())
-    if same_tokens and same_parts:
-        backend = None
-        vocabulary = model["vocab"]
-        if isinstance(vocabulary, list):
-            vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
-        ids = vocabulary | {token["content"]: token["id"] for token in before}
-    else:
-        if parts:
-            parts["model"] = model | parts["model"]
-            spec = spec | parts | {"added_tokens": []}
-        backend = Backend.from_str(json.dumps(spec))
-        backend.add_tokens(found)
-        ids = backend.get_vocab()
-    around = class_post_processor(kind, config, tokens, ids) if parts else None
-    if backend is None and (around is None or has_parts(spec.get("post_processor"), around)):
+    if model_type != model.get("type"):
+        kind, pipeline = "", None
+    tokens = special_tokens(files, hf_config, spec.get("padding"))
+    added = find_added_tokens(files, tokens, before, kind)
+    ids = token_ids(model["vocab"], added)
+    # What is small of tokenizer.json, for the library to write.
+    empty = {"type": "BPE", "vocab": {}, "merges": []}
+    backend = Backend.from_str(json.dumps(spec | {"model": empty, "added_tokens": []}))
+    written = backend.to_str()
+    if pipeline:
+        model = model | pipeline(backend, kind, config, tokens)
+        backend.post_processor = around_texts(kind, config, tokens, ids) or backend.post_processor
+    same = added == {token["content"]: added_token(token) for token in before}
+    # What is null, empty or false need not be there.
+    same &= all((spec["model"].get(name) or None) == (model[name] or None) for name in model)
+    if same and backend.to_str() == written:
         return files
-    resolved = json.loads(backend.to_str()) if backend else spec
-    if around:
-        resolved["post_processor"] = around
-    return files | {"tokenizer.json": json.dumps(resolved, ensure_ascii=False).encode("utf-8")}
-
-
-def is_same_token(token, written: dict | None) -> bool:
-    """Is it an added token that tokenizer.json has, with the same flags?"""
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return written is not None and all(getattr(token, name) == written[name] for name in flags)
-
-
-def has_parts(spec, parts) -> bool:
-    """Does a piece of tokenizer.json say what the parts say? What is null, empty or false need not be there."""
-    if isinstance(parts, dict) and isinstance(spec, dict):
-        return all(has_parts(spec.get(name), part) for name, part in parts.items())
-    if isinstance(parts, list) and isinstance(spec, list):
-        return len(parts) == len(spec) and all(map(has_parts, spec, parts))
-    return spec == parts or not spec and not parts
+    spec = json.loads(backend.to_str()) | {"model": model}
+    spec["added_tokens"] = [{"id": ids[text]} | token for text, token in added.items()]
+    return files | {"tokenizer.json": json.dumps(spec, ensure_ascii=False).encode("utf-8")}
 
 
 def kind_of_vocabulary(files: dict[str, bytes], kind: str, config: dict) -> tuple[str, dict]:
     """(tokenizer class, files with a tokenizer.json) of a folder that has a vocabulary in other files."""
     declared = config.get("tokenizer_class")
     if "vocab.txt" in files:
-        model, default = "WordPiece", "BertTokenizer"
+        default = "BertTokenizer"
         lines = files["vocab.txt"].decode("utf-8").removesuffix("\n").split("\n")
-        content = {"type": model, "vocab": {line.rstrip(): i for i, line in enumerate(lines)}}
-        content |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
-        content["unk_token"] = "[UNK]"
+        model = {"type": "WordPiece", "vocab": {line.rstrip(): i for i, line in enumerate(lines)}}
     else:
-        model, default = "BPE", "GPT2Tokenizer"
+        default = "GPT2Tokenizer"
         lines = files["merges.txt"].decode("utf-8").split("\n")
         merges = [line.rstrip("\r") for line in lines if line.strip() and line[:8] != "#version"]
-        content = {"type": model, "vocab": json.loads(files["vocab.json"]), "merges": merges}
+        model = {"type": "BPE", "vocab": json.loads(files["vocab.json"]), "merges": merges}
     kind = kind or ("" if declared else default)
     require(
-        CLASS_PIPELINES.get(kind, (None,))[0] == model,
+        CLASS_PIPELINES.get(kind, (None,))[0] == model["type"],
         f"tokenizer_class = {declared or kind!r} without a tokenizer.json is not supported",
     )
     files = {"tokenizer_config.json": json.dumps({"tokenizer_class": kind}).encode()} | files
-    spec = {"version": "1.0", "added_tokens": [], "model": content}
-    return kind, files | {"tokenizer.json": json.dumps(spec).encode()}
+    return kind, files | {"tokenizer.json": json.dumps({"model": model}).encode()}
 
 
-def tokens_to_add(files: dict[str, bytes], tokens: dict[str, str], before: list, kind: str) -> list:
-    """What the files name beside the vocabulary, in transformers' order: by id, then the special tokens."""
-    from tokenizers import AddedToken
+def added_token(value: str | dict, **flags) -> dict:
+    """A token beside the vocabulary as tokenizer.json has it, but for its id: of its text, or of an object of a file."""
+    given = ({"content": value} if isinstance(value, str) else value) | flags
+    special = given.get("special", False)
+    token = dict.fromkeys(("content", "single_word", "lstrip", "rstrip"), False)
+    token |= {"normalized": not special, "special": special}
+    return token | {name: given[name] for name in token if name in given}
 
-    def added(value, **flags) -> AddedToken:
-        fields = {"content": value} if isinstance(value, str) else dict(value)
-        for name in ("id", "__type"):
-            fields.pop(name, None)
-        return AddedToken(**fields | flags)
 
+def find_added_tokens(
+    files: dict[str, bytes], tokens: dict[str, str], before: list, kind: str
+) -> dict[str, dict]:
+    """Text -> `added_token` of what stands beside the vocabulary, in transformers' order: what tokenizer.json has, unless
+    the class makes its own (`kind`), what other files have by id, the special tokens."""
     config = parse_json_file(files, "tokenizer_config.json")
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    by_id = {}
-    for i, value in (config.get("added_tokens_decoder") or {}).items():
-        by_id[int(i)] = added(value)
+    by_id = {int(i): added_token(v) for i, v in (config.get("added_tokens_decoder") or {}).items()}
     if "added_tokens_decoder" not in config:  # older files, else ignored
         named = parse_json_file(files, "special_tokens_map.json")
         config = config | named
@@ -2403,37 +2360,41 @@ def tokens_to_add(files: dict[str, bytes], tokens: dict[str, str], before: list,
             extra = [*extra, *(named.get("extra_special_tokens") or [])]
         special = {*tokens.values(), *map(str, extra)}
         for text, i in parse_json_file(files, "added_tokens.json").items():
-            by_id[i] = added(text, normalized=text not in special, special=text in special)
-        for value in before:
-            by_id[value["id"]] = added(value)
+            by_id[i] = added_token(text, special=text in special)
+        by_id |= {token["id"]: added_token(token) for token in before}
     if isinstance(extra, dict):  # names of their own, which are among the tokens already
         extra = []
     if kind == "T5Tokenizer" and not config.get("additional_special_tokens"):
         extra = [*extra, *(f"<extra_id_{i}>" for i in range(config.get("extra_ids", 100)))]
-    found = [token for _, token in sorted(by_id.items(), key=lambda item: item[0])]
-    known = {token.content for token in found}
-    if not kind:  # tokenizer.json's own stay
-        known |= {value["content"] for value in before}
-    for name, text in [*tokens.items(), *((None, value) for value in extra)]:
-        value = config.get(name, text) if name else text
-        token = added(value if isinstance(value, dict) else text, special=True)
-        if token.content and token.content not in known:
-            found.append(token)
-            known.add(token.content)
-    special = {*tokens.values(), *(value["content"] for value in before if value["special"])}
-    for token in found:
-        token.special = token.special or token.content in special
+    found = {} if kind else {token["content"]: added_token(token) for token in before}
+    found |= {by_id[i]["content"]: by_id[i] for i in sorted(by_id)}
+    named = [config[n] if isinstance(config.get(n), dict) else text for n, text in tokens.items()]
+    for value in filter(None, [*named, *extra]):
+        token = added_token(value, special=True)
+        found.setdefault(token["content"], token)
+    special = {*tokens.values(), *(token["content"] for token in before if token["special"])}
+    for text, token in found.items():
+        token["special"] |= text in special
     return found
 
 
-# Classes of transformers that make their own pipeline of tokenizer_config.json and of tokenizer.json's vocabulary:
-# (config, special tokens, tokenizer.json) -> the parts of tokenizer.json that they write.
-BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True)
-BYTE_LEVEL_BPE = {
+def token_ids(vocabulary: dict | list, added: dict) -> dict[str, int]:
+    """Token -> id, where the library numbers what is added."""
+    if isinstance(vocabulary, list):
+        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+    ids, free = dict(vocabulary), len(vocabulary)
+    for text in added:
+        free = max(free, ids.setdefault(text, free) + 1)
+    return ids
+
+
+# What classes of transformers make of tokenizer_config.json in place of what tokenizer.json says: (the library's tokenizer,
+# class, config, special tokens); each sets what stands before and behind the model and returns what it changes of it.
+BPE_OPTIONS = {  # of a plain one
     "dropout": None,
     "unk_token": None,
-    "continuing_subword_prefix": "",
-    "end_of_word_suffix": "",
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
     "fuse_unk": False,
     "byte_fallback": False,
     "ignore_merges": False,
@@ -2441,173 +2402,104 @@ BYTE_LEVEL_BPE = {
 QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def sequence(kind: str, *parts: dict) -> dict:
-    return {"type": "Sequence", kind: list(parts)}
+def bert_pipeline(backend, kind, config, tokens) -> dict:
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    backend.normalizer = normalizers.BertNormalizer(
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=config.get("do_lower_case", True),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    model = {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    return model | {"unk_token": tokens["unk_token"]}
 
 
-def metaspace(scheme: str, split: bool = True) -> dict:
-    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+def byte_level_pipeline(backend, kind, config, tokens) -> dict:
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
+    qwen = kind == "Qwen2Tokenizer"
+    prefix = bool(config.get("add_prefix_space"))
+    words = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not qwen)
+    if qwen:
+        split = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
+        words = pre_tokenizers.Sequence([split, words])
+    backend.normalizer = normalizers.NFC() if qwen else None
+    backend.pre_tokenizer = words
+    backend.decoder = decoders.ByteLevel()
+    return BPE_OPTIONS
 
 
-def byte_level_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
-    words = BYTE_LEVEL | {"add_prefix_space": bool(config.get("add_prefix_space"))}
-    return {
-        "normalizer": None,
-        "pre_tokenizer": words,
-        "decoder": BYTE_LEVEL,
-        "model": BYTE_LEVEL_BPE,
-    }
+def sentencepiece_pipeline(backend, kind, config, tokens) -> dict:
+    from tokenizers import decoders, normalizers, pre_tokenizers
 
-
-def qwen2_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
-    words = {
-        "type": "Split",
-        "pattern": {"Regex": QWEN2_WORDS},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    parts = byte_level_pipeline(config, tokens, spec)
-    bytes_of_words = parts["pre_tokenizer"] | {"use_regex": False}
-    parts["normalizer"] = {"type": "NFC"}
-    parts["pre_tokenizer"] = sequence("pretokenizers", words, bytes_of_words)
-    return parts
-
-
-def bert_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
-    normalizer = {
-        "type": "BertNormalizer",
-        "clean_text": True,
-        "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
-        "strip_accents": config.get("strip_accents"),
-        "lowercase": config.get("do_lower_case", True),
-    }
-    return {
-        "normalizer": normalizer,
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
-        "model": {"unk_token": tokens["unk_token"]},
-    }
-
-
-def llama_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
-    prefix = config.get("add_prefix_space") in (None, True)
+    gemma = kind == "GemmaTokenizer"
+    prefix = not gemma and config.get("add_prefix_space") in (None, True)
     scheme = "never" if not prefix else "always" if config.get("legacy") else "first"
-    decoders = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
+    words = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    model = BYTE_LEVEL_BPE | {"fuse_unk": True, "byte_fallback": True}
-    model |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}
-    return {
-        "normalizer": None,
-        "pre_tokenizer": metaspace(scheme, split=False),
-        "decoder": sequence("decoders", *decoders),
-        "model": model,
-    }
+        steps.append(decoders.Strip(" ", 1))
+    if gemma:
+        words = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.normalizer = normalizers.Replace(" ", "▁") if gemma else None
+    backend.pre_tokenizer = words
+    backend.decoder = decoders.Sequence(steps)
+    unknown = tokens.get("unk_token") if gemma else None
+    return BPE_OPTIONS | {"fuse_unk": True, "byte_fallback": True, "unk_token": unknown}
 
 
-def gemma_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
-    parts = llama_pipeline({"add_prefix_space": False}, tokens, spec)
-    space = {"String": " "}
-    parts["normalizer"] = {"type": "Replace", "pattern": space, "content": "▁"}
-    parts["pre_tokenizer"] = {
-        "type": "Split",
-        "pattern": space,
-        "behavior": "MergedWithPrevious",
-        "invert": False,
-    }
-    parts["model"] |= {"unk_token": tokens.get("unk_token")}
-    return parts
+def unigram_pipeline(backend, kind, config, tokens) -> dict:
+    """A normalizer that comes from SentencePiece stays."""
+    from tokenizers import decoders, normalizers, pre_tokenizers
 
-
-def unigram_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
-    """XLM-RoBERTa's and T5's; a normalizer that comes from SentencePiece stays."""
-    normalizer = spec.get("normalizer") or {}
-    normalizers = normalizer.get("normalizers", [normalizer])
-    charsmap = [part for part in normalizers if part.get("type") == "Precompiled"]
+    parts = backend.normalizer
+    parts = parts if isinstance(parts, normalizers.Sequence) else [parts]
+    charsmaps = [part for part in parts if isinstance(part, normalizers.Precompiled)]
     scheme = "always" if config.get("add_prefix_space", True) else "never"
-    return {
-        "normalizer": charsmap[0] if charsmap else None,
-        "pre_tokenizer": sequence("pretokenizers", {"type": "WhitespaceSplit"}, metaspace(scheme)),
-        "decoder": metaspace(scheme),
-        "model": {"byte_fallback": False, "unk_id": 3},
-    }
-
-
-def t5_pipeline(config: dict, tokens: dict, spec: dict) -> dict:
-    parts = unigram_pipeline(config, tokens, spec)
-    parts["model"]["unk_id"] = 2
-    return parts
+    words = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.normalizer = next(iter(charsmaps), None)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    return {"byte_fallback": False, "unk_id": 2 if kind == "T5Tokenizer" else 3}
 
 
 CLASS_PIPELINES = {  # class -> (type of its model in tokenizer.json, its pipeline)
     "BertTokenizer": ("WordPiece", bert_pipeline),
-    "DistilBertTokenizer": ("WordPiece", bert_pipeline),
-    "ElectraTokenizer": ("WordPiece", bert_pipeline),
     "RobertaTokenizer": ("BPE", byte_level_pipeline),
-    "BartTokenizer": ("BPE", byte_level_pipeline),
     "GPT2Tokenizer": ("BPE", byte_level_pipeline),
-    "Qwen2Tokenizer": ("BPE", qwen2_pipeline),
-    "LlamaTokenizer": ("BPE", llama_pipeline),
-    "GemmaTokenizer": ("BPE", gemma_pipeline),
+    "Qwen2Tokenizer": ("BPE", byte_level_pipeline),
+    "LlamaTokenizer": ("BPE", sentencepiece_pipeline),
+    "GemmaTokenizer": ("BPE", sentencepiece_pipeline),
     "XLMRobertaTokenizer": ("Unigram", unigram_pipeline),
-    "T5Tokenizer": ("Unigram", t5_pipeline),
+    "T5Tokenizer": ("Unigram", unigram_pipeline),
 }
 
 
-def class_post_processor(kind: str, config: dict, tokens: dict, ids: dict) -> dict | None:
-    """The special tokens that a class puts around a text, as tokenizer.json says it; None: those of tokenizer.json.
-    ids: token -> id."""
+def around_texts(kind: str, config: dict, tokens: dict[str, str], ids: dict[str, int]):
+    """The post-processor that puts a class's special tokens around texts; None: tokenizer.json's. ids: text -> id."""
+    from tokenizers import processors
 
-    def template(single: list, pair: list) -> dict:
-        """A and B are the texts, what else there is are tokens; all of type 0, but for what follows the B of Bert's."""
-        used = dict.fromkeys(name for name in pair if name not in ("A", "B"))
-        special = {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in used}
-
-        def pieces(names: list, types: list) -> list:
-            return [
-                {"Sequence" if name in ("A", "B") else "SpecialToken": {"id": name, "type_id": i}}
-                for name, i in zip(names, types)
-            ]
-
-        types = [0] * len(pair)
-        if bert or explicit:
-            first = pair.index("B") - (explicit and bool(config.get("add_bos_token")))
-            types[first:] = [1] * (len(pair) - first)
-        return {
-            "type": "TemplateProcessing",
-            "single": pieces(single, [0] * len(single)),
-            "pair": pieces(pair, types),
-            "special_tokens": special,
-        }
-
-    bert = CLASS_PIPELINES[kind][0] == "WordPiece"
-    explicit = not bert and bool(config.get("add_bos_token") or config.get("add_eos_token"))
-    if bert:
-        start, end = tokens["cls_token"], tokens["sep_token"]
-        return template([start, "A", end], [start, "A", end, "B", end])
-    if kind in ("RobertaTokenizer", "BartTokenizer"):
-        sep, cls = tokens["sep_token"], tokens["cls_token"]
-        return {
-            "type": "RobertaProcessing",
-            "sep": [sep, ids[sep]],
-            "cls": [cls, ids[cls]],
-            "trim_offsets": config.get("trim_offsets", True),
-            "add_prefix_space": bool(config.get("add_prefix_space")),
-        }
-    if kind == "XLMRobertaTokenizer":
-        start, end = tokens["bos_token"], tokens["eos_token"]
-        return template([start, "A", end], [start, "A", end, end, "B", end])
-    if kind == "T5Tokenizer":
-        return template(["A", "</s>"], ["A", "</s>", "B", "</s>"])
-    if explicit:
-        start = [tokens["bos_token"]] if config.get("add_bos_token") else []
-        end = [tokens["eos_token"]] if config.get("add_eos_token") else []
-        return template([*start, "A", *end], [*start, "A", *end, *start, "B", *end])
-    return None
+    bos, eos, cls, sep = (tokens.get(f"{name}_token") for name in ("bos", "eos", "cls", "sep"))
+    start = [bos] if bos and config.get("add_bos_token") else []
+    end = [eos] if eos and config.get("add_eos_token") else []
+    if kind == "RobertaTokenizer":
+        trim, prefix = config.get("trim_offsets", True), bool(config.get("add_prefix_space"))
+        return processors.RobertaProcessing((sep, ids[sep]), (cls, ids[cls]), trim, prefix)
+    if kind == "BertTokenizer":
+        pair = [cls, "$A", sep, "$B:1", f"{sep}:1"]
+    elif kind == "XLMRobertaTokenizer":
+        pair = [bos, "$A", eos, eos, "$B", eos]
+    elif kind == "T5Tokenizer":
+        pair = ["$A", eos, "$B", eos]
+    elif start or end:
+        pair = [*start, "$A", *end, *(f"{piece}:1" for piece in (*start, "$B", *end))]
+    else:
+        return None
+    single = pair[: (len(pair) + 1) // 2]  # a text alone has what stands around the first
+    special = [(text, ids[text]) for text in (bos, eos, cls, sep) if text in single]
+    return processors.TemplateProcessing(single, pair, special)
 
 
 # Chat templates are programs that come with a checkpoint. They run in jinja2's sandbox, and there in bounds.

@@ -1,16 +1,17 @@
 """Fine-tuning MiniLM on rt-polarity, tinylm's command against a plain transformers loop, in one run: time and accuracy.
 Then a classifier from scratch, and the other jobs, each beside what one has without training.
 
-    python tests/bench/finetune.py [sentiment] [scratch] [qa] [tags] [summary] [mlm]
+    python tests/bench/finetune.py [sentiment] [scratch] [qa] [tags] [summary] [mlm] [translation]
 
-The last tenth of each file of rt-polarity, the last fifth of xquad's paragraphs and the last tenth of scitldr's training
-file are held out. `summary` needs `pip install rouge_score`.
+The last tenth of each file of rt-polarity, the last fifth of xquad's paragraphs, the last tenth of scitldr's training
+file and 500 of the English texts are held out. `summary` needs `pip install rouge_score`, `translation` sacrebleu.
 """
 
 import json
 import os
 import random
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,11 +22,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
-from conftest import fetch_minilm
+from conftest import CACHE, fetch_minilm, move, wheel_contents
 
 torch.set_num_threads(os.cpu_count())  # which conftest lowers for small models
 
 DATA = ROOT.parent / "shared" / "data"
+CATALOGUES = (  # wheels of programs that are translated into French; their code is not used
+    "pretix==2026.8.0",
+    "gramps==6.0.8",
+    "misago==0.39.6",
+    "mayan-edms==4.12.2",
+)
 
 
 def rt_polarity(folder):
@@ -84,6 +91,44 @@ def punctuation(path):
             json.dumps({"tokens": [word for word, _ in words], "tags": [tag for _, tag in words]})
         )
     return write(path.with_name("tags-" + path.name), "\n".join(rows))
+
+
+def english_french(folder):
+    """What programs say, in English and in French: short lines without markup and placeholders, in jsonl to train on and
+    held out. No English text is in both. Made once, in the cache of the tests' models."""
+    done = CACHE / "english-french.jsonl"
+    if not done.exists():
+        pairs = {}
+        for wheel in CATALOGUES:
+            with wheel_contents(wheel) as work:
+                for path in sorted(work.rglob("fr/LC_MESSAGES/*.mo")):
+                    for texts in messages(path):
+                        if all(map(is_plain, texts)) and texts[0].lower() != texts[1].lower():
+                            pairs.setdefault(re.sub(r"\W+", " ", texts[0].lower()).strip(), texts)
+        rows = [json.dumps(dict(zip(("source", "target"), texts))) for texts in pairs.values()]
+        random.Random(0).shuffle(rows)
+        move(write(done.with_suffix(".tmp"), "\n".join(rows)), done)
+    rows = done.read_text(encoding="utf-8").split("\n")
+    return [
+        write(folder / f"french-{name}.jsonl", "\n".join(some))
+        for name, some in (("train", rows[500:]), ("test", rows[:500]))
+    ]
+
+
+def messages(path):
+    """The texts of a compiled gettext catalogue, and their translations."""
+    data = path.read_bytes()
+    columns = []
+    count, *tables = struct.unpack("<3I", data[8:20])
+    for table in tables:
+        places = struct.iter_unpack("<II", data[table : table + 8 * count])
+        columns.append([data[start : start + size].decode() for size, start in places])
+    for english, french in zip(*columns):
+        yield english.split("\4")[-1].strip(), french.strip()  # before \4 stands a context
+
+
+def is_plain(text):
+    return 2 <= len(text.split()) <= 20 and not re.search(r"[][%{}<>&$|\\_=#@/\n\0]|\(s\)", text)
 
 
 def write(path, text):
@@ -190,7 +235,7 @@ def scratch(folder):
 
 def lexical(test):
     """Span F1 of the sentence that shares most words with the question."""
-    from tinylm import overlap, plain
+    from train import overlap, plain
 
     scores = []
     for paragraph in (
@@ -300,7 +345,75 @@ def mlm(folder):
     )
 
 
-JOBS = dict(sentiment=sentiment, scratch=scratch, qa=qa, tags=tags, summary=summary, mlm=mlm)
+def translation(folder):
+    from sacrebleu import corpus_bleu
+
+    train, test = english_french(folder)
+    best = folder / "translation" / "best"
+    seconds, log = tinylm(
+        "train",
+        train,
+        "--task",
+        "seq2seq",
+        "--val",
+        test,
+        "--size",
+        "pico",
+        "--vocab",
+        2048,
+        "--batch",
+        64,
+        "--epochs",
+        6,
+        "--lr",
+        0.02,
+        "--adam-lr",
+        4e-3,
+        "--out",
+        best.parent,
+    )
+    steps = int(re.findall(r"(\d+) steps in", log)[-1])
+    evaluating, log = tinylm("eval", best, test)
+    true = [row["target"] for row in rows_of(test)]
+    alike = corpus_bleu(most_alike(train, test), [true]).score
+    print(
+        f"tinylm, English to French from scratch: {seconds:.0f} s, {steps} steps, perplexity "
+        f"{last('perplexity', log):.1f}, BLEU {last('BLEU', log):.1f} (eval {evaluating:.0f} s); "
+        f"the French of the English text most alike {alike:.1f}"
+    )
+    some = [row["source"] for row in rows_of(test)[:8]]
+    for source, written in zip(some, tinylm("run", best, *some)[1].strip().split("\n")):
+        print(f"  {source}  ->  {written}", flush=True)
+
+
+def most_alike(train, test):
+    """For each text held out the French of the one in training that shares most words with it."""
+    known = [(words(row["source"]), row["target"]) for row in rows_of(train)]
+    found = []
+    for asked in (words(row["source"]) for row in rows_of(test)):
+        found.append(
+            max(known, key=lambda pair: len(asked & pair[0]) / max(len(asked | pair[0]), 1))[1]
+        )
+    return found
+
+
+def words(text):
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")]
+
+
+JOBS = dict(
+    sentiment=sentiment,
+    scratch=scratch,
+    qa=qa,
+    tags=tags,
+    summary=summary,
+    mlm=mlm,
+    translation=translation,
+)
 
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")

@@ -584,7 +584,13 @@ def trace(lm, graph: Graph, blocks: dict = {}):
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
         logging.ERROR
     )  # "no torchvision"
-    with torch.no_grad(), single_operators(lm, graph, blocks), warnings.catch_warnings():
+    with (
+        torch.no_grad(),
+        single_operators(lm, graph, blocks),
+        warnings.catch_warnings(),
+        # to compare symbolic shapes with those of earlier calls takes longer than to compute them
+        torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
+    ):
         # that axes share names, as they should, and torch's own deprecations
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

@@ -245,8 +245,9 @@ class OnnxLM:
         self.vocab_size = self.config["vocab_size"]
         self.max_length = (self.encoder or self.session).limit
         self.task = task_of(self.config, self.folder)
+        self.block = trained_block(self.folder)
         if not {*names} <= VERIFIED_PROVIDERS:
-            self._compare(OnnxLM(folder, self.precision, [CPU], threads))
+            self._compare_with_cpu(threads)
 
     def _graphs(self, stems: tuple, precision: str | None) -> tuple[str, list[Path]]:
         """The precision, else the first that is there, and its files."""
@@ -261,8 +262,9 @@ class OnnxLM:
             f"{precision or 'fp32'}`"
         )
 
-    def _compare(self, other: OnnxLM, tolerance: float = 0.02):
-        """Raise Error where a batch, and with a cache a step after it, differ from those of another session."""
+    def _compare_with_cpu(self, threads: int | None, tolerance: float = 0.02):
+        """Raise Error where a batch, and with a cache a step after it, differ from those on a CPU."""
+        other = OnnxLM(self.folder, self.precision, [CPU], threads)
         ids = (np.arange(16).reshape(2, 8) * 7 + 1) % self.vocab_size
         mask = np.ones_like(ids)
         results = []
@@ -2005,6 +2007,12 @@ def task_of(config: dict, folder: Path | None = None) -> str:
     return next((task for end, task in ARCHITECTURES.items() if name.endswith(end)), "lm")
 
 
+def trained_block(folder: str | Path | None) -> int | None:
+    """How many tokens of a text the model was trained on, where a training has left that beside it."""
+    block = read_json(Path(folder) / TRAINING, {}).get("block") if folder else None
+    return block if is_number_in(block, 1, 2**31, int) else None
+
+
 def run(
     model, texts: list[str], pairs: list | None = None, batch: int = 32, **options
 ) -> list[list[dict]]:
@@ -2020,9 +2028,8 @@ def run(
         is_number_in(batch, 1, 2**31, numbers.Integral),
         f"batch = {batch!r}, expected a positive number",
     )
-    trained = read_json(Path(model.folder) / TRAINING, {}) if model.folder else {}
-    if model.task in CUT and is_number_in(trained.get("block"), 1, 2**31, int):
-        options.setdefault("limit", trained["block"])
+    if model.task in CUT and model.block:
+        options.setdefault("limit", model.block)
     results: dict = {}
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]) - len(pairs[i] or ""))
     for at in range(0, len(order), batch):

@@ -1200,6 +1200,12 @@ class TinyLM(Stack):
         """
         save_model(self, Path(folder))
 
+    def compile(self, *arguments, **options):
+        """As of any module, with einops as operations of the graph: to trace its parser at each call takes longer than
+        all the rest."""
+        torch.compiler.allow_in_graph(rearrange)
+        super().compile(*arguments, **options)
+
     def __getstate__(self):
         """Copies compile for themselves."""
         return self.__dict__ | {"_compiled": None, "_states": {}}
@@ -1768,6 +1774,7 @@ def decode_one_token(lm: TinyLM, state: DecodeState, config: GenerationConfig, c
 def compiled_step(lm: TinyLM) -> Callable:
     """`decode_one_token`, compiled once for a model; CUDA graphs on CUDA."""
     if lm._compiled is None:
+        torch.compiler.allow_in_graph(rearrange)
         mode = "reduce-overhead" if lm.device.type == "cuda" else None
         lm._compiled = torch.compile(
             decode_one_token, fullgraph=True, dynamic=False, mode=mode, recompile_limit=256

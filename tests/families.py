@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -51,7 +52,7 @@ def common(**changes):
         vocab_size=211,
         hidden_size=60,
         intermediate_size=82,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -70,7 +71,7 @@ def gpt2(**changes):
     sizes = dict(
         vocab_size=211,
         n_embd=60,
-        n_layer=3,
+        n_layer=2,
         n_head=5,
         n_positions=64,
         bos_token_id=1,
@@ -85,17 +86,12 @@ def gpt2(**changes):
 def gemma3(**changes):
     local = dict(full_attention=rope(theta=5000.0), sliding_attention=rope(theta=100.0))
     fields = dict(
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         head_dim=14,
         query_pre_attn_scalar=19,
         sliding_window=6,
         rope_parameters=local,
-        layer_types=[
-            "sliding_attention",
-            "sliding_attention",
-            "full_attention",
-            "sliding_attention",
-        ],
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     )
     return common(**fields | changes)
 
@@ -105,7 +101,7 @@ CASES = [
     for name, fields in {
         "gpt2": gpt2(),
         "gpt2-inner": gpt2(
-            n_inner=101, activation_function="gelu", layer_norm_epsilon=1e-3, n_layer=4
+            n_inner=101, activation_function="gelu", layer_norm_epsilon=1e-3, n_layer=3
         ),
         "gpt2-relu": gpt2(activation_function="relu"),
         "llama": common(rope_parameters=rope()),
@@ -114,7 +110,7 @@ CASES = [
             tie_word_embeddings=True, head_dim=8, num_key_value_heads=3, hidden_act="gelu"
         ),
         "llama-mha": common(
-            num_key_value_heads=6, num_hidden_layers=4, hidden_act="gelu_pytorch_tanh"
+            num_key_value_heads=6, num_hidden_layers=3, hidden_act="gelu_pytorch_tanh"
         ),
         "llama-mqa": common(num_key_value_heads=1, head_dim=22, hidden_act="relu"),
         "llama-linear": common(rope_parameters=rope("linear", factor=2.5)),
@@ -152,10 +148,10 @@ CASES = [
         "mistral-full": common(sliding_window=None, rope_parameters=rope(theta=1e6)),
         "qwen2": common(),
         "qwen2-window": common(
-            num_hidden_layers=4,
+            num_hidden_layers=3,
             use_sliding_window=True,
             sliding_window=5,
-            max_window_layers=2,
+            max_window_layers=1,
             tie_word_embeddings=True,
         ),
         "qwen3": common(head_dim=16),
@@ -174,7 +170,7 @@ CASES = [
             head_dim=18, num_key_value_heads=1, rms_norm_eps=1e-2, rope_parameters=rope(theta=50.0)
         ),
         "gemma2": common(
-            num_hidden_layers=4,
+            num_hidden_layers=3,
             head_dim=14,
             sliding_window=6,
             query_pre_attn_scalar=19,
@@ -217,6 +213,14 @@ FAMILIES = [
 ]  # one case of each, where one is enough
 
 
+QUICK = {"gpt2", "llama", "qwen3", "gemma3_text", "olmo2", "llama-dynamic", "phi3-window"}
+
+
+def some_slow(cases):
+    """Those that have in them what the others have, and the others marked as slow."""
+    return [c if c.name in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in cases]
+
+
 # ---- encoders and classifiers ---------------------------------------------------------------------------------------
 
 
@@ -237,7 +241,7 @@ def bert(**changes):
         vocab_size=211,
         hidden_size=60,
         intermediate_size=82,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=5,
         max_position_embeddings=37,
         type_vocab_size=3,
@@ -253,7 +257,7 @@ def roberta(**changes):
 
 def distilbert(**changes):
     sizes = dict(
-        vocab_size=211, dim=60, hidden_dim=82, n_layers=3, n_heads=5, max_position_embeddings=37
+        vocab_size=211, dim=60, hidden_dim=82, n_layers=2, n_heads=5, max_position_embeddings=37
     )
     return sizes | changes
 

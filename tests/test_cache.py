@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from families import CASES, FAMILIES, LENGTH, difference, prompts, ragged
+from families import CASES, FAMILIES, LENGTH, difference, prompts, ragged, some_slow
 
 from tinylm import KVCache, TinyLM
 
@@ -130,7 +130,7 @@ def generate_twice(case, folder, graphs):
 
 
 @pytest.mark.parametrize(
-    "case", FAMILIES + [BY_NAME["llama-dynamic"], BY_NAME["gemma3_text-linear"]], ids=str
+    "case", some_slow(FAMILIES + [BY_NAME["llama-dynamic"], BY_NAME["gemma3_text-linear"]]), ids=str
 )
 def test_decode_step_is_one_graph(case, folder, graphs, monkeypatch):
     """No break in the graph and no recompile, across steps and prompt lengths. No code is generated, for speed."""

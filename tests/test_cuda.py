@@ -4,25 +4,17 @@ import functools
 import itertools
 import re
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 import onnxruntime
 import pytest
-import torch
-from families import CASES, CLASSIFIERS, ENCODERS, SEQ2SEQ
+from families import FAMILIES, some_slow
+from test_export import SPECIAL
+from test_export_kinds import READERS, WRITERS
+from test_precisions import LOOPS, exported, small_cache  # noqa: F401
 
-from export import (
-    PRECISIONS,
-    generate_graph,
-    graphs_of,
-    in_a_loop,
-    quantize_weights,
-    scale_cache,
-    trace,
-)
-from tinylm import Config, TinyLM
+from export import CUDA_PRECISIONS, PRECISIONS
 
 ANY = "bfloat16 bool float16 float32 int32 int64 uint8"
 FLOATS, NUMBERS = "bfloat16 float16 float32", "bfloat16 float16 float32 int32 int64"
@@ -107,50 +99,26 @@ MANGLED = {
     "bool": "b",
     "uint8": "h",
 }
-CHOSEN = {
-    "llama-dynamic",
-    "gemma2",
-    "gemma3_text",
-    "bert-classify",
-    "roberta-mlm",
-    "electra-bare",
-    "gpt2-classify",
-    "t5",
-    "marian",
-}
+KINDS = READERS + WRITERS + some_slow(FAMILIES + SPECIAL)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in (*CASES, *ENCODERS, *CLASSIFIERS, *SEQ2SEQ) if c.name in CHOSEN], ids=str
-)
-def test_every_node_has_a_cuda_kernel(case, folder):
-    lm = TinyLM.from_pretrained(folder(case)).float()
-    for graph in graphs_of(lm, PRECISIONS["fp32"]):
-        assert not without_kernel(trace(lm, graph))
+@pytest.mark.parametrize("name", KINDS, ids=str)
+def test_every_node_has_a_cuda_kernel(name, exported_folder):
+    for path in (exported_folder(str(name)) / "onnx").glob("*.onnx"):
+        assert not without_kernel(ir.load(path))
 
 
 @pytest.mark.parametrize("cache", ["", "int8"])
-@pytest.mark.parametrize("precision", [name for name, stored in PRECISIONS.items() if stored.cuda])
-def test_precisions_for_cuda_run_there(precision, cache):
-    stored = replace(PRECISIONS[precision], cache=cache)
-    if stored.exact and cache:
+@pytest.mark.parametrize("precision", CUDA_PRECISIONS)
+def test_precisions_for_cuda_run_there(precision, cache, exported, small_cache):
+    if cache and PRECISIONS[precision].exact:
         pytest.skip("its attention has no cache in 8 bits")
-    lm = TinyLM(
-        Config(
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-        )
-    )
-    blocks = quantize_weights(lm, stored.bits, None) if stored.bits else {}
-    scale_cache(lm.eval(), torch.arange(8)[None])
-    lm = lm.to(getattr(torch, stored.dtype))
-    (step,) = graphs_of(lm, stored)
-    assert not without_kernel(trace(lm, step, blocks))
-    loop = in_a_loop(trace(lm, generate_graph(lm, stored), blocks), lm.config, stored)
-    assert {name for name, types in without_kernel(loop) if types != {"uint64"}} <= ON_CPU
+    onnx = (small_cache("qwen3") if cache else exported("qwen3")[1]) / "onnx"
+    suffix = PRECISIONS[precision].suffix
+    assert not without_kernel(ir.load(onnx / f"model{suffix}.onnx"))
+    if cache or ("qwen3", precision) in LOOPS:
+        loop = without_kernel(ir.load(onnx / f"generate{suffix}.onnx"))
+        assert {name for name, types in loop if types != {"uint64"}} <= ON_CPU
 
 
 @functools.cache

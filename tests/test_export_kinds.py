@@ -37,7 +37,8 @@ READERS = [
     "bert-qa",
     "qwen3-classify",
 ]
-WRITERS = ["t5", "t5-v1.1", "mbart", "marian"]
+SLOW = ["t5-v1.1", "mbart"]
+WRITERS = ["t5", "marian", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 @pytest.fixture(scope="module")

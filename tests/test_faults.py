@@ -69,6 +69,7 @@ class Killed(BaseException):
     """A kill -9, as far as files can tell: nothing is tidied up behind it."""
 
 
+@pytest.mark.slow
 def test_killed_at_any_write_it_goes_on_to_the_same_curve(text, whole, tmp_path, monkeypatch):
     """Again and again, at a random file, before it is written, in the middle of it or before it takes its name."""
     draw, real, out, kills = random.Random(0), tinylm.write_file, tmp_path / "out", 0
@@ -100,6 +101,7 @@ def test_killed_at_any_write_it_goes_on_to_the_same_curve(text, whole, tmp_path,
         assert same_files(file, out / file.relative_to(whole)), file
 
 
+@pytest.mark.slow
 def test_killed_by_the_system_it_goes_on_to_the_same_curve(text, whole, tmp_path):
     """kill -9 of the process itself, at two random moments."""
     out, draw, environment = (

@@ -26,7 +26,7 @@ TEXT = (ROOT / "LICENSE").read_text() * 3  # to round for; it doesn't change
 SIZES = dict(
     vocab_size=320,
     hidden_size=64,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=4,
     initializer_range=0.2,
     eos_token_id=256,
@@ -45,7 +45,7 @@ MODELS = {
         hidden_act="gelu_pytorch_tanh",
     ),
     "half rotary": dict(head_dim=32, partial_rotary_factor=0.5, model_type="tinylm"),
-    "narrow": dict(hidden_size=72, intermediate_size=90, num_hidden_layers=1, head_dim=32),
+    "narrow": dict(hidden_size=72, intermediate_size=90, head_dim=32),
     "dynamic": dict(
         qk_norm=None, max_position_embeddings=64, rope_scaling=dict(rope_type="dynamic", factor=2.0)
     ),
@@ -67,7 +67,13 @@ EXPORTS = {
     "dynamic": ["int4"],
     "gpt2": ["q4f16"],
 }
-LOOPS = ("qwen3", "softcap")
+SMALL_CACHES = {
+    "qwen3": ["fp16", "q4f16"],
+    "window": ["int8"],
+    "softcap": ["int4"],
+    "half rotary": ["q4f16"],
+}
+LOOPS = {("qwen3", "fp32"), ("qwen3", "int4")}  # the whole of generation in one graph
 ROUGH = {
     "fp32": 1e-4,
     "fp16": 1e-2,
@@ -81,20 +87,44 @@ def numpy(*tensors):
     return [tensor.numpy() for tensor in tensors]
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def model(name):
+    torch.manual_seed(4)
+    lm = TinyLM(Config(**SIZES | MODELS[name])).eval().requires_grad_(False)
+    for norm in (p for n, p in lm.named_parameters() if "norm" in n):
+        norm.add_(torch.randn_like(norm) * 0.1)
+    return lm
+
+
+@pytest.fixture(scope="session")
+def exported(once):
     """exported(name) -> (the model in torch, the folder of its export)."""
 
     @functools.cache
     def write(name):
-        torch.manual_seed(4)
-        lm = TinyLM(Config(**SIZES | MODELS[name])).eval().requires_grad_(False)
-        for norm in (p for n, p in lm.named_parameters() if "norm" in n):
-            norm.add_(torch.randn_like(norm) * 0.1)
-        out = tmp_path_factory.mktemp("precisions") / "out"
+        lm = model(name)
         text = TEXT[: 2400 if lm.config.max_position_embeddings > 64 else 900]
-        export_onnx(lm, out, precisions=EXPORTS[name], generate=name in LOOPS, text=text)
-        return lm, out
+
+        def export_all(out):
+            loops = [precision for precision in EXPORTS[name] if (name, precision) in LOOPS]
+            if loops:
+                export_onnx(lm, out, precisions=loops, generate=True, text=text)
+            others = [precision for precision in EXPORTS[name] if precision not in loops]
+            export_onnx(lm, out, precisions=others, text=text)
+
+        return lm, once(f"rounded-{name}", export_all)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def small_cache(once):
+    """small_cache(name) -> the folder of its export with keys and values in 8 bits."""
+
+    @functools.cache
+    def write(name):
+        options = dict(precisions=SMALL_CACHES[name], generate=name == "qwen3", text=TEXT[:2400])
+        write = lambda out: export_onnx(model(name), out, **options, int8_cache=True)
+        return once(f"rounded-{name}-int8-cache", write)
 
     return write
 
@@ -140,7 +170,7 @@ def test_padded_rows_say_what_they_say_alone(name, precision, exported):
             attention_bias=True,
             gated=False,
         ),
-        dict(num_encoder_layers=2, position="relative"),
+        dict(num_encoder_layers=1, position="relative"),
     ],
     ids=["encoder", "encoder-decoder"],
 )
@@ -159,10 +189,12 @@ def test_other_kinds_too(fields, precision, tmp_path):
         for node in ir.traversal.RecursiveGraphIterator(ir.load(path).graph)
         if "MatMul" in node.op_type
     ]
-    plain = len(products) if precision == "fp16" else 2 * bool(lm.encoder)
+    plain = len(lm.layers) if lm.encoder else 0  # keys and values of a source
+    plain = len(products) if precision == "fp16" else plain
     assert (
         products.count("MatMul") == plain
-        and products.count("MatMulNBits") == len(products) - plain > 4 - plain
+        and products.count("MatMulNBits") == len(products) - plain
+        and len(products) > 4
     )
 
 
@@ -219,22 +251,11 @@ def test_the_cache_is_written_in_place(exported):
     assert np.abs(logits[:, 0] - expected[:, 3]).max() < 1e-2 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(
-    "name, precision",
-    [("qwen3", "int8"), ("window", "int8"), ("softcap", "int4"), ("half rotary", "q4f16")],
-)
-def test_a_cache_in_8_bits(name, precision, exported, tmp_path):
+@pytest.mark.parametrize("name, precision", [(n, p) for n in SMALL_CACHES for p in SMALL_CACHES[n]])
+def test_a_cache_in_8_bits(name, precision, exported, small_cache):
     """A quarter of the memory, written in place as ever, and logits near those of a cache in full."""
-    lm, out = exported(name)
-    export_onnx(
-        lm,
-        tmp_path / "out",
-        precisions=[precision],
-        generate=name in LOOPS,
-        int8_cache=True,
-        text=TEXT[:2400],
-    )
-    full, small = (OnnxLM(folder, precision, providers=CPU) for folder in (out, tmp_path / "out"))
+    folders = exported(name)[1], small_cache(name)
+    full, small = (OnnxLM(folder, precision, providers=CPU) for folder in folders)
     assert {small.session.types[name] for name in small.past} == {"tensor(int8)"}
     rows = [
         torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 4, 7)
@@ -249,7 +270,7 @@ def test_a_cache_in_8_bits(name, precision, exported, tmp_path):
         )
         error = difference(torch.from_numpy(alone), torch.from_numpy(full(prompt[None].numpy())))
         assert (
-            0 < error < 0.3
+            0 < error < 0.4
         )  # random weights round badly; the export compares with torch rounded alike
     buffers = small.cache(1, 16)
     _, past = small.step(ids[:1, -4:].numpy(), np.ones((1, 4), np.int64), buffers)
@@ -289,7 +310,7 @@ def test_a_short_last_block_is_padded(bits):
 
 
 def test_what_is_not_rounded_is_named(monkeypatch):
-    lm, lines = TinyLM(Config(**SIZES)), []
+    lm, lines = TinyLM(Config(**SIZES | dict(num_hidden_layers=2))), []
     lm.layers[0].mlp.down = torch.nn.Linear(lm.config.intermediate_size, 64)
     blocks = quantize_weights(lm, 8, None, lines.append)
     assert (
@@ -342,7 +363,7 @@ def test_a_row_that_ends_is_filled_and_all_ended_stops(exported):
 
 
 def test_a_small_top_k_or_top_p_is_greedy(exported):
-    _, folder = exported("softcap")
+    _, folder = exported("qwen3")
     ids, path = np.array([[1, 2, 3]]), folder / "onnx" / "generate_q4.onnx"
     greedy = in_one_call(path, ids).tolist()
     assert in_one_call(path, ids, temperature=1.5, top_k=1, seed=1).tolist() == greedy
@@ -353,36 +374,22 @@ def test_a_small_top_k_or_top_p_is_greedy(exported):
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_command_measures_every_precision(exported, tmp_path, capsys):
-    text = tmp_path / "text.txt"
+def test_command_measures_every_precision(tmp_path, capsys):
+    source, out, text = tmp_path / "model", tmp_path / "out", tmp_path / "text.txt"
+    model("qwen3").save_pretrained(source)
     text.write_text(TEXT[:2400])
-    assert (
-        export.main(
-            [
-                "--onnx",
-                "--precision",
-                "int4",
-                "fp16",
-                "--text",
-                str(text),
-                "--out",
-                str(tmp_path / "out"),
-                "--max-new-tokens",
-                "8",
-            ]
-        )
-        == 0
-    )
+    options = f"{source} --onnx --precision int4 fp16 --text {text} --out {out} --max-new-tokens 8"
+    assert export.main(options.split()) == 0
     log = capsys.readouterr().out
     for name in ("int4", "fp16"):
         assert f"{name} verified against torch: prefill" in log and f"{name} perplexity" in log
-    assert sorted(path.name for path in (tmp_path / "out" / "onnx").iterdir()) == [
+    assert sorted(path.name for path in (out / "onnx").iterdir()) == [
         "model_fp16.onnx",
         "model_q4.onnx",
     ]
-    assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"][
-        "filename"
-    ] == ("onnx/model_q4.onnx")
+    assert json.loads((out / "genai_config.json").read_text())["model"]["decoder"]["filename"] == (
+        "onnx/model_q4.onnx"
+    )
 
 
 @pytest.mark.parametrize(
@@ -456,9 +463,7 @@ def test_runtimes_and_providers_that_nobody_verified(exported, monkeypatch):
     """Guards garbage under an older onnxruntime, and other logits of a provider, silently."""
     import onnxruntime
 
-    folder, verified = exported("qwen3")[1], onnxlm.VERIFIED_PROVIDERS
-    monkeypatch.setattr(onnxlm, "VERIFIED_PROVIDERS", verified - {*CPU})
-    assert OnnxLM.__init__.__module__ == "onnxlm"
+    folder = exported("qwen3")[1]
     step, calls = OnnxLM.step, []
 
     def other_logits(self, *arguments, **options):
@@ -467,18 +472,18 @@ def test_runtimes_and_providers_that_nobody_verified(exported, monkeypatch):
         return logits * (1.1 if self is calls[0] else 1), present
 
     with monkeypatch.context() as patch:
-        patch.setattr(OnnxLM, "_compare", lambda *_: calls.append("compared"))
+        patch.setattr(onnxlm, "VERIFIED_PROVIDERS", set())
+        patch.setattr(OnnxLM, "_compare_with_cpu", lambda *_: calls.append("compared"))
         OnnxLM(folder, providers=CPU)
     assert calls == ["compared"]
-    monkeypatch.setattr(onnxlm, "VERIFIED_PROVIDERS", verified)
     lm = OnnxLM(folder, providers=CPU)
-    lm._compare(OnnxLM(folder, providers=CPU))
+    lm._compare_with_cpu(1)
     calls.clear()
     monkeypatch.setattr(OnnxLM, "step", other_logits)
     with pytest.raises(
         ValueError, match="^providers: CPUExecutionProvider differs from .* use another"
     ):
-        lm._compare(OnnxLM(folder, providers=CPU))
+        lm._compare_with_cpu(1)
     monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
     with pytest.raises(ValueError, match=r"^onnxruntime 1\.23\.2: .* at least 1\.24; "):
         OnnxLM(folder, providers=CPU)

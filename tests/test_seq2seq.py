@@ -171,7 +171,7 @@ STAND_IN = {
     "bart": 159,
     "mbart": 87,
     "marian": 71,
-    "llama": 206,
+    "llama": 160,
     "gpt2": 123,
 }  # see ending
 

@@ -65,6 +65,7 @@ def test_logits_are_those_of_transformers(text, lm, oracle, tokenizer):
     assert difference(lm(ids), oracle(ids).logits) < 1e-4
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers_alone_and_in_a_batch(lm, oracle, tokenizer):
     options = dict(max_new_tokens=16, do_sample=False, pad_token_id=0)
     rows = [tokenizer(text, return_tensors="pt").input_ids for text in TEXTS[:3]]
@@ -85,6 +86,7 @@ def test_greedy_tokens_are_those_of_transformers_alone_and_in_a_batch(lm, oracle
             assert row[: len(new)] == new
 
 
+@pytest.mark.slow
 def test_stream_is_the_text_of_generate(lm):
     """Tokens of a BPE that hold parts of characters: pieces join to the text, and none has half a character."""
     prompt = "Translate to Japanese and add emojis: Good morning! 日本語:"
@@ -96,6 +98,7 @@ def test_stream_is_the_text_of_generate(lm):
     )
 
 
+@pytest.mark.slow
 def test_save_keeps_every_bit_and_every_file(lm, smollm2, tmp_path):
     lm.save_pretrained(tmp_path)
     saved, before = load_oracle(tmp_path).state_dict(), load_oracle(smollm2).state_dict()
@@ -123,12 +126,14 @@ def tinylm(*arguments, **options):
     return run.stdout
 
 
+@pytest.mark.slow
 def test_sample_knows_the_capital_of_france(smollm2):
     prompt = "The capital of France is"
     out = tinylm("sample", smollm2, "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 8)
     assert out.startswith(prompt) and "Paris" in out
 
 
+@pytest.mark.slow
 def test_chat_is_that_of_transformers(smollm2, oracle, tokenizer):
     """Questions are read from a pipe; each answer is to the whole conversation, through the chat template."""
     messages, answers = [], []
@@ -154,6 +159,7 @@ def test_chat_is_that_of_transformers(smollm2, oracle, tokenizer):
     assert out.splitlines() == "\n".join(answers).splitlines() and "Paris" in answers[0]
 
 
+@pytest.mark.slow
 def test_chat_template_sees_the_system_message(smollm2):
     """Guards a system message that is dropped, or that does not replace the template's own."""
     out = tinylm(

@@ -214,6 +214,7 @@ def test_scratch_answers_are_those_of_transformers(scratch, capsys):
     assert tabbed == ours
 
 
+@pytest.mark.slow
 def test_scratch_translation_is_that_of_transformers(scratch, capsys):
     _, folder = scratch("seq2seq")
     text = "eins zwei drei"

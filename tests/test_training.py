@@ -204,6 +204,7 @@ def test_bytes_on_the_disk_train_as_those_in_memory(tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="a process's memory is told by wait4")
 def test_a_text_is_tokenised_in_little_memory(tmp_path):
     """Fifty bytes for each of the text's, at most; all at once it would be 200."""

@@ -831,6 +831,13 @@ def gptq(weight, scales, zeros, factor: tuple, top: int):
     return codes[order.argsort()].t().unflatten(1, (groups, block))
 
 
+def progress(what: str, total: int):
+    """A bar on a terminal's standard error, after two seconds."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, delay=2, leave=False, disable=None)
+
+
 def quantize_weights(lm, bits: int, ids, log=None) -> dict:
     """Round the matrices of a model in place; their QuantizedWeight by name. Embedding, head and fused query, key and
     value keep 8 bits: 4 cost more there than in all others. Keys and values of a source, made once, stay as they are,
@@ -852,7 +859,7 @@ def quantize_weights(lm, bits: int, ids, log=None) -> dict:
     left = [name for name, p in lm.named_parameters() if p.ndim > 1 and id(p) not in names]
     if left and log:
         log(f"not rounded: {', '.join(left)}")
-    bar = Progress(f"rounding to {bits} bits", len(names))
+    bar = progress(f"rounding to {bits} bits", len(names))
 
     def put(weight, inputs=None):
         name = names.get(id(weight))
@@ -1332,27 +1339,6 @@ def trace_graphs(lm, folder: Path, name: str, stored: Precision, blocks: dict, g
     }
 
 
-class Progress:
-    """How far a long stage is, on a terminal's standard error."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done = what, total, 0
-
-    def update(self):
-        self.done += 1
-        if sys.stderr.isatty():
-            print(
-                f"\r{self.what}: {self.done} of {self.total}", end="", file=sys.stderr, flush=True
-            )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.done and sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
 def write_all(graphs: dict, **attributes):
     """Write models to their paths, with attributes for the products with rounded weights."""
     for path, model in graphs.items():
@@ -1395,7 +1381,7 @@ def calibration_ids(lm, text: str | None, log):
         f"writing {WINDOWS} texts of {length} tokens to round for and to measure on; --text gives your own"
     )
     begin = lm.config.bos_token_id if lm.config.bos_token_id in range(lm.config.vocab_size) else 0
-    with Progress("writing tokens", length - 1) as bar:
+    with progress("writing tokens", length - 1) as bar:
         hook = lm.register_forward_hook(lambda *_: bar.update())
         try:
             return lm.generate(
@@ -1550,16 +1536,15 @@ def main(argv: list | None = None) -> int:
         return 130
     except Exception as error:  # whatever it is, of whichever library: one line
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        print(f"tinylm-export: error: {kind}{first_line(error)}", file=sys.stderr)
+        print(f"tinylm export: error: {kind}{first_line(error)}", file=sys.stderr)
         return 1
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinylm export",
-        description="Turn a checkpoint into safetensors and ONNX "
-        "graphs in one folder, verified against torch, and try it; `run FOLDER INPUT...` "
-        "runs it later.",
+        description="Turn a checkpoint into safetensors and ONNX graphs in one folder, verified against torch, and "
+        "try it; `python onnxlm.py FOLDER INPUT...` runs it later, without torch.",
     )
     parser.add_argument(
         "folder",

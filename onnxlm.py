@@ -1528,16 +1528,16 @@ def pad(windows: list, model) -> tuple:
     return ids, mask, types if (model.config.get("type_vocab_size") or 0) > 1 else None
 
 
-def batches_by_length(windows: list, batch: int):
-    """Indices of windows in batches of like length, the longest first."""
-    order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
+def batches_by_length(lengths: list[int], batch: int) -> list[list[int]]:
+    """Indices in batches of like length, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[at : at + batch] for at in range(0, len(order), batch)]
 
 
 def read(model, windows: list, batch: int = 32) -> list:
     """The model's output for each window, without padding: of a classifier (labels,), else (tokens, ...)."""
     outputs: list = [None] * len(windows)
-    for rows in batches_by_length(windows, batch):
+    for rows in batches_by_length([len(window.ids) for window in windows], batch):
         ids, mask, types = pad([windows[i] for i in rows], model)
         found = model.forward(ids, mask, types)
         for i, output, count in zip(rows, found, mask.sum(1)):
@@ -1961,7 +1961,7 @@ def write_windows(model, windows: list, batch: int, **options) -> list[str]:
     ends = options.get("eos_token_id", model.config.get("eos_token_id"))
     ends = set(() if ends is None else np.ravel(ends).tolist())
     stop = stop_strings(options.get("stop") or model.config.get("stop_strings"))
-    for rows in batches_by_length(windows, batch):
+    for rows in batches_by_length([len(window.ids) for window in windows], batch):
         ids, mask, _ = pad([windows[i] for i in rows], model)
         start = 1 if model.task == "seq2seq" else ids.shape[1]
         for i, new in zip(rows, model.generate(ids, mask, **options)[:, start:].tolist()):
@@ -2031,9 +2031,8 @@ def run(
     if model.task in CUT and model.block:
         options.setdefault("limit", model.block)
     results: dict = {}
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]) - len(pairs[i] or ""))
-    for at in range(0, len(order), batch):
-        rows = order[at : at + batch]
+    lengths = [len(text) + len(pair or "") for text, pair in zip(texts, pairs)]
+    for rows in batches_by_length(lengths, batch):
         found = TASKS[model.task](
             model, [texts[i] for i in rows], [pairs[i] for i in rows], **options
         )

@@ -1413,9 +1413,8 @@ class Task:
 
 
 def similar(examples: list, batch: int) -> list:
-    """Indices of examples in batches of similar length, the longest first."""
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
-    return [order[i : i + batch] for i in range(0, len(order), batch)]
+    """Indices of examples in batches of like length, the longest first."""
+    return onnxlm.batches_by_length([len(row["input_ids"]) for row in examples], batch)
 
 
 def outputs(lm: TinyLM, examples: list, batch: int) -> list:
@@ -2074,25 +2073,13 @@ def note(text: str, end: str = "\n"):
         print(clear + text, end=end, file=sys.stderr, flush=True)
 
 
-def watch(items: Iterable, what: str, total: int | None = None) -> Iterator:
-    """The items, and after two seconds how many of them are done: a live line on a terminal, elsewhere one now and
-    then."""
-    total = len(items) if total is None else total
-    live = sys.stderr.isatty()
-    begin, shown = time.monotonic(), -math.inf
-    for done, item in enumerate(items):
-        now = time.monotonic()
-        if done and now - begin > 2 and now - shown > (0.2 if live else 10):
-            shown = now
-            left = (now - begin) / done * (total - done)
-            bar = "█" * (20 * done // max(total, 1))
-            note(
-                f"{what} {done / max(total, 1):4.0%} |{bar:<20}| {clock(left)} to go",
-                "" if live else "\n",
-            )
-        yield item
-    if live and shown > 0:
-        note("", "")
+def watch(items: Iterable, what: str, total: int | None = None) -> Iterable:
+    """The items, and after two seconds a bar on stderr, from the first process only."""
+    from tqdm import tqdm
+
+    silent = QUIET.get() or rank_and_world_size()[0] != 0
+    pause = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(items, what, total, delay=2, mininterval=pause, leave=False, disable=silent)
 
 
 def clock(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """The exported folder, unchanged, in the runtimes that people have: each in an environment of its own, made once."""
 
+import copy
 import functools
 import http.server
 import json
@@ -313,6 +314,16 @@ def test_onnxruntime_genai(precision, int8_cache, shipped, folder, tmp_path):
         export_onnx(shipped, out, precisions=[precision], int8_cache=int8_cache, text=TEXT)
     found = said(python, SCRIPTS / "genai.py", out)
     check(found["ids"], out, precision, found["logits"])
+
+
+def test_onnxruntime_genai_searches_as_generation_config_says(shipped, folder, tmp_path):
+    """Guards a search that only our own runtime knew of: nothing but the length is asked for."""
+    lm, out = copy.copy(shipped), tmp_path / "out"
+    lm.generation_config = {"repetition_penalty": 1.5}
+    export_onnx(lm, out)
+    found = said(environment("genai") / "bin" / "python", SCRIPTS / "genai.py", out)
+    check(found["ids"], out, "fp32", found["logits"])
+    assert found["ids"] != expected(folder, "fp32")[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])

@@ -108,7 +108,7 @@ def test_every_node_has_a_cuda_kernel(name, exported_folder):
         assert not without_kernel(ir.load(path))
 
 
-@pytest.mark.parametrize("cache", ["", "int8"])
+@pytest.mark.parametrize("cache", ["", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", CUDA_PRECISIONS)
 def test_precisions_for_cuda_run_there(precision, cache, exported, small_cache):
     if cache and PRECISIONS[precision].exact:

@@ -565,7 +565,7 @@ def test_missing_tensor(name, tensor, copy):
         ("bert-classify", "classifier.out_proj.weight", (3, 60)),
         ("electra_relu-bare", "embeddings_project.weight", (60, 60)),
         ("distilbert-bare", "embeddings.token_type_embeddings.weight", (2, 60)),
-        ("roberta-tokens", "roberta.encoder.layer.3.output.dense.bias", (60,)),
+        ("roberta-tokens", "roberta.encoder.layer.2.output.dense.bias", (60,)),
         ("llama-classify", "score.bias", (4,)),
         ("bert-bare", "encoder.layer.0.crossattention.self.key.weight", (60, 60)),
     ],

@@ -429,7 +429,9 @@ def test_a_provider_that_does_not_load_is_an_error(small):
 TINY = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
 
 
-@pytest.mark.parametrize("pad", [-1, 320, None])
+@pytest.mark.parametrize(
+    "pad", [None, *(pytest.param(pad, marks=pytest.mark.slow) for pad in (-1, 320))]
+)
 def test_rows_end_with_an_id_that_there_is(pad, tmp_path):
     """Guards an id that pads and is no token."""
     torch.manual_seed(0)
@@ -523,6 +525,7 @@ def run(*arguments, cwd):
     )
 
 
+@pytest.mark.slow
 def test_shipped_model_is_exported_verified_and_writes(tmp_path):
     """The first command of the README."""
     if not (ROOT / "weights" / "model.safetensors").exists():

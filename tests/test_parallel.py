@@ -16,6 +16,7 @@ from test_train import TEXT, TINY, finished, tinylm
 
 from tinylm import TinyLM
 
+pytestmark = pytest.mark.slow
 OPTIONS = [*TINY, "--batch", "8", "--steps", "24", "--eval-every", "6"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -73,7 +74,7 @@ def same_run(alone, log, out):
 
 @pytest.mark.parametrize(
     "parallel, more",
-    [pytest.param("fsdp", (), marks=pytest.mark.slow), ("ddp", ("--accumulate", 2))],
+    [("fsdp", ()), ("ddp", ("--accumulate", 2))],
 )
 def test_two_processes_learn_what_one_learns(parallel, more, text, alone, tmp_path):
     run = started("train", text, "--out", tmp_path, "--parallel", parallel, *OPTIONS, *more)
@@ -88,7 +89,6 @@ def test_two_processes_learn_what_one_learns(parallel, more, text, alone, tmp_pa
     )
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_goes_on(text, alone, tmp_path):
     """torchrun ends the other one and begins again: the run of one process that nothing disturbed."""
     run = started("train", text, "--out", tmp_path, *OPTIONS, restarts=1)
@@ -99,7 +99,6 @@ def test_a_killed_process_is_started_again_and_goes_on(text, alone, tmp_path):
     same_run(alone, log, tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 1])
 def test_a_run_goes_on_with_another_number_of_processes(processes, text, alone, tmp_path):
     """Each of two writes its own part of what `--resume` needs; one reads both parts, and two share what one wrote."""
@@ -125,7 +124,6 @@ def test_a_run_goes_on_with_another_number_of_processes(processes, text, alone, 
     )  # nothing is left to do, but all is read
 
 
-@pytest.mark.slow
 def test_two_processes_train_the_adapters_of_one(text, alone, tmp_path):
     """Merged in the checkpoint, and bare beside it."""
     options = [

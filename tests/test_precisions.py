@@ -155,7 +155,9 @@ def test_padded_rows_say_what_they_say_alone(name, precision, exported):
         assert_same_text(ours, single[0].tolist(), onnx_lm(single)[0], len(prompt), 1e-2)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "precision", ["fp16", "int8", pytest.param("int4", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "fields",
     [

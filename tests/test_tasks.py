@@ -187,6 +187,7 @@ def test_scratch_mask_filler_is_that_of_the_pipeline(scratch, capsys):
         assert [a["sequence"] for a in ours] == [a["sequence"] for a in reference]
 
 
+@pytest.mark.slow
 def test_scratch_answers_are_those_of_transformers(scratch, capsys):
     """By the rule of the pipeline that transformers had: softmax over a window's context and first token."""
     data, folder = scratch("qa")

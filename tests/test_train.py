@@ -181,6 +181,7 @@ def test_resume_with_other_options_is_refused(text, trained, tmp_path, capsys):
     assert "none" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_jsonl_and_a_vocabulary_of_its_own(tmp_path):
     """Rows of jsonl, a byte-level BPE trained on them, and a sample from what that made."""
     data, out = tmp_path / "data.jsonl", tmp_path / "out"

@@ -843,11 +843,10 @@ def template_environment():
             raise SecurityError("a value is too large")
         return value
 
-    def check_format(text: str, arguments):
+    def check_format(text: str):
         """Widths in a format make long texts of short ones."""
         if re.search(r"\d{7}|\*", text):
             raise SecurityError("a width in a format")
-        check(text)
 
     def each(iterable):
         for item in iterable:
@@ -888,49 +887,43 @@ def template_environment():
         def call(self, context, function, *arguments, **options):
             target = getattr(function, "__self__", None)
             if isinstance(target, str) and function.__name__ in ("format", "format_map"):
-                check_format(target, arguments)
+                check_format(target)
             check(target, *arguments, *options.values())
             return check(super().call(context, function, *arguments, **options))
 
         def call_binop(self, context, operator, left, right):
-            whole = isinstance(left, int) and isinstance(right, int)
             if operator == "%" and isinstance(left, str):
-                check_format(left, right)
-            elif operator == "**" and whole:
-                if left.bit_length() * right > MAX_TEMPLATE_BITS:
-                    raise SecurityError("a number is too large")
-            elif operator == "*" and whole:
-                if left.bit_length() + right.bit_length() > MAX_TEMPLATE_BITS:
+                check_format(left)
+            elif isinstance(left, int) and isinstance(right, int):
+                bits = left.bit_length()
+                if (
+                    bits * right if operator == "**" else bits + right.bit_length()
+                ) > MAX_TEMPLATE_BITS:
                     raise SecurityError("a number is too large")
             elif operator == "*":
-                count = next((x for x in (left, right) if isinstance(x, int)), 1)
-                items = next((x for x in (left, right) if isinstance(x, (str, list, tuple))), ())
-                if count * len(items) > MAX_TEMPLATE_VALUE:
+                times, items = (left, right) if isinstance(left, int) else (right, left)
+                if (
+                    isinstance(items, (str, list, tuple))
+                    and times * len(items) > MAX_TEMPLATE_VALUE
+                ):
                     raise SecurityError("a value is too large")
             return check(super().call_binop(context, operator, left, right))
-
-    def check_name(name):
-        if isinstance(name, str) and name.startswith("_"):
-            raise SecurityError(f"a namespace takes no name like {name!r}")
 
     class Namespace(jinja2.utils.Namespace):
         def __init__(*arguments, **options):
             self, *arguments = arguments  # so that `self` can be an option
-            values = dict(*arguments, **options)
-            for name in values:
-                check_name(name)
-            jinja2.utils.Namespace.__init__(self, values)
+            jinja2.utils.Namespace.__init__(self)
+            for name, value in dict(*arguments, **options).items():
+                self[name] = value
 
         def __setitem__(self, name, value):
-            check_name(name)
-            jinja2.utils.Namespace.__setitem__(self, name, value)
+            if isinstance(name, str) and name.startswith("_"):
+                raise SecurityError(f"a namespace takes no name like {name!r}")
+            super().__setitem__(name, value)
 
     class Dict:
-        def __call__(self, *arguments, **options):
-            return dict(*arguments, **options)
-
-        def fromkeys(self, *arguments):
-            return dict.fromkeys(*arguments)
+        __call__ = staticmethod(dict)
+        fromkeys = staticmethod(dict.fromkeys)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(
@@ -1034,25 +1027,24 @@ FROM_FILE = set(
     forced_bos_token_id forced_eos_token_id num_beams renormalize_logits length_penalty
     early_stopping stop_strings""".split()
 )
-UNSUPPORTED = {  # what would change a greedy text -> values, beside None, that don't
-    "begin_suppress_tokens": ([],),
-    "constraints": ([],),
-    "dola_layers": (),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,),
-    "exponential_decay_length_penalty": (),
-    "force_words_ids": ([],),
-    "guidance_scale": (1,),
-    "max_time": (),
-    "min_new_tokens": (0,),
-    "num_beam_groups": (1,),
-    "num_return_sequences": (1,),
-    "penalty_alpha": (0,),
-    "sequence_bias": ({}, []),
-    "suppress_tokens": ([],),
-    "token_healing": (False,),
-    "typical_p": (1,),
-    "watermarking_config": (),
+UNSUPPORTED = {  # what would change a greedy text -> the value, beside None, that doesn't
+    **dict.fromkeys(
+        """dola_layers exponential_decay_length_penalty max_time
+        watermarking_config""".split()
+    ),
+    **dict.fromkeys(
+        """begin_suppress_tokens constraints force_words_ids sequence_bias
+        suppress_tokens""".split(),
+        [],
+    ),
+    **dict.fromkeys(
+        "encoder_no_repeat_ngram_size min_new_tokens penalty_alpha token_healing".split(), 0
+    ),
+    **dict.fromkeys(
+        """encoder_repetition_penalty guidance_scale num_beam_groups num_return_sequences
+        typical_p""".split(),
+        1,
+    ),
 }
 GENERATION = {*FROM_FILE, *UNSUPPORTED} | set(  # what may stand in config.json, too
     """max_length do_sample diversity_penalty temperature top_k top_p min_p top_h epsilon_cutoff
@@ -1092,7 +1084,7 @@ def make_generation_config(
     """How to generate: as the arguments `given` say, else as generation_config.json (`file`) does, else with the ids of
     config.json, plainly. An `eos_token_id` of None among the arguments: a row never ends."""
     for name, harmless in UNSUPPORTED.items():
-        fine = file.get(name) is None or file[name] in harmless
+        fine = file.get(name) in (None, harmless)
         require(fine, f"generation_config.json: {name} = {file.get(name)!r} is not supported")
     options = {n: file.get(n, config.get(n)) for n in ("eos_token_id", "pad_token_id")}
     if seq2seq and is_number_in(file.get("max_length"), 2, 2**31, numbers.Integral):

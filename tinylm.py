@@ -124,8 +124,8 @@ ACTIVATIONS = {
     "relu": F.relu,
     "tanh": torch.tanh,
     "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
 Act = Literal[tuple(ACTIVATIONS)]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -998,9 +998,6 @@ def as_ids_tensor(name: str, ids, device: torch.device, optional: bool = False) 
     if isinstance(ids, Tensor) or ids is None and optional:
         return ids
     expected = "token ids (batch, seq): a tensor, an array or lists of one length"
-    if ids is None or isinstance(ids, str):
-        ids = ids and ids[:60]
-        raise Error(f"{name} = {ids!r}, expected {expected}; stream takes a text")
     try:
         tensor = torch.as_tensor(ids, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -1384,25 +1381,24 @@ FROM_FILE = set(
     forced_bos_token_id forced_eos_token_id num_beams renormalize_logits length_penalty
     early_stopping stop_strings""".split()
 )
-UNSUPPORTED = {  # what would change a greedy text -> values, beside None, that don't
-    "begin_suppress_tokens": ([],),
-    "constraints": ([],),
-    "dola_layers": (),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,),
-    "exponential_decay_length_penalty": (),
-    "force_words_ids": ([],),
-    "guidance_scale": (1,),
-    "max_time": (),
-    "min_new_tokens": (0,),
-    "num_beam_groups": (1,),
-    "num_return_sequences": (1,),
-    "penalty_alpha": (0,),
-    "sequence_bias": ({}, []),
-    "suppress_tokens": ([],),
-    "token_healing": (False,),
-    "typical_p": (1,),
-    "watermarking_config": (),
+UNSUPPORTED = {  # what would change a greedy text -> the value, beside None, that doesn't
+    **dict.fromkeys(
+        """dola_layers exponential_decay_length_penalty max_time
+        watermarking_config""".split()
+    ),
+    **dict.fromkeys(
+        """begin_suppress_tokens constraints force_words_ids sequence_bias
+        suppress_tokens""".split(),
+        [],
+    ),
+    **dict.fromkeys(
+        "encoder_no_repeat_ngram_size min_new_tokens penalty_alpha token_healing".split(), 0
+    ),
+    **dict.fromkeys(
+        """encoder_repetition_penalty guidance_scale num_beam_groups num_return_sequences
+        typical_p""".split(),
+        1,
+    ),
 }
 GENERATION = {*FROM_FILE, *UNSUPPORTED} | set(  # what may stand in config.json, too
     """max_length do_sample diversity_penalty temperature top_k top_p min_p top_h epsilon_cutoff
@@ -1442,7 +1438,7 @@ def make_generation_config(
     """How to generate: as the arguments `given` say, else as generation_config.json (`file`) does, else with the ids of
     config.json, plainly. An `eos_token_id` of None among the arguments: a row never ends."""
     for name, harmless in UNSUPPORTED.items():
-        fine = file.get(name) is None or file[name] in harmless
+        fine = file.get(name) in (None, harmless)
         require(fine, f"generation_config.json: {name} = {file.get(name)!r} is not supported")
     options = {n: file.get(n, config.get(n)) for n in ("eos_token_id", "pad_token_id")}
     if seq2seq and is_number_in(file.get("max_length"), 2, 2**31, numbers.Integral):
@@ -2658,11 +2654,10 @@ def template_environment():
             raise SecurityError("a value is too large")
         return value
 
-    def check_format(text: str, arguments):
+    def check_format(text: str):
         """Widths in a format make long texts of short ones."""
         if re.search(r"\d{7}|\*", text):
             raise SecurityError("a width in a format")
-        check(text)
 
     def each(iterable):
         for item in iterable:
@@ -2703,49 +2698,43 @@ def template_environment():
         def call(self, context, function, *arguments, **options):
             target = getattr(function, "__self__", None)
             if isinstance(target, str) and function.__name__ in ("format", "format_map"):
-                check_format(target, arguments)
+                check_format(target)
             check(target, *arguments, *options.values())
             return check(super().call(context, function, *arguments, **options))
 
         def call_binop(self, context, operator, left, right):
-            whole = isinstance(left, int) and isinstance(right, int)
             if operator == "%" and isinstance(left, str):
-                check_format(left, right)
-            elif operator == "**" and whole:
-                if left.bit_length() * right > MAX_TEMPLATE_BITS:
-                    raise SecurityError("a number is too large")
-            elif operator == "*" and whole:
-                if left.bit_length() + right.bit_length() > MAX_TEMPLATE_BITS:
+                check_format(left)
+            elif isinstance(left, int) and isinstance(right, int):
+                bits = left.bit_length()
+                if (
+                    bits * right if operator == "**" else bits + right.bit_length()
+                ) > MAX_TEMPLATE_BITS:
                     raise SecurityError("a number is too large")
             elif operator == "*":
-                count = next((x for x in (left, right) if isinstance(x, int)), 1)
-                items = next((x for x in (left, right) if isinstance(x, (str, list, tuple))), ())
-                if count * len(items) > MAX_TEMPLATE_VALUE:
+                times, items = (left, right) if isinstance(left, int) else (right, left)
+                if (
+                    isinstance(items, (str, list, tuple))
+                    and times * len(items) > MAX_TEMPLATE_VALUE
+                ):
                     raise SecurityError("a value is too large")
             return check(super().call_binop(context, operator, left, right))
-
-    def check_name(name):
-        if isinstance(name, str) and name.startswith("_"):
-            raise SecurityError(f"a namespace takes no name like {name!r}")
 
     class Namespace(jinja2.utils.Namespace):
         def __init__(*arguments, **options):
             self, *arguments = arguments  # so that `self` can be an option
-            values = dict(*arguments, **options)
-            for name in values:
-                check_name(name)
-            jinja2.utils.Namespace.__init__(self, values)
+            jinja2.utils.Namespace.__init__(self)
+            for name, value in dict(*arguments, **options).items():
+                self[name] = value
 
         def __setitem__(self, name, value):
-            check_name(name)
-            jinja2.utils.Namespace.__setitem__(self, name, value)
+            if isinstance(name, str) and name.startswith("_"):
+                raise SecurityError(f"a namespace takes no name like {name!r}")
+            super().__setitem__(name, value)
 
     class Dict:
-        def __call__(self, *arguments, **options):
-            return dict(*arguments, **options)
-
-        def fromkeys(self, *arguments):
-            return dict.fromkeys(*arguments)
+        __call__ = staticmethod(dict)
+        fromkeys = staticmethod(dict.fromkeys)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(
@@ -2830,8 +2819,15 @@ CLASS = {  # head -> end of its class's name
     "qa": "ForQuestionAnswering",
     None: "Model",
 }
-LM_ONLY = {"lm": ({"head.out": "lm_head"}, {})}
-DECODER_HEADS = LM_ONLY | {"classify": ({"head.out": "score"}, {}), None: ({}, {})}
+
+
+def head_row(*texts: str, kind: type = Name, **config_fields) -> tuple[dict, dict]:
+    """A head's tensors, of words `ours=theirs`, and the config fields that it has."""
+    return {ours: (kind(theirs),) for ours, theirs in name_map(*texts).items()}, config_fields
+
+
+LM_ONLY = {"lm": head_row("head.out=lm_head")}
+DECODER_HEADS = LM_ONLY | {"classify": head_row("head.out=score"), None: head_row()}
 
 
 def nothing(_) -> dict:
@@ -2846,7 +2842,7 @@ class Family:
     stem: str  # of its classes' names
     tensors: dict  # as from tensor_map
     fields: dict  # our config field -> their key
-    heads: dict = field(default_factory=lambda: DECODER_HEADS)  # head -> (rows, config fields)
+    heads: dict = field(default_factory=lambda: DECODER_HEADS)  # as from head_row
     prefix: str = "model."  # of the body's tensors, where there is a head
     fixed: dict = field(default_factory=dict)  # our config fields which the family always has
     defaults: dict = field(default_factory=dict)  # their key -> what transformers takes without it
@@ -2855,18 +2851,13 @@ class Family:
         nothing  # a config.json with defaults -> more of our config fields
     )
     write: Callable[[Config], dict] = nothing  # and back
-    drop: tuple = ("model.layers.{}.self_attn.rotary_emb.inv_freq",)  # tensors that carry nothing
+    drop: str = (
+        "model.layers.*.self_attn.rotary_emb.inv_freq"  # patterns of tensors that carry nothing
+    )
     copies: dict = field(default_factory=dict)  # their tensor -> ours that it repeats, if stored
     aliases: dict = field(default_factory=dict)  # a second name of a key -> the key
     unstored_head_is_tied: bool = False  # whatever config.json says of it
     classes: dict = field(default_factory=dict)  # head -> end of its class's name, if not CLASS's
-
-    def __post_init__(self):
-        heads = {}
-        for head, (rows, fields_of_head) in self.heads.items():
-            names = {n: (x if isinstance(x, Name) else Name(x),) for n, x in rows.items()}
-            heads[head] = names, fields_of_head
-        vars(self)["heads"] = heads
 
     def architecture(self, head) -> str:
         return self.stem + (CLASS | self.classes)[head]
@@ -3051,7 +3042,7 @@ FAMILIES = {
             eos_token_id=50256,
         ),
         only=dict(scale_attn_weights=True),
-        drop=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"),
+        drop="transformer.h.*.attn.bias transformer.h.*.attn.masked_bias",
     ),
     "phi3": Family(
         "Phi3",
@@ -3163,24 +3154,19 @@ ABSOLUTE = dict(position_embedding_type="absolute")
 SAME = "hidden_act"  # the activation of a head that has the layers' own
 
 
-def dense_head(act: str, rows: str, norm: bool = False) -> tuple:
-    """A head that has a dense layer, an activation and (masked language models) a norm before its output."""
-    return name_map(rows), dict(head_act=act, head_norm=norm)
-
-
 def encoder_heads(mlm: tuple, classify: tuple, bare: tuple = ({}, {})) -> dict:
     heads = {
         "mlm": mlm,
         "classify": classify,
-        "tokens": ({"head.out": "classifier"}, {}),
-        "qa": ({"head.out": "qa_outputs"}, {}),
+        "tokens": head_row("head.out=classifier"),
+        "qa": head_row("head.out=qa_outputs"),
     }
     biased = {head: (rows, fields | {"head_bias": True}) for head, (rows, fields) in heads.items()}
     return {None: bare} | biased
 
 
 def unused_pooler(name: str) -> tuple:
-    return {"head.dense": Unused(name)}, dict(head_act="tanh")
+    return head_row(f"head.dense={name}", kind=Unused, head_act="tanh")
 
 
 def read_roberta(raw: dict) -> dict:
@@ -3200,13 +3186,13 @@ def roberta(stem: str) -> Family:
         tensor_map("roberta.", "encoder.layer.{}.", EMBEDDINGS, BERT),
         BERT_FIELDS,
         encoder_heads(
-            dense_head(
-                "gelu",
+            head_row(
                 """head.dense=lm_head.dense head.norm=lm_head.layer_norm head.out=lm_head.decoder
                 head.out.bias=lm_head.bias""",
-                norm=True,
+                head_act="gelu",
+                head_norm=True,
             ),
-            dense_head("tanh", "head.dense=classifier.dense head.out=classifier.out_proj"),
+            head_row("head.dense=classifier.dense head.out=classifier.out_proj", head_act="tanh"),
             unused_pooler("roberta.pooler.dense"),
         ),
         "roberta.",
@@ -3216,7 +3202,7 @@ def roberta(stem: str) -> Family:
         read=read_roberta,
         write=write_roberta,
         copies={"lm_head.decoder.bias": "head.out.bias"},
-        drop=("roberta.embeddings.position_ids",),
+        drop="roberta.embeddings.position_ids",
     )
 
 
@@ -3226,13 +3212,13 @@ FAMILIES |= {
         tensor_map("bert.", "encoder.layer.{}.", EMBEDDINGS, BERT),
         BERT_FIELDS,
         encoder_heads(
-            dense_head(
-                SAME,
+            head_row(
                 """head.dense=cls.predictions.transform.dense head.norm=cls.predictions.transform.LayerNorm
                 head.out=cls.predictions.decoder head.out.bias=cls.predictions.bias""",
-                norm=True,
+                head_act=SAME,
+                head_norm=True,
             ),
-            dense_head("tanh", "head.dense=bert.pooler.dense head.out=classifier"),
+            head_row("head.dense=bert.pooler.dense head.out=classifier", head_act="tanh"),
             unused_pooler("bert.pooler.dense"),
         ),
         "bert.",
@@ -3240,11 +3226,7 @@ FAMILIES |= {
         defaults=BERT_DEFAULTS,
         only=TIED | ABSOLUTE,
         copies={"cls.predictions.decoder.bias": "head.out.bias"},
-        drop=(
-            "bert.embeddings.position_ids",
-            "cls.seq_relationship.weight",
-            "cls.seq_relationship.bias",
-        ),
+        drop="bert.embeddings.position_ids cls.seq_relationship.*",
     ),
     "roberta": roberta("Roberta"),
     "xlm-roberta": roberta("XLMRoberta"),
@@ -3257,12 +3239,12 @@ FAMILIES |= {
             hidden_act=activation hidden_dropout=dropout embedding_dropout=dropout head_dropout=seq_classif_dropout""",
         ),
         encoder_heads(
-            dense_head(
-                SAME,
+            head_row(
                 "head.dense=vocab_transform head.norm=vocab_layer_norm head.out=vocab_projector",
-                norm=True,
+                head_act=SAME,
+                head_norm=True,
             ),
-            dense_head("relu", "head.dense=pre_classifier head.out=classifier"),
+            head_row("head.dense=pre_classifier head.out=classifier", head_act="relu"),
         ),
         "distilbert.",
         aliases=name_map("hidden_size=dim num_attention_heads=n_heads num_hidden_layers=n_layers"),
@@ -3276,32 +3258,26 @@ FAMILIES |= {
             seq_classif_dropout=0.2,
         ),
         only=ABSOLUTE,
-        drop=("distilbert.embeddings.position_ids",),
+        drop="distilbert.embeddings.position_ids",
     ),
     "electra": Family(
         "Electra",
         tensor_map("electra.", "encoder.layer.{}.", EMBEDDINGS, BERT),
         BERT_FIELDS | name_map("embedding_size"),
         encoder_heads(
-            dense_head(
-                "gelu",
+            head_row(
                 """head.dense=generator_predictions.dense head.norm=generator_predictions.LayerNorm
                 head.out=generator_lm_head""",
-                norm=True,
+                head_act="gelu",
+                head_norm=True,
             ),
-            dense_head("gelu", "head.dense=classifier.dense head.out=classifier.out_proj"),
+            head_row("head.dense=classifier.dense head.out=classifier.out_proj", head_act="gelu"),
         ),
         "electra.",
         fixed=ENCODER,
         defaults=BERT_DEFAULTS | dict(embedding_size=128),
         only=ABSOLUTE,
-        drop=(
-            "electra.embeddings.position_ids",
-            "discriminator_predictions.dense.weight",
-            "discriminator_predictions.dense.bias",
-            "discriminator_predictions.dense_prediction.weight",
-            "discriminator_predictions.dense_prediction.bias",
-        ),
+        drop="electra.embeddings.position_ids discriminator_predictions.*",
     ),
 }
 
@@ -3385,6 +3361,8 @@ def read_marian(raw: dict) -> dict:
 def bart_like(stem: str, end="ForConditionalGeneration", **rest) -> Family:
     stacks = (tensor_map(f"model.{side}.", "layers.{}.", BART) for side in ("encoder", "decoder"))
     copies = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
+    head, _ = head_row("head.out=lm_head")
+    head_bias, _ = head_row("head.out.bias=final_logits_bias", kind=Row)
     return Family(
         stem,
         two_stacks("model.shared", *stacks),
@@ -3396,7 +3374,7 @@ def bart_like(stem: str, end="ForConditionalGeneration", **rest) -> Family:
             intermediate_size=decoder_ffn_dim encoder_intermediate_size=encoder_ffn_dim
             hidden_dropout=dropout embedding_dropout=dropout""",
         ),
-        {"lm": ({"head.out": "lm_head", "head.out.bias": Row("final_logits_bias")}, {})},
+        {"lm": (head | head_bias, {})},
         copies=dict.fromkeys(copies, "embed.weight"),
         aliases=name_map(
             """hidden_size=d_model num_attention_heads=encoder_attention_heads
@@ -3444,7 +3422,7 @@ FAMILIES |= {
         ),
         only=dict(share_encoder_decoder_embeddings=True, static_position_embeddings=True),
         read=read_marian,
-        drop=("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"),
+        drop="model.encoder.embed_positions.weight model.decoder.embed_positions.weight",
     ),
     "t5": Family(
         "T5",
@@ -3486,7 +3464,7 @@ FAMILIES |= {
         ),
         unstored_head_is_tied=True,
         classes={"lm": "ForConditionalGeneration"},
-        drop=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+        drop="decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
     ),
     # What no other family can express (an architecture changed on the fly) keeps our own names; only tinylm loads it.
     "tinylm": Family(
@@ -3949,7 +3927,9 @@ class Checkpoint:
         self.stored = self.named(files)  # name in the table -> (file, the opened one, name there)
         self.embedding, self.output = self.tied_names(config)
         self.find_copies(config)
-        self.require_layers(config)
+        layers = max(config.num_hidden_layers, config.num_encoder_layers)
+        number = len(self.stored)
+        require(layers <= number, f"{self.place}: {number} tensors, expected {layers} layers")
         self.dtype = dtype or self.fetch(self.embedding).dtype
         self.config = replace(config, tie_word_embeddings=self.is_tied(config))
 
@@ -3986,20 +3966,6 @@ class Checkpoint:
             if name in self.stored and (ours in table or ours.rpartition(".")[0] in table):
                 (theirs,), _ = sources(ours, config.model_type, config.head)
                 self.stored.setdefault(theirs, self.stored[name])
-
-    def require_layers(self, config: Config):
-        """The last layers are there, before so many are made."""
-        counts = {"": config.num_hidden_layers, "encoder.": config.num_encoder_layers}
-        for stack, layers in counts.items():
-            if layers:
-                place = f"{stack}layers.{layers - 1}."
-                last = f"{place}mlp.down.weight"
-                if (
-                    not self.row.tensors
-                ):  # names are ours: where leaves are replaced, any of the layer
-                    last = next((name for name in self.stored if name.startswith(place)), last)
-                (theirs,), _ = sources(last, config.model_type, config.head)
-                require(theirs in self.stored, f"{self.place}: tensor {theirs} is missing")
 
     def is_tied(self, config: Config) -> bool:
         """An output that is stored is tied in name only, unless it equals the embedding."""
@@ -4089,16 +4055,14 @@ class Checkpoint:
                 or torch.equal(self.fetch(name), state[ours]),
                 f"{self.place}: tensor {name} differs from the one that it should repeat, {ours}",
             )
-        layers = range(max(self.config.num_hidden_layers, self.config.num_encoder_layers))
-        spare = {pattern.format(i) for pattern in row.drop for i in layers} | row.copies.keys()
-        spare |= self.head_tensors(self.config.head)
+        spare = row.copies.keys() | self.head_tensors(self.config.head)
         if self.config.tied:
             spare.add(self.output)
         for name in sorted(self.stored.keys() - used - spare):
             file, _, stored = self.stored[name]
-            raise Error(
-                f"{file}: tensor {stored} is unexpected for model_type {self.config.model_type!r}"
-            )
+            fine = any(fnmatch.fnmatchcase(name, pattern) for pattern in row.drop.split())
+            model_type = self.config.model_type
+            require(fine, f"{file}: tensor {stored} is unexpected for model_type {model_type!r}")
         return state
 
 

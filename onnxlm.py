@@ -489,71 +489,42 @@ class OnnxLM:
 # Tokenizers and chat templates, mirrored in tinylm.py
 # ---------------------------------------------------------------------------------------------------------------------
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "source.spm",
-    "target.spm",
-)
+TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+    vocab.json merges.txt vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model source.spm target.spm""".split()
 EXTRA_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
 
-_ENDOFTEXT = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
-_SENTENCEPIECE = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-_ROBERTA = _SENTENCEPIECE | {
-    "sep_token": "</s>",
-    "cls_token": "<s>",
-    "pad_token": "<pad>",
-    "mask_token": "<mask>",
-}
-_BERT = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")}
+SPECIAL_TOKENS = """bos_token eos_token unk_token sep_token pad_token cls_token
+    mask_token""".split()  # in transformers' order
+SENTENCEPIECE = "bos=<s> eos=</s> unk=<unk>"
+ROBERTA = "bos=<s> eos=</s> unk=<unk> sep=</s> pad=<pad> cls=<s> mask=<mask>"
 CLASS_TOKENS = {  # tokenizer class of transformers -> the special tokens that it has where no file says otherwise
-    "BertTokenizer": _BERT,
-    "RobertaTokenizer": _ROBERTA,
-    "XLMRobertaTokenizer": _ROBERTA,
-    "MBartTokenizer": _ROBERTA,
-    "LlamaTokenizer": _SENTENCEPIECE,
-    "CodeLlamaTokenizer": _SENTENCEPIECE,
-    "GPT2Tokenizer": _ENDOFTEXT,
-    "GPTNeoXTokenizer": _ENDOFTEXT | {"pad_token": "<|padding|>"},
-    "Qwen2Tokenizer": _ENDOFTEXT | {"bos_token": None, "pad_token": "<|endoftext|>"},
-    "T5Tokenizer": {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"},
-    "GemmaTokenizer": {
-        f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")
-    },
+    "BertTokenizer": "unk=[UNK] sep=[SEP] pad=[PAD] cls=[CLS] mask=[MASK]",
+    "RobertaTokenizer": ROBERTA,
+    "XLMRobertaTokenizer": ROBERTA,
+    "MBartTokenizer": ROBERTA,
+    "LlamaTokenizer": SENTENCEPIECE,
+    "CodeLlamaTokenizer": SENTENCEPIECE,
+    "GPT2Tokenizer": "bos=<|endoftext|> eos=<|endoftext|> unk=<|endoftext|>",
+    "GPTNeoXTokenizer": "bos=<|endoftext|> eos=<|endoftext|> unk=<|endoftext|> pad=<|padding|>",
+    "Qwen2Tokenizer": "eos=<|endoftext|> unk=<|endoftext|> pad=<|endoftext|>",
+    "T5Tokenizer": "eos=</s> unk=<unk> pad=<pad>",
+    "GemmaTokenizer": "bos=<bos> eos=<eos> unk=<unk> pad=<pad> mask=<mask>",
 }
 SAME_TOKENIZERS = {  # a second name of a class -> the class
     "DistilBertTokenizer": "BertTokenizer",
     "ElectraTokenizer": "BertTokenizer",
     "BartTokenizer": "RobertaTokenizer",
 }
-MODEL_TOKENIZERS = {  # model_type -> tokenizer class of transformers; "": whatever tokenizer.json says
-    "bert": "BertTokenizer",
-    "distilbert": "BertTokenizer",
-    "electra": "BertTokenizer",
-    "roberta": "RobertaTokenizer",
-    "bart": "RobertaTokenizer",
-    "xlm-roberta": "XLMRobertaTokenizer",
-    "mbart": "MBartTokenizer",
-    "gpt2": "GPT2Tokenizer",
-    "starcoder2": "GPT2Tokenizer",
-    "qwen2": "Qwen2Tokenizer",
-    "qwen3": "Qwen2Tokenizer",
-    "gemma": "GemmaTokenizer",
-    "gemma2": "GemmaTokenizer",
-    "gemma3_text": "GemmaTokenizer",
-    "t5": "T5Tokenizer",
-    "mistral": "",
-    "olmo2": "",
-    "phi3": "",
+MODEL_TOKENIZERS = {  # tokenizer class -> model types that have it; "": whatever tokenizer.json says
+    "BertTokenizer": "bert distilbert electra",
+    "RobertaTokenizer": "roberta bart",
+    "XLMRobertaTokenizer": "xlm-roberta",
+    "MBartTokenizer": "mbart",
+    "GPT2Tokenizer": "gpt2 starcoder2",
+    "Qwen2Tokenizer": "qwen2 qwen3",
+    "GemmaTokenizer": "gemma gemma2 gemma3_text",
+    "T5Tokenizer": "t5",
+    "": "mistral olmo2 phi3",
 }
 
 
@@ -581,13 +552,15 @@ def tokenizer_class(files: dict[str, bytes], hf_config: dict) -> str:
     declared = parse_json_file(files, "tokenizer_config.json").get("tokenizer_class")
     declared = str(declared or hf_config.get("tokenizer_class") or "").removesuffix("Fast")
     declared = SAME_TOKENIZERS.get(declared, declared)
-    registered = MODEL_TOKENIZERS.get(hf_config.get("model_type"))
-    if declared == "LlamaTokenizer" and hf_config.get("model_type") != "qwen2":
+    model_type = hf_config.get("model_type")
+    rows = MODEL_TOKENIZERS.items()
+    registered = next((name for name, types in rows if model_type in types.split()), None)
+    if declared == "LlamaTokenizer" and model_type != "qwen2":
         if b'"ByteLevel"' in files.get("tokenizer.json", b""):  # Llama 3
             return ""
     if declared and registered == "":
         return ""
-    if registered and (not declared or hf_config["model_type"] == "qwen2"):
+    if registered and (not declared or model_type == "qwen2"):
         return registered
     return declared if declared in CLASS_TOKENS else ""
 
@@ -600,7 +573,8 @@ def special_tokens(
     named = parse_json_file(files, "tokenizer_config.json")
     if "added_tokens_decoder" not in named:
         named = named | parse_json_file(files, "special_tokens_map.json")
-    tokens = dict(CLASS_TOKENS.get(tokenizer_class(files, hf_config or {}), {}))
+    words = CLASS_TOKENS.get(tokenizer_class(files, hf_config or {}), "").split()
+    tokens = {f"{name}_token": text for name, text in (word.split("=") for word in words)}
     tokens |= {name: value for name, value in named.items() if name.endswith("_token")}
     extra = named.get("extra_special_tokens")
     if isinstance(extra, dict):
@@ -611,7 +585,8 @@ def special_tokens(
         name: value.get("content") if isinstance(value, dict) else value
         for name, value in tokens.items()
     }
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    names = dict.fromkeys([*SPECIAL_TOKENS, *texts])
+    return {name: texts[name] for name in names if isinstance(texts.get(name), str)}
 
 
 def without_surrogates(text: str) -> str:
@@ -758,7 +733,7 @@ def find_chat_template(
         pairs = [entry for entry in templates if isinstance(entry, dict) and "name" in entry]
         templates = {entry["name"]: entry.get("template") for entry in pairs}
     found = {
-        name.removeprefix(f"{EXTRA_TEMPLATES}/").removesuffix(".jinja"): content
+        Path(name).stem: content
         for name, content in files.items()
         if name.startswith(EXTRA_TEMPLATES)
     }

@@ -137,14 +137,12 @@ ROPE_KEYS = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }  # rope_type -> keys that it needs
-YARN_KEYS = (
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-)  # that it may have
+ORIGINAL = "original_max_position_embeddings"
+ROPE_OPTIONS = {
+    "llama3": (ORIGINAL,),
+    "yarn": (ORIGINAL, "attention_factor", "beta_fast", "beta_slow")
+    + ("mscale", "mscale_all_dim", "truncate"),
+}  # rope_type -> keys that it may have
 
 
 @dataclass(frozen=True)
@@ -339,7 +337,7 @@ class Config:
         self._expect(
             "rope_scaling", kind in [*ROPE_KEYS], f"an object with rope_type {', '.join(ROPE_KEYS)}"
         )
-        optional = ("original_max_position_embeddings",) + YARN_KEYS * (kind == "yarn")
+        optional = (ORIGINAL, *ROPE_OPTIONS.get(kind, ()))
         for key in {*ROPE_KEYS[kind], *scaling} - {"rope_type"}:
             known = key in ROPE_KEYS[kind] + optional
             self._expect("rope_scaling", known, f"no {key} in type {kind!r}")
@@ -1781,12 +1779,13 @@ def compiled_step(lm: TinyLM) -> Callable:
 def make_state(lm: TinyLM, prompt, mask, source, config: GenerationConfig, compile: bool):
     """A state for a generation. A compiled step finds the one that an earlier generation of its shape left, at the same
     addresses; while that is still running, it gets one of its own."""
-    start = lm, prompt, source, config
-    state = lm._states.pop(DecodeState.signature(*start), None) if compile else None
+    key = DecodeState.signature(lm, prompt, source, config)
+    state = lm._states.pop(key, None) if compile else None
     if state is None:
         # what is made in inference mode can be written there alone
         with torch.inference_mode(False), torch.no_grad():
-            state = DecodeState(*start)
+            state = DecodeState(lm, prompt, source, config)
+        state.key = key
         for tensor in state.tensors() if compile else ():
             torch._dynamo.mark_static_address(tensor, guard=False)
     state.begin(prompt, mask, source, config)
@@ -1866,18 +1865,14 @@ def generate_steps(
             step(lm, state, config, choose)
     finally:
         if compile and bool(state.finite):  # keys that are not would spoil the next text
-            keep_state(lm, state, (lm, prompt, source, config))
+            lm._states[state.key] = state
+            for old in list(lm._states)[:-KEPT_STATES]:
+                lm._states.pop(old, None)
 
 
 NOT_FINITE = (
     "the model's logits are not finite (its numbers overflow): try another dtype or precision"
 )
-
-
-def keep_state(lm: TinyLM, state: DecodeState, start: tuple):
-    lm._states[DecodeState.signature(*start)] = state
-    for old in list(lm._states)[:-KEPT_STATES]:
-        lm._states.pop(old, None)
 
 
 class TextStream:
@@ -1950,71 +1945,42 @@ def stream_text(tokenizer, tokens, stop: tuple = (), prompt=()):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers and chat templates; mirrored in onnxlm.py, but for bytes and the resolving of files
 # ---------------------------------------------------------------------------------------------------------------------
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "source.spm",
-    "target.spm",
-)
+TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+    vocab.json merges.txt vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model source.spm target.spm""".split()
 EXTRA_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
 
-_ENDOFTEXT = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
-_SENTENCEPIECE = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-_ROBERTA = _SENTENCEPIECE | {
-    "sep_token": "</s>",
-    "cls_token": "<s>",
-    "pad_token": "<pad>",
-    "mask_token": "<mask>",
-}
-_BERT = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")}
+SPECIAL_TOKENS = """bos_token eos_token unk_token sep_token pad_token cls_token
+    mask_token""".split()  # in transformers' order
+SENTENCEPIECE = "bos=<s> eos=</s> unk=<unk>"
+ROBERTA = "bos=<s> eos=</s> unk=<unk> sep=</s> pad=<pad> cls=<s> mask=<mask>"
 CLASS_TOKENS = {  # tokenizer class of transformers -> the special tokens that it has where no file says otherwise
-    "BertTokenizer": _BERT,
-    "RobertaTokenizer": _ROBERTA,
-    "XLMRobertaTokenizer": _ROBERTA,
-    "MBartTokenizer": _ROBERTA,
-    "LlamaTokenizer": _SENTENCEPIECE,
-    "CodeLlamaTokenizer": _SENTENCEPIECE,
-    "GPT2Tokenizer": _ENDOFTEXT,
-    "GPTNeoXTokenizer": _ENDOFTEXT | {"pad_token": "<|padding|>"},
-    "Qwen2Tokenizer": _ENDOFTEXT | {"bos_token": None, "pad_token": "<|endoftext|>"},
-    "T5Tokenizer": {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"},
-    "GemmaTokenizer": {
-        f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")
-    },
+    "BertTokenizer": "unk=[UNK] sep=[SEP] pad=[PAD] cls=[CLS] mask=[MASK]",
+    "RobertaTokenizer": ROBERTA,
+    "XLMRobertaTokenizer": ROBERTA,
+    "MBartTokenizer": ROBERTA,
+    "LlamaTokenizer": SENTENCEPIECE,
+    "CodeLlamaTokenizer": SENTENCEPIECE,
+    "GPT2Tokenizer": "bos=<|endoftext|> eos=<|endoftext|> unk=<|endoftext|>",
+    "GPTNeoXTokenizer": "bos=<|endoftext|> eos=<|endoftext|> unk=<|endoftext|> pad=<|padding|>",
+    "Qwen2Tokenizer": "eos=<|endoftext|> unk=<|endoftext|> pad=<|endoftext|>",
+    "T5Tokenizer": "eos=</s> unk=<unk> pad=<pad>",
+    "GemmaTokenizer": "bos=<bos> eos=<eos> unk=<unk> pad=<pad> mask=<mask>",
 }
 SAME_TOKENIZERS = {  # a second name of a class -> the class
     "DistilBertTokenizer": "BertTokenizer",
     "ElectraTokenizer": "BertTokenizer",
     "BartTokenizer": "RobertaTokenizer",
 }
-MODEL_TOKENIZERS = {  # model_type -> tokenizer class of transformers; "": whatever tokenizer.json says
-    "bert": "BertTokenizer",
-    "distilbert": "BertTokenizer",
-    "electra": "BertTokenizer",
-    "roberta": "RobertaTokenizer",
-    "bart": "RobertaTokenizer",
-    "xlm-roberta": "XLMRobertaTokenizer",
-    "mbart": "MBartTokenizer",
-    "gpt2": "GPT2Tokenizer",
-    "starcoder2": "GPT2Tokenizer",
-    "qwen2": "Qwen2Tokenizer",
-    "qwen3": "Qwen2Tokenizer",
-    "gemma": "GemmaTokenizer",
-    "gemma2": "GemmaTokenizer",
-    "gemma3_text": "GemmaTokenizer",
-    "t5": "T5Tokenizer",
-    "mistral": "",
-    "olmo2": "",
-    "phi3": "",
+MODEL_TOKENIZERS = {  # tokenizer class -> model types that have it; "": whatever tokenizer.json says
+    "BertTokenizer": "bert distilbert electra",
+    "RobertaTokenizer": "roberta bart",
+    "XLMRobertaTokenizer": "xlm-roberta",
+    "MBartTokenizer": "mbart",
+    "GPT2Tokenizer": "gpt2 starcoder2",
+    "Qwen2Tokenizer": "qwen2 qwen3",
+    "GemmaTokenizer": "gemma gemma2 gemma3_text",
+    "T5Tokenizer": "t5",
+    "": "mistral olmo2 phi3",
 }
 
 
@@ -2042,13 +2008,15 @@ def tokenizer_class(files: dict[str, bytes], hf_config: dict) -> str:
     declared = parse_json_file(files, "tokenizer_config.json").get("tokenizer_class")
     declared = str(declared or hf_config.get("tokenizer_class") or "").removesuffix("Fast")
     declared = SAME_TOKENIZERS.get(declared, declared)
-    registered = MODEL_TOKENIZERS.get(hf_config.get("model_type"))
-    if declared == "LlamaTokenizer" and hf_config.get("model_type") != "qwen2":
+    model_type = hf_config.get("model_type")
+    rows = MODEL_TOKENIZERS.items()
+    registered = next((name for name, types in rows if model_type in types.split()), None)
+    if declared == "LlamaTokenizer" and model_type != "qwen2":
         if b'"ByteLevel"' in files.get("tokenizer.json", b""):  # Llama 3
             return ""
     if declared and registered == "":
         return ""
-    if registered and (not declared or hf_config["model_type"] == "qwen2"):
+    if registered and (not declared or model_type == "qwen2"):
         return registered
     return declared if declared in CLASS_TOKENS else ""
 
@@ -2061,7 +2029,8 @@ def special_tokens(
     named = parse_json_file(files, "tokenizer_config.json")
     if "added_tokens_decoder" not in named:
         named = named | parse_json_file(files, "special_tokens_map.json")
-    tokens = dict(CLASS_TOKENS.get(tokenizer_class(files, hf_config or {}), {}))
+    words = CLASS_TOKENS.get(tokenizer_class(files, hf_config or {}), "").split()
+    tokens = {f"{name}_token": text for name, text in (word.split("=") for word in words)}
     tokens |= {name: value for name, value in named.items() if name.endswith("_token")}
     extra = named.get("extra_special_tokens")
     if isinstance(extra, dict):
@@ -2072,7 +2041,8 @@ def special_tokens(
         name: value.get("content") if isinstance(value, dict) else value
         for name, value in tokens.items()
     }
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    names = dict.fromkeys([*SPECIAL_TOKENS, *texts])
+    return {name: texts[name] for name in names if isinstance(texts.get(name), str)}
 
 
 def without_surrogates(text: str) -> str:
@@ -2460,12 +2430,13 @@ def unigram_pipeline(backend, kind, config, tokens) -> dict:
     parts = backend.normalizer
     parts = parts if isinstance(parts, normalizers.Sequence) else [parts]
     charsmaps = [part for part in parts if isinstance(part, normalizers.Precompiled)]
-    scheme = "always" if config.get("add_prefix_space", True) else "never"
+    t5 = kind == "T5Tokenizer"
+    scheme = "always" if t5 or config.get("add_prefix_space", True) else "never"
     words = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     backend.normalizer = next(iter(charsmaps), None)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
     backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    return {"byte_fallback": False, "unk_id": 2 if kind == "T5Tokenizer" else 3}
+    return {"byte_fallback": False, "unk_id": 2 if t5 else 3}
 
 
 CLASS_PIPELINES = {  # class -> (type of its model in tokenizer.json, its pipeline)
@@ -2569,7 +2540,7 @@ def find_chat_template(
         pairs = [entry for entry in templates if isinstance(entry, dict) and "name" in entry]
         templates = {entry["name"]: entry.get("template") for entry in pairs}
     found = {
-        name.removeprefix(f"{EXTRA_TEMPLATES}/").removesuffix(".jinja"): content
+        Path(name).stem: content
         for name, content in files.items()
         if name.startswith(EXTRA_TEMPLATES)
     }
@@ -2854,7 +2825,7 @@ class Family:
     drop: str = (
         "model.layers.*.self_attn.rotary_emb.inv_freq"  # patterns of tensors that carry nothing
     )
-    copies: dict = field(default_factory=dict)  # their tensor -> ours that it repeats, if stored
+    copies: dict = field(default_factory=dict)  # a tensor -> the one that it repeats, if stored
     aliases: dict = field(default_factory=dict)  # a second name of a key -> the key
     unstored_head_is_tied: bool = False  # whatever config.json says of it
     classes: dict = field(default_factory=dict)  # head -> end of its class's name, if not CLASS's
@@ -3201,7 +3172,7 @@ def roberta(stem: str) -> Family:
         only=TIED | ABSOLUTE,
         read=read_roberta,
         write=write_roberta,
-        copies={"lm_head.decoder.bias": "head.out.bias"},
+        copies={"lm_head.decoder.bias": "lm_head.bias"},
         drop="roberta.embeddings.position_ids",
     )
 
@@ -3225,7 +3196,7 @@ FAMILIES |= {
         fixed=ENCODER,
         defaults=BERT_DEFAULTS,
         only=TIED | ABSOLUTE,
-        copies={"cls.predictions.decoder.bias": "head.out.bias"},
+        copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
         drop="bert.embeddings.position_ids cls.seq_relationship.*",
     ),
     "roberta": roberta("Roberta"),
@@ -3375,7 +3346,7 @@ def bart_like(stem: str, end="ForConditionalGeneration", **rest) -> Family:
             hidden_dropout=dropout embedding_dropout=dropout""",
         ),
         {"lm": (head | head_bias, {})},
-        copies=dict.fromkeys(copies, "embed.weight"),
+        copies=dict.fromkeys(copies, "model.shared.weight"),
         aliases=name_map(
             """hidden_size=d_model num_attention_heads=encoder_attention_heads
             num_hidden_layers=encoder_layers"""
@@ -3456,7 +3427,7 @@ FAMILIES |= {
         read=read_t5,
         write=write_t5,
         copies=dict.fromkeys(
-            ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "embed.weight"
+            ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight"
         ),
         aliases=name_map(
             """hidden_size=d_model head_dim=d_kv num_attention_heads=num_heads
@@ -3593,12 +3564,7 @@ def refuse_unsupported(row: Family, raw: dict, source: str, ignored: list):
         require(fine, f"{source}: {key} = {value!r} is not supported (supported: {supported!r})")
 
 
-ORIGINAL = "original_max_position_embeddings"
-ROPE_OPTIONS = {
-    "llama3": {ORIGINAL},
-    "yarn": {ORIGINAL, *YARN_KEYS},
-}  # rope_type -> keys it may have
-ROPE_UNUSED = {*YARN_KEYS, *sum(ROPE_KEYS.values(), ()), ORIGINAL, "finetuned"}  # by some types
+ROPE_UNUSED = {*ROPE_OPTIONS["yarn"], *sum(ROPE_KEYS.values(), ()), "finetuned"}  # by some types
 
 
 def flat_rope(row: Family, raw: dict, source: str, ignored: list):
@@ -3925,8 +3891,13 @@ class Checkpoint:
         self.row, self.dtype, self.device = FAMILIES[config.model_type], dtype, device
         self.place, files = self.files(folder)
         self.stored = self.named(files)  # name in the table -> (file, the opened one, name there)
-        self.embedding, self.output = self.tied_names(config)
-        self.find_copies(config)
+        (self.embedding,), _ = sources("embed.weight", config.model_type, config.head)
+        self.output = self.tied_output()
+        # A tensor that is tied, or stored twice, may stand under one of its names only.
+        tied = {self.output: self.embedding} if config.tie_word_embeddings else {}
+        for name, original in (self.row.copies | tied).items():
+            if name in self.stored:
+                self.stored.setdefault(original, self.stored[name])
         layers = max(config.num_hidden_layers, config.num_encoder_layers)
         number = len(self.stored)
         require(layers <= number, f"{self.place}: {number} tensors, expected {layers} layers")
@@ -3947,25 +3918,12 @@ class Checkpoint:
             stored[new] = file, opened[file], name
         return stored
 
-    def tied_names(self, config: Config) -> tuple[str, str | None]:
-        """The names of the embedding's weight, and of the language model's output that may be tied to it."""
-        (embedding,), _ = sources("embed.weight", config.model_type, config.head)
-        for head in ("lm", "mlm"):
-            table, _ = self.row.heads.get(head, ({}, {}))
-            for name in table.get("head.out", ()):
-                return embedding, f"{name}.weight"
-        return embedding, None
-
-    def find_copies(self, config: Config):
-        """A tensor that is tied, or stored twice, may stand under one of its names only."""
-        twins = dict(self.row.copies)
-        if config.tie_word_embeddings:
-            twins[self.output] = "embed.weight"
-        table = self.row.tensors | self.row.heads[config.head][0]
-        for name, ours in twins.items():
-            if name in self.stored and (ours in table or ours.rpartition(".")[0] in table):
-                (theirs,), _ = sources(ours, config.model_type, config.head)
-                self.stored.setdefault(theirs, self.stored[name])
+    def tied_output(self) -> str | None:
+        """The name of the language model's output, which may be tied to the embedding."""
+        for head in {"lm", "mlm"} & self.row.heads.keys():
+            for name in self.row.heads[head][0].get("head.out", ()):
+                return f"{name}.weight"
+        return None
 
     def is_tied(self, config: Config) -> bool:
         """An output that is stored is tied in name only, unless it equals the embedding."""
@@ -4048,12 +4006,11 @@ class Checkpoint:
                     kind.read(self.fetch(n, part.shape)).contiguous() for n, part in parts.items()
                 ]
                 state[name] = found[0] if len(found) == 1 else torch.cat(found)
-        for name, ours in row.copies.items():
+        for name in row.copies.keys() & self.stored.keys():
+            original = row.copies[name]
             require(
-                name not in self.stored
-                or ours not in state
-                or torch.equal(self.fetch(name), state[ours]),
-                f"{self.place}: tensor {name} differs from the one that it should repeat, {ours}",
+                original not in used or torch.equal(self.fetch(name), self.fetch(original)),
+                f"{self.place}: tensor {name} differs from the one that it should repeat, {original}",
             )
         spare = row.copies.keys() | self.head_tensors(self.config.head)
         if self.config.tied:

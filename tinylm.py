@@ -1013,27 +1013,19 @@ def check_inputs(
 ):
     """Refuse ids (batch, seq), a mask and token types of wrong shapes; of ids, `look_up` sees the values."""
     shape = tuple(ids.shape)
-    for what, tensor in ((name, ids), ("token_type_ids", types)):
-        require(
-            tensor is None
-            or len(shape) == 2
-            and shape[1]
-            and tuple(tensor.shape) == shape
-            and not tensor.is_floating_point(),
-            f"{what}: {getattr(tensor, 'dtype', None)} of shape {tuple(getattr(tensor, 'shape', ()))}, "
-            "expected ids (batch, seq), all of one shape",
-        )
+    mask = mask if cache is None else None  # the cache's own may be longer
+    for what, tensor in ((name, ids), ("token_type_ids", types), ("attention_mask", mask)):
+        if tensor is not None:
+            fine = len(shape) == 2 and shape[1] and tuple(tensor.shape) == shape
+            require(
+                fine and (tensor is mask or not tensor.is_floating_point()),
+                f"{what}: {tensor.dtype} of shape {tuple(tensor.shape)}, expected ids (batch, seq), all of one shape",
+            )
     require(types is None or config.type_vocab_size, "token_type_ids: the model has no token types")
-    if cache is not None:
-        return
     limit = config.max_position_embeddings
     require(
-        config.position not in LIMITED or shape[1] <= limit,
+        cache is not None or config.position not in LIMITED or shape[1] <= limit,
         f"{name}: {shape[1]} tokens, but the model has only {limit} positions",
-    )
-    require(
-        mask is None or tuple(mask.shape) == shape,
-        f"attention_mask: shape {mask is None or tuple(mask.shape)}, expected {shape}",
     )
 
 
@@ -2230,9 +2222,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | ByteTokenizer | None:
         return ByteTokenizer(files)
     names = ("tokenizer.json", "vocab.txt", "merges.txt")
     source = next((name for name in names if name in files), None)
-    if source == "merges.txt" and "vocab.json" not in files:
-        source = None
-    if source is None:
+    if source is None or source == "merges.txt" and "vocab.json" not in files:
         for name in files:
             require(
                 not name.endswith((".model", ".spm")),
@@ -3136,10 +3126,6 @@ def encoder_heads(mlm: tuple, classify: tuple, bare: tuple = ({}, {})) -> dict:
     return {None: bare} | biased
 
 
-def unused_pooler(name: str) -> tuple:
-    return head_row(f"head.dense={name}", kind=Unused, head_act="tanh")
-
-
 def read_roberta(raw: dict) -> dict:
     """Its table of positions begins with unused rows, up to that of the pad id."""
     offset = raw["pad_token_id"] + 1
@@ -3164,7 +3150,7 @@ def roberta(stem: str) -> Family:
                 head_norm=True,
             ),
             head_row("head.dense=classifier.dense head.out=classifier.out_proj", head_act="tanh"),
-            unused_pooler("roberta.pooler.dense"),
+            head_row("head.dense=roberta.pooler.dense", kind=Unused, head_act="tanh"),
         ),
         "roberta.",
         fixed=ENCODER,
@@ -3190,7 +3176,7 @@ FAMILIES |= {
                 head_norm=True,
             ),
             head_row("head.dense=bert.pooler.dense head.out=classifier", head_act="tanh"),
-            unused_pooler("bert.pooler.dense"),
+            head_row("head.dense=bert.pooler.dense", kind=Unused, head_act="tanh"),
         ),
         "bert.",
         fixed=ENCODER,
@@ -3332,8 +3318,7 @@ def read_marian(raw: dict) -> dict:
 def bart_like(stem: str, end="ForConditionalGeneration", **rest) -> Family:
     stacks = (tensor_map(f"model.{side}.", "layers.{}.", BART) for side in ("encoder", "decoder"))
     copies = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
-    head, _ = head_row("head.out=lm_head")
-    head_bias, _ = head_row("head.out.bias=final_logits_bias", kind=Row)
+    head = {"head.out": (Name("lm_head"),), "head.out.bias": (Row("final_logits_bias"),)}
     return Family(
         stem,
         two_stacks("model.shared", *stacks),
@@ -3345,7 +3330,7 @@ def bart_like(stem: str, end="ForConditionalGeneration", **rest) -> Family:
             intermediate_size=decoder_ffn_dim encoder_intermediate_size=encoder_ffn_dim
             hidden_dropout=dropout embedding_dropout=dropout""",
         ),
-        {"lm": (head | head_bias, {})},
+        {"lm": (head, {})},
         copies=dict.fromkeys(copies, "model.shared.weight"),
         aliases=name_map(
             """hidden_size=d_model num_attention_heads=encoder_attention_heads
@@ -3834,11 +3819,9 @@ def sources(name: str, model_type: str, head: str | None) -> tuple[tuple, type]:
     if not row.tensors:
         return (name,), Name
     layer = next((part for part in module.split(".") if part.isdigit()), "")
-    table, place = (
-        row.tensors | row.heads[head][0],
-        module.replace(f".{layer}.", ".{}.") if layer else module,
-    )
-    theirs = table.get(name) or table.get(place)  # of a tensor, or of a module
+    table = row.tensors | row.heads[head][0]
+    # of a tensor, or of a module
+    theirs = table.get(name) or table.get(module.replace(f".{layer}.", ".{}."))
     require(
         theirs, f"{name}: model_type {model_type!r} has no such tensor; use model_type 'tinylm'"
     )
@@ -3935,8 +3918,8 @@ class Checkpoint:
                 f"but model_type {config.model_type!r} ties them",
             )
             return tied
-        untied = self.output in self.stored or not self.row.unstored_head_is_tied
-        return config.tie_word_embeddings if untied else True
+        unstored = self.output not in self.stored
+        return config.tie_word_embeddings or unstored and self.row.unstored_head_is_tied
 
     @staticmethod
     def files(folder: Path) -> tuple[Path, dict]:
@@ -4084,9 +4067,9 @@ def check_replaced(raw: dict, source: str):
 def save_model(lm: TinyLM, folder: Path):
     """What `TinyLM.save_pretrained` does."""
     # Classes are those that the model was made of, functions those that it calls.
-    by_class = {name: by for name, by in lm.replaced.items() if isinstance(LEAVES[name], type)}
-    now = replaced_leaves()
-    replaced = by_class | {name: now[name] for name in now if not isinstance(LEAVES[name], type)}
+    replaced = {leaf: by for leaf, by in lm.replaced.items() if isinstance(LEAVES[leaf], type)}
+    now = replaced_leaves().items()
+    replaced |= {leaf: by for leaf, by in now if not isinstance(LEAVES[leaf], type)}
     config = replace(lm.config, model_type="tinylm") if replaced else lm.config
     raw = config_to_hf(config) | {"torch_dtype": str(lm.dtype).removeprefix("torch.")}
     if replaced:

@@ -498,6 +498,18 @@ def test_a_fresh_head_is_random_and_what_is_there_is_loaded(folder):
     assert not torch.equal(fresh[MLM, 1]["head.dense.weight"], fresh[MLM, 2]["head.dense.weight"])
 
 
+@pytest.mark.parametrize("head", ["mlm", "classify", "tokens", "qa", None])
+def test_a_bias_under_two_names_is_its_own_heads(head, copy):
+    """Guards another head's bias for which the masked head's, stored a second time, was taken."""
+    path, bias = copy(MLM), "cls.predictions.bias"
+    twin = {"cls.predictions.decoder.bias": torch.ones(211)}
+    rewrite_tensors(path, lambda tensors: tensors | twin | {bias: torch.ones(211)})
+    lm = TinyLM.from_pretrained(path, head=head)
+    assert lm.config.head == head
+    if head is not None:
+        assert bool(lm.state_dict()["head.out.bias"].all()) == (head == "mlm")
+
+
 def test_the_same_head_is_loaded(folder):
     assert_same_weights(
         TinyLM.from_pretrained(folder(CLASSIFY), head="classify"),

@@ -2254,13 +2254,13 @@ def resolve_tokenizer(files: dict[str, bytes], hf_config: dict) -> dict[str, byt
         kind, files = kind_of_vocabulary(files, kind, config)
     spec = json.loads(files["tokenizer.json"])
     model, before = spec["model"], spec.get("added_tokens") or []
-    model_type, pipeline = CLASS_PIPELINES.get(kind, (None, None))
+    model_type, pipeline = CLASS_PIPELINES.get(kind, ("", None))
     if model_type != model.get("type"):
         kind, pipeline = "", None
     tokens = special_tokens(files, hf_config, spec.get("padding"))
     added = find_added_tokens(files, tokens, before, kind)
     ids = token_ids(model["vocab"], added)
-    # What is small of tokenizer.json, for the library to write.
+    # All but the words, as the library itself writes it.
     empty = {"type": "BPE", "vocab": {}, "merges": []}
     backend = Backend.from_str(json.dumps(spec | {"model": empty, "added_tokens": []}))
     written = backend.to_str()
@@ -2351,8 +2351,8 @@ def token_ids(vocabulary: dict | list, added: dict) -> dict[str, int]:
     return ids
 
 
-# What classes of transformers make of tokenizer_config.json in place of what tokenizer.json says: (the library's tokenizer,
-# class, config, special tokens); each sets what stands before and behind the model and returns what it changes of it.
+# Classes of transformers go by tokenizer_config.json where tokenizer.json says otherwise. Their pipelines (the library's
+# tokenizer, class, config, special tokens) set what stands before and behind the model and return what they change of it.
 BPE_OPTIONS = {  # of a plain one
     "dropout": None,
     "unk_token": None,

@@ -253,7 +253,14 @@ def test_the_cache_is_written_in_place(exported):
     assert np.abs(logits[:, 0] - expected[:, 3]).max() < 1e-2 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name, precision", [(n, p) for n in SMALL_CACHES for p in SMALL_CACHES[n]])
+@pytest.mark.parametrize(
+    "name, precision",
+    [
+        pytest.param(name, precision, marks=[pytest.mark.slow] * (name == "qwen3"))
+        for name in SMALL_CACHES
+        for precision in SMALL_CACHES[name]
+    ],
+)
 def test_a_cache_in_8_bits(name, precision, exported, small_cache):
     """A quarter of the memory, written in place as ever, and logits near those of a cache in full."""
     folders = exported(name)[1], small_cache(name)

@@ -1,5 +1,7 @@
 """Training from scratch: the command, what it writes, resuming bit for bit, and `train_step` on its own."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,16 +25,12 @@ TEXT = "".join(f"Zeile {i % 17}: größer, naïve — 日本 🙂 {i * i % 23}\n
 TINY = ["--size", "nano", "--batch", "4", "--block", "32"]
 
 
-def tinylm(*arguments, **options):
-    """The command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, ROOT / "train.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
-    )
+def tinylm(*arguments):
+    """The command in this process: its exit status and what it prints."""
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        status = main([*map(str, arguments)])
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=error.getvalue())
 
 
 def finished(run):

@@ -1491,8 +1491,10 @@ class MaskFilling(LanguageModelling):
 class Writing(Task):
     """Translation, summarisation: a source and what to write of it."""
 
-    head, family, inputs, roles = "lm", "t5", ("source",), ("source", "target")
-    scratch = SCRATCH | dict(dropout=0.1)
+    head, family, inputs, roles = "lm", "mbart", ("source",), ("source", "target")
+    scratch = SCRATCH | dict(
+        size="pico", vocab=2048, batch=64, lr=0.02, adam_lr=4e-3, dropout=0.1, epochs=6
+    )
 
     def examples(self, lm, row, block):
         end = [*lm.ends()][:1]
@@ -1827,7 +1829,7 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
     ours = dict(num_key_value_heads=size["num_attention_heads"]) | size
     ours |= dict(
         vocab_size=-(-tokenizer.size // 64) * 64,
-        tie_word_embeddings=task.family != "t5",  # T5's tied head says the last token back
+        tie_word_embeddings=True,
         num_encoder_layers=size["num_hidden_layers"],
         head_dim=size["hidden_size"] // size["num_attention_heads"],
         max_position_embeddings=max(options.block, 1024),
@@ -1842,8 +1844,6 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
     for block in blocks(lm):
         nn.init.zeros_(block.attention.o.weight)
         nn.init.zeros_(block.mlp.down.weight)
-    if config.head == "lm" and not config.tied:
-        nn.init.zeros_(lm.head.out.weight)  # all words are alike: a loss of ln(vocabulary)
     lm.tokenizer = tokenizer
     return lm
 

@@ -626,7 +626,9 @@ def test_safetensors_twice_replaces_the_first(folder, tmp_path):
     assert export.main([str(source), "--safetensors", "--out", str(mine)]) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_half_precision_is_stored_as_it_is_and_traced_in_fp32(dtype, tmp_path):
     """Guards a trace in half precision, which failed, and a model.safetensors twice as large as the checkpoint's."""
     lm = TinyLM(Config(**TINY, initializer_range=0.3)).to(dtype).train()

@@ -248,6 +248,7 @@ FIELDS = sorted(
 )
 
 
+@pytest.mark.slow
 @fuzz(
     250,
     name=st.sampled_from(
@@ -562,6 +563,7 @@ LINES = [
 FLAT = ["train", "--steps", 1, "--size", "pico", "--batch", 2, "--block", 64, "--device", "cpu"]
 
 
+@pytest.mark.slow
 @fuzz(
     40,
     parts=st.lists(st.sampled_from(LINES) | st.text(max_size=20), max_size=6),
@@ -693,6 +695,7 @@ def large(value):
         return True
 
 
+@pytest.mark.slow
 @fuzz(
     100,
     flags=st.lists(

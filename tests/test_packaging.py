@@ -164,6 +164,7 @@ def test_installed_commands(installed, tmp_path):
     assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_annotations_reach_type_checkers(installed, tmp_path):
     """mypy accepts right calls of the public API, and sees the wrong type of an argument."""
     pytest.importorskip("mypy")

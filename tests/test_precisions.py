@@ -130,7 +130,12 @@ def small_cache(once):
 
 
 @pytest.mark.parametrize(
-    "name, precision", [(name, p) for name, precisions in EXPORTS.items() for p in precisions]
+    "name, precision",
+    [
+        pytest.param(name, precision, marks=[pytest.mark.slow] * (name in ("dynamic", "gpt2")))
+        for name, precisions in EXPORTS.items()
+        for precision in precisions
+    ],
 )
 def test_padded_rows_say_what_they_say_alone(name, precision, exported):
     lm, folder = exported(name)
@@ -156,7 +161,8 @@ def test_padded_rows_say_what_they_say_alone(name, precision, exported):
 
 
 @pytest.mark.parametrize(
-    "precision", ["fp16", "int8", pytest.param("int4", marks=pytest.mark.slow)]
+    "precision",
+    ["fp16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "int4"))],
 )
 @pytest.mark.parametrize(
     "fields",
@@ -383,6 +389,7 @@ def test_a_small_top_k_or_top_p_is_greedy(exported):
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_measures_every_precision(tmp_path, capsys):
     source, out, text = tmp_path / "model", tmp_path / "out", tmp_path / "text.txt"
     model("qwen3").save_pretrained(source)

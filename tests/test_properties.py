@@ -148,6 +148,7 @@ def test_bfloat16_is_close(config, length, seed):
     assert (exact - rounded).abs().mean() < 0.1 * exact.abs().mean().clamp(min=1e-3)
 
 
+@pytest.mark.slow
 @prop(config=configs())
 def test_a_saved_copy_is_the_same_model(config, seed, tmp_path_factory):
     folder, lm, ids = tmp_path_factory.mktemp("copy"), made(config, seed), tokens(seed, 2, 9)

@@ -1,6 +1,7 @@
 """Properties that hold for any architecture and any lengths: the cache, padding and batches change no logits, bfloat16
 and a saved copy hardly any or none."""
 
+import pytest
 import torch
 from families import difference
 from hypothesis import HealthCheck, given, settings

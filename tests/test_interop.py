@@ -31,15 +31,11 @@ SCRIPTS = ROOT / "tests" / "interop"
 TEXT = (ROOT / "LICENSE").read_text(encoding="utf-8")[:1024] * 3
 IDS, NEW = list(b"ROMEO:"), 20
 NPM = ["onnxruntime-node@1.30.0", "@huggingface/transformers@4.3.1"]
-PIP = {
-    "genai": ["onnxruntime-genai==0.18.0"],
-    "sentences": [
-        "torch==2.13.0",
-        "sentence-transformers==5.7.0",
-        "optimum-onnx==0.1.0",
-        "onnxruntime",
-    ],
-}
+GENAI = "onnxruntime-genai==0.18.0"
+OPTIMUM = (  # before the packages of this environment: the newest of each that go with it
+    "optimum==2.1.0 optimum-onnx==0.1.0 transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2 requests urllib3 "
+    "certifi charset-normalizer idna"
+).split()
 TOLERANCES = {  # of the largest logit: other builds and processors round differently
     "fp32": 1e-3,
     "fp16": 0.02,
@@ -110,10 +106,13 @@ def environment(name):
                 LLAMA,
             ],
         ]
+    elif name == "optimum":
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+        made = [[*pip, "--target", place, *OPTIMUM]]
     else:
         made = [
             [sys.executable, "-m", "venv", place],
-            [place / "bin" / "python", "-m", "pip", "install", "--quiet", *PIP[name]],
+            [place / "bin" / "python", "-m", "pip", "install", "--quiet", GENAI],
         ]
     done = place / "done"
     if not done.exists():
@@ -125,12 +124,13 @@ def environment(name):
     return place
 
 
-def said(*command):
+def said(*command, path=""):
+    """What a program writes last; path: where Python looks first."""
     run = subprocess.run(
         [*map(str, command), json.dumps(IDS), str(NEW)],
         capture_output=True,
         text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(path)},
     )
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.strip().splitlines()[-1])
@@ -328,22 +328,21 @@ def test_onnxruntime_genai_searches_as_generation_config_says(shipped, folder, t
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_optimum(precision, folder):
-    python = environment("sentences") / "bin" / "python"
     file = f"model{PRECISIONS[precision].suffix}.onnx"
-    found = said(python, SCRIPTS / "optimum.py", folder, file)
+    command = sys.executable, SCRIPTS / "optimum.py", folder, file
+    found = said(*command, path=environment("optimum"))
     check(found["ids"], folder, precision, found["logits"])
 
 
 def test_sentence_transformers_onnx_backend(minilm, tmp_path):
     """The same vectors as ours, from the same folder."""
-    python = environment("sentences") / "bin" / "python"
     texts = ["A cat sits on the mat.", "Stocks fell sharply on Monday, analysts said."]
     export_onnx(minilm, tmp_path / "out")
     run = subprocess.run(
-        [python, SCRIPTS / "sentences.py", tmp_path / "out", json.dumps(texts)],
+        [sys.executable, SCRIPTS / "sentences.py", tmp_path / "out", json.dumps(texts)],
         capture_output=True,
         text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(environment("optimum"))},
     )
     assert run.returncode == 0, run.stderr[-2000:]
     theirs = np.array(json.loads(run.stdout.strip().splitlines()[-1]))

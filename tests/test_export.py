@@ -913,6 +913,7 @@ def fused_attend(
     return x.transpose(1, 2).flatten(2)
 
 
+@pytest.mark.slow
 def test_a_replaced_attend_gets_a_mask_for_every_query(tmp_path, monkeypatch):
     """ONNX Runtime refused an encoder's mask of one row for all queries; and norms of the keys of a source could not be
     traced."""

@@ -202,6 +202,7 @@ onnxlm.main([{str(exported("t5")[2])!r}, "w9"])
     assert run.returncode == 0 and len(run.stdout.splitlines()) == 2, run.stderr
 
 
+@pytest.mark.slow
 def test_minilm_embeds_as_in_torch(minilm, tmp_path, capsys):
     """Pooling and normalisation travel with the export."""
     export_onnx(minilm, tmp_path / "out")

@@ -67,6 +67,7 @@ EXPORTS = {
     "dynamic": ["int4"],
     "gpt2": ["q4f16"],
 }
+SLOW = ("dynamic", "gpt2", "narrow")
 SMALL_CACHES = {
     "qwen3": ["fp16", "q4f16"],
     "window": ["int8"],
@@ -132,7 +133,7 @@ def small_cache(once):
 @pytest.mark.parametrize(
     "name, precision",
     [
-        pytest.param(name, precision, marks=[pytest.mark.slow] * (name in ("dynamic", "gpt2")))
+        pytest.param(name, precision, marks=[pytest.mark.slow] * (name in SLOW))
         for name, precisions in EXPORTS.items()
         for precision in precisions
     ],

@@ -874,7 +874,7 @@ def operators(folder, file="model.onnx"):
     "leaf, replacement, fields",
     [
         ("MLP", SquaredReLU, dict(gated=False)),
-        ("attend", plain_attend, dict(num_key_value_heads=1)),
+        pytest.param("attend", plain_attend, dict(num_key_value_heads=1), marks=pytest.mark.slow),
     ],
 )
 def test_a_replaced_leaf_is_traced_as_it_is(leaf, replacement, fields, tmp_path, monkeypatch):

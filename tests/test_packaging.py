@@ -142,6 +142,7 @@ def test_a_wheel_takes_only_names_of_its_own(installed):
     assert names == {"tinylm", "onnxlm"}
 
 
+@pytest.mark.slow
 def test_installed_commands(installed, tmp_path):
     """Every command runs from an empty folder, the shipped model is there, and a user's train.py stays the user's."""
     for name in ("train", "export"):

@@ -67,7 +67,7 @@ EXPORTS = {
     "dynamic": ["int4"],
     "gpt2": ["q4f16"],
 }
-SLOW = ("dynamic", "gpt2", "narrow")
+SLOW = ("dynamic", "gpt2", "narrow", "half rotary")
 SMALL_CACHES = {
     "qwen3": ["fp16", "q4f16"],
     "window": ["int8"],
@@ -179,7 +179,7 @@ def test_padded_rows_say_what_they_say_alone(name, precision, exported):
             attention_bias=True,
             gated=False,
         ),
-        dict(num_encoder_layers=1, position="relative"),
+        pytest.param(dict(num_encoder_layers=1, position="relative"), marks=pytest.mark.slow),
     ],
     ids=["encoder", "encoder-decoder"],
 )
@@ -263,7 +263,7 @@ def test_the_cache_is_written_in_place(exported):
 @pytest.mark.parametrize(
     "name, precision",
     [
-        pytest.param(name, precision, marks=[pytest.mark.slow] * (name == "qwen3"))
+        pytest.param(name, precision, marks=[pytest.mark.slow] * (name in ("qwen3", "half rotary")))
         for name in SMALL_CACHES
         for precision in SMALL_CACHES[name]
     ],

@@ -132,6 +132,7 @@ def test_best_has_the_lowest_validation_loss(text, tmp_path):
     assert not same_files(out / "best" / "model.safetensors", out / "last" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_is_the_uninterrupted_run(text, trained, tmp_path):
     """Ctrl-C saves and leaves quietly; --resume then ends with the same bits: weights, optimizer, best."""
     out = tmp_path / "out"

@@ -197,11 +197,11 @@ before, start = set(sys.modules), time.perf_counter()
 import tinylm
 print(time.perf_counter() - start, *(set(sys.modules) - before))
 """
-    runs = [python("import sys; sys.path.insert(0, '')" + script, vendored) for _ in range(3)]
+    runs = [python("import sys; sys.path.insert(0, '')" + script, vendored) for _ in range(2)]
     assert all(run.returncode == 0 for run in runs), runs[0].stderr
     assert (
         min(float(run.stdout.split()[0]) for run in runs) < 0.3
-    )  # the best of three: other programs run too
+    )  # the best of two: other programs run too
     new = runs[0].stdout.split()[1:]
     for heavy in (
         "torch._dynamo",

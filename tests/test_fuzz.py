@@ -660,6 +660,7 @@ SAMPLED = [
 ]
 
 
+@pytest.mark.slow
 @fuzz(
     60,
     flags=st.lists(

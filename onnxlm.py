@@ -1974,9 +1974,14 @@ def task_of(config: dict, folder: Path | None = None) -> str:
     return next((task for end, task in ARCHITECTURES.items() if name.endswith(end)), "lm")
 
 
+def remembered(folder: str | Path | None) -> dict:
+    """What a training has left beside a model; {} beside another."""
+    return read_json(Path(folder) / TRAINING, {}) if folder else {}
+
+
 def trained_block(folder: str | Path | None) -> int | None:
-    """How many tokens of a text the model was trained on, where a training has left that beside it."""
-    block = read_json(Path(folder) / TRAINING, {}).get("block") if folder else None
+    """How many tokens of a text the model was trained on, where that is known."""
+    block = remembered(folder).get("block")
     return block if is_number_in(block, 1, 2**31, int) else None
 
 

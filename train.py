@@ -2319,11 +2319,6 @@ def loss_curve(rows: list[dict]) -> str:
 REMEMBERED = ("task", *COLUMNS, "block", "regression", "classes")
 
 
-def remembered(folder) -> dict:
-    """What `eval` and `run` need of the training of a checkpoint: its task, columns and --block; {} of another's."""
-    return read_json(Path(folder) / onnxlm.TRAINING, {})
-
-
 def save(
     folder: Path, lm: TinyLM, options: TrainOptions, optimizer=None, run_state: dict | None = None
 ):
@@ -2966,7 +2961,7 @@ def run_eval(options: dict):
     as_json, confusion, data = (options.pop(name) for name in ("json", "confusion", "data"))
     name = task_of(lm.config)
     require(name in TASKS, f"{lm.folder}: expected a model with a task's head")
-    known = remembered(lm.folder) | dict(regression=lm.config.problem_type == "regression")
+    known = onnxlm.remembered(lm.folder) | dict(regression=lm.config.problem_type == "regression")
     known |= dict(task=name, classes=not known["regression"])
     options = TrainOptions(**known | options).filled()
     task = TASKS[name]

@@ -123,9 +123,10 @@ def small_cache(once):
 
     @functools.cache
     def write(name):
-        options = dict(precisions=SMALL_CACHES[name], generate=name == "qwen3", text=TEXT[:2400])
-        write = lambda out: export_onnx(model(name), out, **options, int8_cache=True)
-        return once(f"rounded-{name}-int8-cache", write)
+        options = dict(precisions=SMALL_CACHES[name], text=TEXT[:2400], int8_cache=True)
+        options["generate"] = name == "qwen3"
+        export_it = lambda out: export_onnx(model(name), out, **options)
+        return once(f"rounded-{name}-int8-cache", export_it)
 
     return write
 

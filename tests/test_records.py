@@ -165,9 +165,9 @@ def test_eval_remembers_the_columns_of_the_training(tmp_path, capsys):
     columns = ["--text", "body", "--label", "verdict"]
     command = ["train", data, "--out", out, "--task", "classify", *TINY, *columns]
     assert main([*command, "--steps", "2", "--vocab", "270"]) == 0
-    known = train.remembered(out / "best")
+    known = onnxlm.remembered(out / "best")
     assert (known["task"], known["text"], known["label"]) == ("classify", "body", "verdict")
-    assert known["block"] == 16 and train.remembered(tmp_path) == {}
+    assert known["block"] == 16 and onnxlm.remembered(tmp_path) == {}
     capsys.readouterr()
     assert main(["eval", out / "best", data]) == 0
     assert "accuracy" in capsys.readouterr().out

@@ -79,7 +79,7 @@ def punctuation(path):
     """Beside a file of scitldr one of its words in lower case and without punctuation, whose tags say what stood behind
     each: a comma, a full stop or nothing."""
     rows = []
-    for row in map(json.loads, path.read_text(encoding="utf-8").split("\n")):
+    for row in rows_of(path):
         words = [
             (re.sub(r"\W+$", "", word).lower(), word[-1])
             for word in " ".join(row["source"]).split()
@@ -131,6 +131,10 @@ def is_plain(text):
     return 2 <= len(text.split()) <= 20 and not re.search(r"[][%{}<>&$|\\_=#@/\n\0]|\(s\)", text)
 
 
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")]
+
+
 def write(path, text):
     path.write_text(text, encoding="utf-8")
     return path
@@ -162,7 +166,7 @@ def transformers_loop(minilm, train, test, batch=32, lr=1e-4):
     model = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2)
     sets = []
     for path in (train, test):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")]
+        rows = rows_of(path)
         random.Random(0).shuffle(
             rows
         )  # the file is sorted by label: texts of one length would be of one label too
@@ -296,7 +300,7 @@ def tags(folder):
         "--out",
         folder / "tags",
     )
-    every = [tag for line in test.read_text().split("\n") for tag in json.loads(line)["tags"]]
+    every = [tag for row in rows_of(test) for tag in row["tags"]]
     print(
         f"tinylm, MiniLM on scitldr's punctuation: {seconds:.0f} s, F1 {last('entity F1', log):.4f}, accuracy "
         f"{last('accuracy', log):.4f}; no punctuation at all {every.count('O') / len(every):.4f}"
@@ -313,7 +317,7 @@ def summary(folder):
     begin = time.perf_counter()
     _, log = tinylm("eval", folder / "summary" / "best", test)
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    rows = [json.loads(line) for line in test.read_text(encoding="utf-8").split("\n")]
+    rows = rows_of(test)
     lead = [scorer.score(" ".join(row["target"]), row["source"][0]) for row in rows]
     first = (
         sum(score[name].fmeasure for score in lead) / len(lead) for name in ("rouge1", "rougeL")
@@ -330,9 +334,7 @@ def mlm(folder):
     train, test = (
         write(
             file.with_suffix(".txt"),
-            "\n".join(
-                json.loads(line)["text"] for line in file.read_text(encoding="utf-8").split("\n")
-            ),
+            "\n".join(row["text"] for row in rows_of(file)),
         )
         for file in files
     )
@@ -387,10 +389,6 @@ def most_alike(train, test):
 
 def words(text):
     return set(re.findall(r"\w+", text.lower()))
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")]
 
 
 JOBS = dict(

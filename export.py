@@ -60,6 +60,11 @@ from onnxlm import (
 )
 from tinylm import Error, require
 
+if __package__:  # installed
+    from . import pretrained
+else:  # beside each other
+    import pretrained
+
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped beside this file
 MARK = ".tinylm-export"  # this file says: the next export may replace the folder
 OPSET = 23  # the first with Attention, RotaryEmbedding, RMSNormalization
@@ -1170,7 +1175,7 @@ def export_onnx(
     if isinstance(model_or_folder, tinylm.TinyLM):
         lm = copy.deepcopy(model_or_folder)
     else:
-        source = tinylm.find_checkpoint(model_or_folder).resolve()
+        source = pretrained.find_checkpoint(model_or_folder).resolve()
         require(
             out not in (source, *source.parents),
             f"{out}: is the checkpoint itself, or holds it; name another folder",

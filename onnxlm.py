@@ -451,8 +451,8 @@ class OnnxLM:
 
     def make_generation_config(self, **given) -> GenerationConfig:
         """How to generate: as given, else as generation_config.json says, else plainly."""
-        seq2seq = self.encoder is not None
-        return make_generation_config(given, self.generation_config, self.config, seq2seq)
+        defaults = generation_defaults(self.generation_config, self.encoder is not None)
+        return make_generation_config(given, defaults, self.config)
 
     def run(
         self, texts: list[str], pairs: list | None = None, batch: int = 32, **options
@@ -486,7 +486,7 @@ class OnnxLM:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers and chat templates, mirrored in tinylm.py
+# Tokenizers and chat templates
 # ---------------------------------------------------------------------------------------------------------------------
 
 TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
@@ -1053,23 +1053,30 @@ def read_generation_config(folder: Path, config: dict) -> dict:
     return found
 
 
-def make_generation_config(
-    given: dict, file: dict, config: dict, seq2seq: bool = False
-) -> GenerationConfig:
-    """How to generate: as the arguments `given` say, else as generation_config.json (`file`) does, else with the ids of
-    config.json, plainly. An `eos_token_id` of None among the arguments: a row never ends."""
+def generation_defaults(file: dict, seq2seq: bool = False) -> dict:
+    """What generation_config.json says, as fields of GenerationConfig."""
     for name, harmless in UNSUPPORTED.items():
         fine = file.get(name) in (None, harmless)
         require(fine, f"generation_config.json: {name} = {file.get(name)!r} is not supported")
-    options = {n: file.get(n, config.get(n)) for n in ("eos_token_id", "pad_token_id")}
+    options = {name: file[name] for name in ("eos_token_id", "pad_token_id") if name in file}
     if seq2seq and is_number_in(file.get("max_length"), 2, 2**31, numbers.Integral):
         options["max_new_tokens"] = file["max_length"] - 1
     options |= {name: file[name] for name in FROM_FILE if file.get(name) is not None}
+    if "stop_strings" in options:
+        options["stop"] = options.pop("stop_strings")
+    return options
+
+
+def make_generation_config(given: dict, defaults: dict, config: dict) -> GenerationConfig:
+    """The arguments `given`, else the `defaults` (fields of GenerationConfig), else the ids of config.json. An
+    `eos_token_id` of None among the arguments: a row never ends."""
+    options = {name: config.get(name) for name in ("eos_token_id", "pad_token_id")} | defaults
     if given.get("eos_token_id", 0) is None:
         options["eos_token_id"] = None
+    # transformers' name of `stop`
+    given = {"stop": given.get("stop_strings")} | given
+    given.pop("stop_strings", None)
     options |= {name: value for name, value in given.items() if value is not None}
-    if "stop_strings" in options:
-        options = {"stop": options.pop("stop_strings")} | options
     unknown = sorted(options.keys() - {f.name for f in fields(GenerationConfig)})
     require(not unknown, f"{', '.join(unknown)}: no such option of a generation")
     options["eos_token_id"] = as_ids("eos_token_id", options["eos_token_id"])
@@ -1655,7 +1662,7 @@ POOLINGS = {  # of sentence-transformers, in its order: states (tokens, hidden) 
     "weightedmean": lambda x, weights: (x * weights).sum(0) / weights.sum(),
     "lasttoken": lambda x, weights: x[-1],
 }
-ACTIVATIONS = {  # of its Dense: the class of torch -> what it computes
+DENSE_ACTIVATIONS = {  # of its Dense: the class of torch -> what it computes
     "Identity": lambda x: x,
     "Tanh": np.tanh,
     "ReLU": lambda x: np.maximum(x, 0),
@@ -1828,16 +1835,16 @@ def dense_layer(folder: Path, config: dict):
     source = config.get("module_input_name", "sentence_embedding")
     target = config.get("module_output_name") or source
     require(
-        activation.startswith("torch.") and name in ACTIVATIONS,
+        activation.startswith("torch.") and name in DENSE_ACTIVATIONS,
         f"{folder / 'config.json'}: activation_function = {activation!r}, "
-        f"expected one of {', '.join(ACTIVATIONS)}",
+        f"expected one of {', '.join(DENSE_ACTIVATIONS)}",
     )
     require(
         source == target == "sentence_embedding",
         f"{folder / 'config.json'}: {source} to {target}, expected a layer of sentence_embedding",
     )
     matrix, bias = weights["linear.weight"], weights.get("linear.bias", np.float32(0))
-    return lambda x: ACTIVATIONS[name](matrix @ x + bias).astype(np.float32)
+    return lambda x: DENSE_ACTIVATIONS[name](matrix @ x + bias).astype(np.float32)
 
 
 def norm_layer(folder: Path):

@@ -11,10 +11,8 @@ import array
 import codecs
 import contextlib
 import contextvars
-import csv
 import ctypes
 import functools
-import gzip
 import hashlib
 import importlib
 import importlib.util
@@ -32,8 +30,8 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
 
@@ -53,7 +51,6 @@ from torch.utils.checkpoint import checkpoint
 import onnxlm
 from onnxlm import Window, best_span, encode_windows, mask_token, question_windows, tag_spans
 from tinylm import (
-    FAMILIES,
     LIMITED,
     Block,
     ByteTokenizer,
@@ -66,29 +63,18 @@ from tinylm import (
     MuonAdamW,
     Size,
     TinyLM,
-    Tokenizer,
-    Transposed,
     __version__,
     all_reduce,
-    check_fields,
-    config_from_hf,
-    config_to_hf,
-    find_chat_template,
-    find_checkpoint,
     full_tensor,
-    fused_sizes,
     label_weight,
     loss_sum,
     open_tensors,
     rank_and_world_size,
     read_json,
-    render_chat,
     require,
     shard_like,
-    sources,
     start_ids,
     target_labels,
-    to_checkpoint,
     tokenizer_config,
     train_step,
     usable_device,
@@ -97,47 +83,32 @@ from tinylm import (
     write_tensors,
 )
 
+if __package__:  # installed
+    from . import data as datafiles
+    from . import pretrained
+else:  # beside each other
+    import data as datafiles
+    import pretrained
+
+MappedText, flag, option = datafiles.MappedText, datafiles.flag, datafiles.option
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
 # ---------------------------------------------------------------------------------------------------------------------
-def option(default, help: str):
-    """A field of TrainOptions, and what the command line says of it."""
-    return field(default=default, metadata=dict(help=help))
-
 
 Rate = Annotated[float, 1e-12, 1e12]
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(datafiles.DataOptions):
     """Options of `tinylm train`; the command line is made of these fields. None stands for the default of the start
     (`STARTS`) and the task (`TASKS`), which `filled` puts in its place."""
 
     # what, from where, to where
-    task: Literal[(*TASKS,)] = option("lm", "lm, classify, tokens, qa, seq2seq or mlm")
     init: str = option("", "checkpoint to fine-tune; without one, a model from scratch")
     out: str = option("out", "folder for the checkpoints `best` and `last`")
     overwrite: bool = option(False, "train into a folder that holds a run, in its place")
-    val: str = option(
-        "", "file to validate on; without one, the last tenth of the data (of each class)"
-    )
-    # data
-    text: str = option(
-        "", "column of the text, of its words, or of the source; by default its usual name"
-    )
-    label: str = option(
-        "", "column of the label, a list of labels, a number, or a tag for each word"
-    )
-    target: str = option("", "column of the text to write")
-    question: str = option("", "column of the question")
-    context: str = option("", "column of the text that has the answer")
-    regression: bool = option(False, "labels are numbers")
-    classes: bool = option(False, "labels are names, numbers with a point too")
-    delimiter: str = option("", "between the columns of a table; by default as its header shows")
-    encoding: str = option(
-        "", "of text files; by default UTF-8, else UTF-16 by its mark, or cp1252"
-    )
     block: Annotated[int, 8, 2**31] = option(256, "tokens per sequence, at most")
     # model
     size: Literal[(*SIZES, None)] = option(None, "pico, nano, small, medium or large, from scratch")
@@ -185,7 +156,7 @@ class TrainOptions:
     quiet: bool = option(False, "print the result only")
 
     def __post_init__(self):
-        check_fields(self, flag)
+        super().__post_init__()
         for name, ok, expected in (
             (
                 "vocab",
@@ -205,13 +176,6 @@ class TrainOptions:
             ("size", not (self.init and self.size), "no --init, whose size is as it is"),
             ("vocab", not (self.init and self.vocab), "no --init, whose tokens are as they are"),
             ("lora", not self.lora or self.init, "a pretrained model, --init FOLDER"),
-            ("regression", not (self.regression and self.classes), "it or --classes, not both"),
-            (
-                "delimiter",
-                self.delimiter in ("\\t", "tab") or len(self.delimiter) < 2,
-                "one character, or tab",
-            ),
-            ("encoding", is_encoding(self.encoding), "a name that Python knows"),
             ("epochs", self.steps is None or self.epochs is None, "it or --steps, not both"),
         ):
             require(ok, f"{flag(name)} {getattr(self, name)}: expected {expected}")
@@ -230,17 +194,6 @@ class TrainOptions:
             f"of --accumulate {options.accumulate} (times {rank_and_world_size()[1]} processes)",
         )
         return options
-
-
-def is_encoding(name: str) -> bool:
-    try:
-        return not name or bool(codecs.lookup(name))
-    except LookupError:
-        return False
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 STARTS = {  # where a training starts -> its defaults
@@ -279,861 +232,50 @@ SIZES = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: what is in them, as records (dicts of columns)
-# ---------------------------------------------------------------------------------------------------------------------
-FORMATS = {  # a file's suffix, in any case and without .gz -> how it is read
-    ".txt": "text",
-    ".md": "text",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".csv": "table",
-    ".tsv": "table",
-    ".conll": "conll",
-    ".conllu": "conll",
-    ".iob": "conll",
-    ".parquet": "arrow",
-    ".arrow": "arrow",
-}
-NOT_READ = {  # suffix -> what to do about it
-    ".xlsx": "a workbook, save its sheet as .csv",
-    ".xls": "a workbook, save its sheet as .csv",
-    ".ods": "a workbook, save its sheet as .csv",
-    ".pkl": "a pickle, which can run code; write the table with to_parquet or to_csv",
-    ".pickle": "a pickle, which can run code; write the table with to_parquet or to_csv",
-    ".zip": "an archive, unpack it first",
-    ".tar": "an archive, unpack it first",
-    ".tgz": "an archive, unpack it first",
-    ".bz2": "compressed, unpack it or use .gz",
-    ".xz": "compressed, unpack it or use .gz",
-    ".zst": "compressed, unpack it or use .gz",
-}
-NO_DATA = re.compile(  # files that lie beside data and are none
-    r"(readme|licen[cs]e|copying|changelog|contributing|citation)(\.\w+)?|cache-.*"
-    r"|(metadata|state|dataset_dict|dataset_infos?)\.json",
-    re.IGNORECASE,
-)
-SPLIT_NAME = re.compile(  # of a file without its suffix, or of a folder
-    r"(train|validation|valid|val|dev|test)(ing|set|data|split)?([^a-z].*)?", re.IGNORECASE
-)
-SPLITS = {"train": "train", "test": "test"}  # all other names of splits mean validation
-MMAP_MIN_BYTES = 2**26  # bytes of a text file above which it is not read into memory
-
-
-def suffix_of(file: Path) -> str:
-    return Path(file.name.lower().removesuffix(".gz")).suffix
-
-
-def data_files(folder: Path) -> dict[str, list[Path]]:
-    """Split (train, validation, test) -> a folder's files, sorted by name. Hidden files and what is no data are left
-    out; a file belongs to the split that its name, or that of a folder around it, begins with."""
-    splits = {}
-    for file in sorted(folder.rglob("*")):
-        parts = file.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if suffix_of(file) not in FORMATS or hidden or NO_DATA.fullmatch(file.name):
-            continue
-        if file.is_dir():
-            continue
-        stem = file.name.partition(".")[0]
-        names = (SPLIT_NAME.fullmatch(part) for part in (stem, *reversed(parts[:-1])))
-        name = next((match[1].lower() for match in names if match), "train")
-        splits.setdefault(SPLITS.get(name, "validation"), []).append(file)
-    return splits
-
-
-def class_folder(file: Path, root: Path) -> str | None:
-    """The folder of a text below the root that is no split's: pos/1.txt, train/neg/2.txt."""
-    parts = [part for part in file.relative_to(root).parts[:-1] if not SPLIT_NAME.fullmatch(part)]
-    return parts[-1] if parts else None
-
-
-def read_records(
-    path, task: str = "", split: str = "train", delimiter: str = "", encoding: str = ""
-) -> Iterator[dict]:
-    """The records of a file, of a folder's files of one split, or of standard input ("-"), as dicts of columns.
-
-    A plain text is one record with the column `text`. A task for which rows have columns reads .txt as CoNLL, and files
-    with other suffixes as tables. Raises Error for a file that is not what its name says.
-    """
-    options = TrainOptions(task=task or "lm", delimiter=delimiter, encoding=encoding)
-    root = Path(path)
-    for file in data_files(root).get(split, []) if root.is_dir() else [root]:
-        for _, record in file_records(file, options, root, [], guess=not task):
-            yield record
-
-
-def file_records(file: Path, options: TrainOptions, root: Path, notices: list, guess: bool = False):
-    """Yield (place, record) of a file, for an error to name the place. `guess`: no task says what a text is."""
-    suffix = suffix_of(file)
-    from_stdin = str(file) == "-"
-    name = "standard input" if from_stdin else str(file)
-    require(suffix not in NOT_READ, f"{name}: {NOT_READ.get(suffix)}")
-    kind = FORMATS.get(suffix)
-    plain = options.task in ("lm", "mlm")  # for which a text has no columns
-    if kind == "arrow":
-        yield from arrow_records(file, suffix)
-        return
-    may_map = plain and kind in ("text", None) and not options.encoding and not from_stdin
-    if may_map and is_mappable(file):
-        yield name, {"text": MappedText(file)}
-        return
-    data = sys.stdin.buffer.read() if from_stdin else file.read_bytes()
-    require(
-        data[:4] not in (b"PK\3\4", b"PAR1") and data[:2] != b"\x80\x05",
-        f"{name}: binary, expected text; its suffix does not say what it is",
-    )
-    text = decode_text(data, name, options.encoding, notices)
-    if kind is None:
-        kind = "text" if plain else "table"
-        if looks_like_json_lines(text):
-            kind = "json"
-    if kind == "text":
-        tagged = looks_like_conll(text) if guess else options.task == "tokens"
-        kind = "conll" if tagged else "table" if options.delimiter else "text"
-    if kind == "json":
-        yield from json_records(name, text, lines=suffix != ".json")
-    elif kind == "table":
-        yield from table_records(name, text, options.delimiter, "\t" if suffix == ".tsv" else ",")
-    elif kind == "conll":
-        yield from conll_records(name, text, universal=suffix == ".conllu")
-    else:
-        label = class_folder(file, root) if file != root else None
-        yield name, {"text": text} | ({"label": label} if label else {})
-
-
-def is_mappable(file: Path) -> bool:
-    """Is it a large file of plain UTF-8, as far as its first part shows?"""
-    if file.stat().st_size <= MMAP_MIN_BYTES:
-        return False
-    with open(file, "rb") as opened:
-        head = opened.read(min(MMAP_MIN_BYTES, 2**26))
-    if head.startswith((codecs.BOM_UTF8, b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
-        return False
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeError:
-        return False
-    return True
-
-
-def decode_text(data: bytes, file, encoding: str, notices: list) -> str:
-    """A file's bytes as text with \\n at the ends of lines: in the encoding given; else by its byte order mark, in
-    UTF-8, or in cp1252, which is said once. Raises Error for what is no text."""
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
-            raise Error(f"{file}: not readable as gzip ({error})") from None
-    marks = {codecs.BOM_UTF8: "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-    marked = next((name for mark, name in marks.items() if data.startswith(mark)), None)
-    if not encoding and not marked:
-        require(
-            b"\0" not in data,
-            f"{file}: binary (a NUL byte at {data.find(bytes(1))}), expected text; of UTF-16 say --encoding utf-16",
-        )
-    try:
-        text = data.decode(encoding or marked or "utf-8")
-    except UnicodeError as error:
-        require(not encoding and not marked, f"{file}: not {encoding or marked} ({error})")
-        text = decode_cp1252(data, file, error)
-        if not any("cp1252" in line for line in notices):
-            notices.append(f"{file}: not UTF-8, read as cp1252 (--encoding names another)")
-    require("\0" not in text, f"{file}: binary (a NUL character), expected text")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def decode_cp1252(data: bytes, file, error: UnicodeError) -> str:
-    """Text of Western Europe; bytes that it does not have, and control characters, are no text."""
-    with contextlib.suppress(UnicodeError):
-        text = data.decode("cp1252")
-        if not re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]", text):
-            return text
-    raise Error(f"{file}: neither UTF-8 nor cp1252 ({error}), expected text; --encoding names it")
-
-
-def looks_like_json_lines(text: str) -> bool:
-    first = text.lstrip().partition("\n")[0]
-    try:
-        return isinstance(json.loads(first), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def looks_like_conll(text: str) -> bool:
-    """Do all of the first lines end with a tag (O, B-ORG, ...)?"""
-    lines = [line.split() for line in text.split("\n")[:200] if line.strip()][:100]
-    tags = [line[-1] for line in lines if len(line) > 1]
-    tagged = all(re.fullmatch(r"O|[BIESLU]-\S+", tag) for tag in tags)
-    return len(tags) > 1 and len(tags) == len(lines) and tagged
-
-
-def json_records(name: str, text: str, lines: bool):
-    """Records of a JSON file, or of one object in each line; each of the two is read under the other's suffix too."""
-    if not lines or text.lstrip().startswith("["):
-        try:
-            content = json.loads(text) if text.strip() else []
-        except RecursionError:
-            raise Error(f"{name}: nested too deeply, expected records") from None
-        except ValueError as error:
-            if not looks_like_json_lines(text):
-                raise Error(f"{name}: not readable as JSON ({error})") from None
-        else:
-            for n, record in enumerate(json_rows(name, content), 1):
-                yield f"{name}, record {n}", record
-            return
-    for n, line in enumerate(
-        text.split("\n"), 1
-    ):  # at no other end of line: a string may hold U+2028
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                raise Error(f"{name}, line {n}: {line[:60]!r}, expected a JSON object") from None
-            yield f"{name}, line {n}", record
-
-
-def json_rows(name: str, content) -> list:
-    """The records in a JSON file: a list of them, alone or as an object's only list; SQuAD's articles; what pandas
-    writes with orient columns, index, split or table; lists by column."""
-    if isinstance(content, list):
-        if content and isinstance(content[0], dict) and "paragraphs" in content[0]:
-            return squad_rows(name, content)
-        return [{"text": item} if isinstance(item, str) else item for item in content]
-    require(isinstance(content, dict), f"{name}: expected a list of records")
-    if {"columns", "data"} <= set(content):  # pandas: split
-        return [dict(zip(content["columns"], values)) for values in content["data"]]
-    lists = [value for value in content.values() if isinstance(value, list)]
-    of_records = [value for value in lists if value and isinstance(value[0], dict)]
-    if "data" in content or len(of_records) == 1 and len(lists) == 1:
-        rows = content.get("data", *of_records) if "data" in content else of_records[0]
-        require(isinstance(rows, list), f"{name}: data: expected a list of records")
-        return json_rows(name, rows)
-    if content and len(lists) == len(content):  # lists by column
-        require(len(set(map(len, lists))) == 1, f"{name}: expected lists of equal lengths")
-        return [dict(zip(content, values)) for values in zip(*lists)]
-    inner = [value for value in content.values() if isinstance(value, dict)]
-    if content and len(inner) == len(content):  # pandas: index, or columns
-        by_index = all(key.isdecimal() for key in content) or len(content) > len(inner[0])
-        if by_index and not all(key.isdecimal() for key in inner[0]):
-            return inner
-        return [{column: content[column].get(key) for column in content} for key in inner[0]]
-    return [content]
-
-
-def squad_rows(name: str, articles: list) -> list:
-    try:
-        return [
-            question | {"context": paragraph["context"]}
-            for article in articles
-            for paragraph in article["paragraphs"]
-            for question in paragraph["qas"]
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Error(f"{name}: expected SQuAD's json: data, paragraphs, qas ({error!r})") from None
-
-
-def table_records(name: str, text: str, delimiter: str, usual: str):
-    """Records of a table with a header, by default divided as its header shows."""
-    text = text.lstrip("\n")
-    delimiter = {"\\t": "\t", "tab": "\t"}.get(delimiter, delimiter)
-    header = text.partition("\n")[0]
-    if not delimiter:
-        delimiter = usual if usual in header else max(",;\t|", key=header.count)
-    spaced = delimiter + " " in header  # then spaces behind a delimiter mean nothing
-    quoting = csv.QUOTE_MINIMAL
-    if delimiter == "\t" and not is_quoted(text):
-        quoting = csv.QUOTE_NONE
-    csv.field_size_limit(2**31 - 1)
-    table = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter=delimiter,
-        strict=True,
-        quoting=quoting,
-        skipinitialspace=spaced,
-    )
-    columns = None
-    first = 1  # line of the record that is being read
-    try:
-        for values in table:
-            place = f"{name}, line {table.line_num}"
-            first = table.line_num + 1
-            if columns is None:
-                columns = [column.strip() for column in values]
-            elif values:
-                require(len(values) <= len(columns), f"{place}: more fields than columns")
-                yield place, dict.fromkeys(columns) | dict(zip(columns, values))
-    except csv.Error as error:
-        raise Error(
-            f"{name}, line {first}: a quote that is not closed or doubled ({error})"
-        ) from None
-
-
-def is_quoted(text: str) -> bool:
-    """Is a table with tabs to be read with quotes (as spreadsheets write it) rather than without?"""
-    try:
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
-        return len({len(row) for row in rows if row}) == 1
-    except csv.Error:
-        return False
-
-
-def conll_records(name: str, text: str, universal: bool):
-    """A sentence's words and tags: the first and last columns of its lines (of CoNLL-U the second and the fourth), with
-    an empty line between sentences."""
-    words, tags = [], []
-    for n, line in enumerate([*text.split("\n"), ""], 1):
-        fields = line.rstrip().split("\t") if "\t" in line.strip() else line.split()
-        if not fields or fields == [""] or fields[0] == "-DOCSTART-":
-            if words:
-                yield f"{name}, line {n}", {"tokens": words, "tags": tags}
-            words, tags = [], []
-        elif universal:
-            if fields[0].isdecimal():  # no comment, no part of a word
-                require(len(fields) > 3, f"{name}, line {n}: expected the columns of CoNLL-U")
-                words.append(fields[1])
-                tags.append(fields[3])
-        else:
-            require(
-                len(fields) > 1, f"{name}, line {n}: {line[:60]!r}, expected a word and its tag"
-            )
-            words.append(fields[0])
-            tags.append(fields[-1])
-
-
-def arrow_records(file: Path, suffix: str):
-    """Records of .parquet, or of .arrow as `datasets` saves it; its classes by their names."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise Error(f"{file}: needs `pip install pyarrow`") from None
-    try:
-        if suffix == ".parquet":
-            parquet = pyarrow.parquet.ParquetFile(file)
-            schema = parquet.schema_arrow
-            batches = parquet.iter_batches()
-        else:
-            batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
-            schema = batches.schema
-        names = class_names(schema)
-        records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        for n, record in enumerate(records, 1):
-            for column in names.keys() & record.keys():
-                record[column] = with_names(record[column], names[column])
-            yield f"{file}, row {n}", record
-    except (pyarrow.ArrowException, OSError) as error:
-        raise Error(f"{file}: not readable ({str(error).splitlines()[0]})") from None
-
-
-def class_names(schema) -> dict:
-    """Column -> names of its classes, as `datasets` notes them in a schema."""
-    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    found = {}
-    for column, feature in noted.get("info", {}).get("features", {}).items():
-        feature = feature[0] if isinstance(feature, list) else feature
-        feature = feature.get("feature", feature)
-        if feature.get("_type") == "ClassLabel":
-            found[column] = feature["names"]
-    return found
-
-
-def with_names(value, names: list):
-    """A class's name in place of its number; -1 stands for none."""
-    if value is None:
-        return None
-    if isinstance(value, list):
-        return [with_names(item, names) for item in value]
-    return names[value] if value >= 0 else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows: records as a task reads them, which map roles (text, label, ...) to values
-# ---------------------------------------------------------------------------------------------------------------------
-def as_text(value) -> str:
-    value = " ".join(value) if isinstance(value, list) else value
-    if not isinstance(value, (str, MappedText)):
-        raise TypeError
-    return value
-
-
-def as_label(value):
-    """A class's name, a list of them, or a number; `settle_labels` decides between numbers and classes."""
-    if isinstance(value, list):
-        return [str(item).strip() for item in value]
-    if isinstance(value, str):
-        return value.strip()
-    return value if isinstance(value, float) else str(int(value))
-
-
-def as_answers(value) -> list:
-    """[(text, where it starts or None)] of SQuAD's answers, of {"text": [...], "answer_start": [...]}, or of texts."""
-    if isinstance(value, dict):
-        value = [
-            {"text": text, "answer_start": start}
-            for text, start in zip(value["text"], value["answer_start"])
-        ]
-    value = [value] if isinstance(value, str) else value
-    return [
-        (item, None)
-        if isinstance(item, str)
-        else (as_text(item["text"]), int(item["answer_start"]))
-        for item in value
-    ]
-
-
-def as_list(value) -> list:
-    return [str(item) for item in (value.split() if isinstance(value, str) else [*value])]
-
-
-SHAREGPT_ROLES = {  # who says something -> role in a chat template
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
-    "system": "system",
-}
-
-
-def as_messages(value) -> list[dict]:
-    """The messages of a conversation, with all their fields; a string is read as JSON."""
-    value = json.loads(value) if isinstance(value, str) else value
-    return [as_message(dict(message)) for message in value]
-
-
-def as_message(message: dict) -> dict:
-    """A message with role and content; ShareGPT's `from` and `value` are these. Raises Error for a field that no chat
-    template can take."""
-    if "role" not in message:
-        speaker, said = message.pop("from"), message.pop("value")
-        names = ", ".join(SHAREGPT_ROLES)
-        require(speaker in SHAREGPT_ROLES, f"from = {speaker!r}, expected one of {names}")
-        message = {"role": SHAREGPT_ROLES[speaker], "content": said} | message
-    content, role = message.get("content"), message["role"]
-    if not isinstance(role, str) or not set(message) - {"role"}:
-        raise TypeError
-    if isinstance(content, list):
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
-            require(is_text, f"content: a part of type {kind!r}, expected parts of type 'text'")
-    elif content is not None and not isinstance(content, str) and role != "tool":
-        raise TypeError
-    weight = message.get("weight")
-    require(weight in (None, 1), f"weight = {weight!r} is not supported, expected 1")
-    return message
-
-
-def chat_columns(record: dict) -> dict:
-    """What a row says of its conversation beside the messages: `tools`, `system`, `documents` and other variables of
-    the chat template (`chat_template_kwargs`)."""
-    found = {name: record.get(name) for name in ("tools", "documents", "chat_template_kwargs")}
-    for name, value in found.items():
-        if isinstance(value, str):
-            try:
-                found[name] = json.loads(value or "null")
-            except ValueError:
-                raise Error(f"{name} = {value[:60]!r}, expected JSON") from None
-    tools = found["tools"] or None
-    are_schemas = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    require(
-        tools is None or are_schemas,
-        f"tools = {str(tools)[:60]!r}, expected a list of JSON schemas",
-    )
-    variables = dict(found["chat_template_kwargs"] or {})
-    if found["documents"]:
-        variables["documents"] = found["documents"]
-    columns = {"tools": tools, "system": record.get("system"), "variables": variables}
-    return {name: value for name, value in columns.items() if value}
-
-
-ROLES = {  # role -> (the option that names its column, the usual names, how it reads, what that is)
-    "messages": ("", "messages conversations", as_messages, "a list of role and content"),
-    "text": (
-        "text",
-        "text sentence review content sentence1 premise question1 comment tweet",
-        as_text,
-        "a string",
-    ),
-    "pair": ("", "sentence2 hypothesis question2", as_text, "a string"),
-    "words": ("text", "tokens words text sentence", as_list, "a list of words"),
-    "source": ("text", "source text document article dialogue input abstract", as_text, "a string"),
-    "label": (
-        "label",
-        "label labels class category sentiment stars rating score",
-        as_label,
-        "a label or a list",
-    ),
-    "tags": ("label", "ner_tags tags pos_tags labels label", as_list, "a list of tags"),
-    "target": ("target", "target summary translation tldr highlights output", as_text, "a string"),
-    "question": ("question", "question query", as_text, "a string"),
-    "context": ("context", "context passage paragraph document text", as_text, "a string"),
-    "answer": ("", "answers answer", as_answers, "an answer"),
-}
-COLUMNS = tuple(dict.fromkeys(option for option, *_ in ROLES.values() if option))
-OPTIONAL = ("messages", "pair")
-VAL_FRACTION = (
-    0.1  # the share of the data that is validated on; of texts at most BIG / 64 characters
-)
-MAX_CLASSES_OF_NUMBERS = 20  # 0.0, 1.0, ... of so many values at most are classes
-
-
-class Incomplete(Exception):
-    """A row that nothing can be learnt from, and why."""
-
-
-def read_splits(data, options: TrainOptions, notices: list) -> tuple[list, list]:
-    """Rows to train on, and those to validate on: of --val, of the data's own validation split, or the last tenth."""
-    if isinstance(data, dict):  # splits in memory
-        require("train" in data, "data: expected a split `train`")
-        rows = read_rows(data["train"], options, notices=notices)
-        held = data.get("validation")
-    else:
-        rows = read_rows(data, options, notices=notices)
-        in_folder = isinstance(data, (str, Path)) and Path(data).is_dir()
-        splits = data_files(Path(data)) if in_folder else {}
-        held = data if "validation" in splits else None
-        if "test" in splits:
-            notices.append(f"{data}: its test split is not read (`tinylm eval` reads it)")
-    held = options.val or held
-    if held is None:
-        return split_rows(rows)
-    if "label" in rows[0]:  # are numbers there what they are here
-        numbers = isinstance(rows[0]["label"], float)
-        options = replace(options, regression=numbers, classes=not numbers)
-    splits = ("validation", "test", "train") if options.val else ("validation",)
-    return rows, read_rows(held, options, splits, notices)
-
-
-def split_rows(rows: list, share: float = VAL_FRACTION) -> tuple[list, list]:
-    """Rows before and after the point that leaves `share` of them behind it: of their characters where they are texts,
-    of each class where they have one label."""
-    if set(rows[0]) == {"text"}:
-        kept = []
-        held = []
-        total = sum(len(row["text"]) for row in rows)
-        left = max(int(total * (1 - share)), total - MMAP_MIN_BYTES // 64)
-        for text in (row["text"] for row in rows):
-            kept += [{"text": text[:left]}] * (left > 0)
-            held += [{"text": text[left:]}] * (left < len(text))
-            left = max(left - len(text), 0)
-        return kept, held
-    groups = {}
-    for row in rows:
-        name = row["label"] if isinstance(row.get("label"), str) else None
-        groups.setdefault(name, []).append(row)
-    kept = []
-    held = []
-    for group in groups.values():
-        cut = len(group) - round(len(group) * share)
-        kept += group[:cut]
-        held += group[cut:]
-    return kept, held
-
-
-def read_rows(
-    path, options: TrainOptions, splits: tuple = ("train",), notices: list | None = None
-) -> list[dict]:
-    """Rows, with the roles that the task needs, of a file, of a folder's files of the first of the splits that it has,
-    of standard input ("-"), or of records in memory. Rows where something is empty are left out. What there is to say
-    of it goes to stderr, or to the list `notices`.
-
-    Raises Error where a column is missing or has something else in it.
-    """
-    name = "rows"
-    rows = []
-    columns = {}  # of the first row
-    dropped = Counter()  # reason -> rows
-    lines = [] if notices is None else notices
-    if isinstance(path, (str, Path)):
-        name = str(path)
-        path = Path(path)
-        files = [path]
-        if path.is_dir():
-            found = data_files(path)
-            split = next((split for split in splits if split in found), splits[0])
-            require(
-                found.get(split),
-                f"{path}: no {', '.join(FORMATS)} file {'in this folder' if not found else f'to {split} on'}",
-            )
-            files = found[split]
-            more = ", ..." if len(files) > 3 else ""
-            names = ", ".join(str(file.relative_to(path)) for file in files[:3])
-            lines.append(
-                f"{path}: {counted(len(files), 'file')} of the {split} split ({names}{more})"
-            )
-        records = itertools.chain.from_iterable(
-            file_records(file, options, path, lines) for file in files
-        )
-    else:
-        records = ((f"row {n}", record) for n, record in enumerate(path, 1))
-    for place, record in records:
-        try:
-            columns = columns or choose_columns(place, from_instruction(record, options), options)
-            rows.append(read_row(place, record, options))
-        except Incomplete as reason:
-            dropped[str(reason)] += 1
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
-    require(rows, f"{name}: no rows" + (f"; dropped: {reasons}" if dropped else ""))
-    chats = {"messages" in row for row in rows}
-    require(len(chats) == 1, f"{name}: texts and messages, expected one kind")
-    used = ", ".join(
-        f"{role} = {column}" if role != column else role for role, column in columns.items()
-    )
-    left_out = f"; {counted(dropped.total(), 'row')} dropped: {reasons}" if dropped else ""
-    lines.append(f"{name}: {counted(len(rows), 'row')}, columns {used}{left_out}")
-    if "label" in rows[0]:
-        lines += settle_labels(name, rows, options)
-    for line in lines if notices is None else ():
-        note(line)
-    return rows
-
-
-def counted(number: int, name: str) -> str:
-    return f"{number:,} {name}{'s' * (number != 1)}"
-
-
-def read_row(place: str, record, options: TrainOptions) -> dict:
-    """Role -> value. Raises Incomplete for a row where one is empty, Error for one of another kind."""
-    row = {}
-    record = from_instruction(record, options)
-    for role, column in choose_columns(place, record, options).items():
-        _, _, read, kind = ROLES[role]
-        value = lookup(record, column)
-        nothing = value is None or isinstance(value, float) and math.isnan(value)
-        if isinstance(value, str) or role in ("messages", "words") and not nothing:
-            nothing = not (value.strip() if isinstance(value, str) else value)
-        if nothing and role != "pair":
-            raise Incomplete(f"{column} is empty")
-        try:
-            row[role] = read(value)
-            if role == "messages":
-                row |= chat_columns(record)
-        except Error as error:
-            raise Error(f"{place}: {column}: {error}") from None
-        except (TypeError, ValueError, KeyError):
-            hint = ""
-            if isinstance(value, dict) and read is as_text:
-                names = ", ".join(f"{column}.{name}" for name in value)
-                hint = f"; {flag(ROLES[role][0] or 'text')} names one of {names}"
-            raise Error(f"{place}: {column} = {str(value)[:60]!r}, expected {kind}{hint}") from None
-    if isinstance(system := row.pop("system", None), str):
-        if row["messages"][0]["role"] != "system":
-            row["messages"].insert(0, {"role": "system", "content": system})
-    words, tags = len(row.get("words", ())), len(row.get("tags", ()))
-    require(not tags or tags == words, f"{place}: {tags} tags for {words} words")
-    if "answer" in row:
-        row["answer"] = find_answers(row["context"], row["answer"])
-    return row
-
-
-def choose_columns(place: str, record, options: TrainOptions) -> dict[str, str]:
-    """Role -> the column that has it, for the roles of the task."""
-    require(isinstance(record, dict), f"{place}: {str(record)[:60]!r}, expected an object")
-    columns = {str(name).lower(): name for name in record}
-    chosen = {}
-    for role in TASKS[options.task].roles:
-        option, names, _, _ = ROLES[role]
-        column = getattr(options, option, "")
-        if column:
-            column = find_column(record, columns, column)
-        else:
-            column = next((columns[name] for name in names.split() if name in columns), None)
-        if column is not None:
-            chosen[role] = column
-        elif role not in OPTIONAL and "messages" not in chosen:
-            raise Error(f"{place}: {missing_column(record, role, getattr(options, option, ''))}")
-    return chosen
-
-
-def find_column(record: dict, columns: dict, name: str) -> str | None:
-    """A column as its record spells it: exactly, nested, or in another case."""
-    with contextlib.suppress(KeyError):
-        lookup(record, name)
-        return name
-    return columns.get(name.lower())
-
-
-def missing_column(record: dict, role: str, given: str) -> str:
-    option, names, _, _ = ROLES[role]
-    columns = column_names(record)
-    text = f"no column {given or ' or '.join(names.split())} for the {role} (columns: {', '.join(columns)[:200]})"
-    if option and not given:
-        text += f"; {flag(option)} names it"
-    if columns == ["text"]:
-        text += "; a plain text has one column, expected .jsonl, .csv, .tsv, .parquet, ..."
-    elif any(len(name.split()) > 3 for name in columns):
-        text += "; is the first line a header?"
-    return text
-
-
-def column_names(record: dict) -> list[str]:
-    """All columns; nested ones by their dotted names."""
-    names = []
-    for name, value in record.items():
-        nested = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        names += [f"{name}.{key}" for key in value] if nested and value else [str(name)]
-    return names
-
-
-def lookup(record: dict, column: str):
-    """A column's value; of nested ones, `translation.en`, that of a name in it. Raises KeyError."""
-    if column in record:
-        return record[column]
-    value = record
-    for name in column.split("."):
-        value = value[name] if isinstance(value, dict) else None
-    return value
-
-
-def from_instruction(record, options: TrainOptions):
-    """alpaca's instruction, input and output as what they mean: a source and its target, or a chat of two turns."""
-    if not isinstance(record, dict) or options.text or options.target:
-        return record
-    columns = {str(name).lower(): value for name, value in record.items()}
-    asked = next((name for name in ("instruction", "prompt") if name in columns), None)
-    answered = next(
-        (name for name in ("output", "response", "completion") if name in columns), None
-    )
-    if not asked or not answered or {"messages", "conversations"} & set(columns):
-        return record
-    parts = columns[asked], columns.get("input")
-    answer = columns[answered]
-    if not all(isinstance(text, (str, type(None))) for text in (*parts, answer)):
-        return record
-    source = "\n\n".join(text for text in parts if text)
-    if options.task == "seq2seq":
-        return {"source": source, "target": answer}
-    if options.task == "lm" and "text" not in columns:
-        turns = {"system": columns.get("system"), "user": source, "assistant": answer}
-        messages = [dict(role=role, content=text) for role, text in turns.items() if text]
-        return {"messages": messages if source and answer else None}
-    return record
-
-
-def find_answers(context: str, answers: list) -> list:
-    """Answers, each with where it stands in the context. Raises Incomplete if none stands there."""
-    found = []
-    for text, start in answers:
-        if start is None or context[start : start + len(text)] != text:
-            start = context.find(text)
-        if start >= 0:
-            found.append((text, start))
-    if answers and not found:
-        raise Incomplete("the answer does not stand in its context")
-    return found
-
-
-def settle_labels(name: str, rows: list, options: TrainOptions) -> list[str]:
-    """Make the labels of one kind, in place: names of classes, lists of them, or numbers. Numbers with a decimal point
-    are no classes, but for 0.0, 1.0, ... of a few values; --regression and --classes decide otherwise. Returns what
-    there is to say of it."""
-    labels = [row["label"] for row in rows]
-    if any(isinstance(label, list) for label in labels):
-        require(not options.regression, f"{name}: lists of labels, expected numbers (--regression)")
-        return []
-    numbers = [as_number(label) for label in labels]
-    points = [isinstance(label, float) or "." in label for label in labels]
-    decimal = any(number is not None and point for number, point in zip(numbers, points))
-    if options.regression or decimal and not options.classes:
-        for label, number in zip(labels, numbers):
-            what = (
-                "--regression"
-                if options.regression
-                else "a number as others; --classes takes all as names"
-            )
-            require(number is not None, f"{name}: label {label!r}, expected {what}")
-    whole = all(number is not None and number.is_integer() for number in numbers)
-    few = len(set(numbers)) <= MAX_CLASSES_OF_NUMBERS
-    regression = options.regression or decimal and not options.classes and not (whole and few)
-    for row, label, number in zip(rows, labels, numbers):
-        if regression:
-            row["label"] = number
-        elif decimal and number is not None and number.is_integer():
-            row["label"] = str(int(number))
-        else:
-            row["label"] = str(label)
-    if decimal and not regression and not options.classes:
-        return [f"{name}: labels like 0.0 are taken as classes; --regression takes them as numbers"]
-    return []
-
-
-def as_number(label) -> float | None:
-    if isinstance(label, float):
-        return label
-    return (
-        float(label) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", label, re.I) else None
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Examples: dicts of a model's inputs and labels, one text's, without padding; and batches of them
 # ---------------------------------------------------------------------------------------------------------------------
 PIECE = 2**17  # characters, or bytes, of a text that are tokenised at once
 
 
-class MappedText:
-    """A large file's text, or some bytes of it, that stays on the disk; `tokens` are memory-mapped too."""
+def mapped_tokens(text: MappedText, tokenizer) -> Tensor:
+    """Ids (tokens,): of bytes the file's own; else of a file beside it, made once, and again if it is torn."""
+    if isinstance(tokenizer, ByteTokenizer):
+        ids = torch.from_file(str(text.path), False, text.size, dtype=torch.uint8)
+        return ids[text.first : text.last]
+    key = hashlib.sha256(tokenizer.files["tokenizer.json"] + repr(text).encode()).hexdigest()[:16]
+    cache = text.path.with_name(f".{text.path.name}.{key}.tokens")
 
-    def __init__(self, path: Path, first: int = 0, last: int | None = None):
-        self.path, self.size, self.changed = path, path.stat().st_size, path.stat().st_mtime_ns
-        self.first, self.last = first, self.size if last is None else last
+    def stored() -> Tensor | None:
+        count = cache.stat().st_size // 4 if cache.exists() else 0
+        ids = torch.from_file(str(cache), False, count, dtype=torch.int32) if count else None
+        return ids[:-1] if count and ids[-1] == count - 1 else None  # it ends with its length
 
-    def __len__(self) -> int:
-        return self.last - self.first
+    if rank_and_world_size()[0] == 0 and stored() is None:
+        write_file(cache, lambda path: tokenise(text, tokenizer, path))
+    if rank_and_world_size()[1] > 1:
+        dist.barrier()
+    return stored()
 
-    def __getitem__(self, part: slice) -> MappedText:
-        first, last, _ = part.indices(len(self))
-        return MappedText(self.path, self.first + first, self.first + last)
 
-    def __str__(self) -> str:
-        with open(self.path, "rb") as file:
-            file.seek(self.first)
-            return file.read(len(self)).decode("utf-8", errors="replace")
+def tokenise(text: MappedText, tokenizer, path: Path):
+    decoder, left, count = codecs.getincrementaldecoder("utf-8")("replace"), len(text), 0
 
-    def __repr__(self) -> str:  # changes with the file
-        return f"{self.path.name} {self.size} {self.changed} {self.first} {self.last}"
+    def pieces():
+        nonlocal left
+        with open(text.path, "rb") as source:
+            source.seek(text.first)
+            while left:
+                piece = source.read(min(PIECE, left))
+                left -= len(piece)
+                yield decoder.decode(piece)
 
-    def tokens(self, tokenizer) -> Tensor:
-        """Ids (tokens,): of bytes the file's own; else of a file beside it, made once, and again if it is torn."""
-        if isinstance(tokenizer, ByteTokenizer):
-            return torch.from_file(str(self.path), False, self.size, dtype=torch.uint8)[
-                self.first : self.last
-            ]
-        key = hashlib.sha256(tokenizer.files["tokenizer.json"] + repr(self).encode()).hexdigest()[
-            :16
-        ]
-        cache = self.path.with_name(f".{self.path.name}.{key}.tokens")
-
-        def stored() -> Tensor | None:
-            count = cache.stat().st_size // 4 if cache.exists() else 0
-            ids = torch.from_file(str(cache), False, count, dtype=torch.int32) if count else None
-            return ids[:-1] if count and ids[-1] == count - 1 else None  # it ends with its length
-
-        if rank_and_world_size()[0] == 0 and stored() is None:
-            write_file(cache, lambda path: self.tokenise(tokenizer, path))
-        if rank_and_world_size()[1] > 1:
-            dist.barrier()
-        return stored()
-
-    def tokenise(self, tokenizer, path: Path):
-        decoder, left, count = codecs.getincrementaldecoder("utf-8")("replace"), len(self), 0
-
-        def pieces():
-            nonlocal left
-            with open(self.path, "rb") as text:
-                text.seek(self.first)
-                while left:
-                    piece = text.read(min(PIECE, left))
-                    left -= len(piece)
-                    yield decoder.decode(piece)
-
-        with open(path, "wb") as file:
-            for i, ids in enumerate(piecewise(tokenizer, pieces())):
-                count += len(ids)
-                file.write(ids.tobytes())
-                if i % 16 == 0 or not left:
-                    note(f"{self.path}: {1 - left / len(self):.0%} tokenised")
-            file.write(array.array("i", [count]).tobytes())
+    with open(path, "wb") as file:
+        for i, ids in enumerate(piecewise(tokenizer, pieces())):
+            count += len(ids)
+            file.write(ids.tobytes())
+            if i % 16 == 0 or not left:
+                note(f"{text.path}: {1 - left / len(text):.0%} tokenised")
+        file.write(array.array("i", [count]).tobytes())
 
 
 def piecewise(tokenizer, pieces):
@@ -1151,7 +293,7 @@ def sliced(text: str):
 def token_ids(tokenizer, text: str | MappedText, special: bool) -> Tensor:
     """A text's ids (tokens,); `special`: with the special tokens around them where it is short."""
     if isinstance(text, MappedText):
-        return text.tokens(tokenizer)
+        return mapped_tokens(text, tokenizer)
     if len(text) <= PIECE:
         return torch.tensor(tokenizer.encode(text, special=special), dtype=torch.int32)
     pieces = watch(sliced(text), "tokenising", -(-len(text) // PIECE))
@@ -1230,9 +372,9 @@ def chat_example(
     warn_of_unread_fields(tokenizer, messages, tools, variables)
 
     def render(part: list, prompt: bool = False) -> str:
-        return render_chat(tokenizer, part, tools, prompt, **variables)[0] if part else ""
+        return onnxlm.render_chat(tokenizer, part, tools, prompt, **variables)[0] if part else ""
 
-    text, generated = render_chat(tokenizer, messages, tools, **variables)
+    text, generated = onnxlm.render_chat(tokenizer, messages, tools, **variables)
     if generated:
         return labelled(tokenizer, text, generated)
     end_token = tokenizer.special_tokens.get("eos_token", "")
@@ -1269,7 +411,7 @@ def labelled(tokenizer, text: str, spans: list[tuple[int, int]]) -> dict:
 
 def warn_of_unread_fields(tokenizer, messages: list, tools: list | None, variables: dict):
     """Say it where the template does not know of tools, which then nothing is learnt of."""
-    template = find_chat_template(tokenizer.files, variables.get("chat_template"), tools)
+    template = onnxlm.find_chat_template(tokenizer.files, variables.get("chat_template"), tools)
     calls = any(message.get("tool_calls") for message in messages)
     for name, given in (("tools", tools), ("tool_calls", calls)):
         if given and name not in str(template):
@@ -1354,7 +496,7 @@ class TorchRunner:
         self.tokenizer = lm.tokenizer
         self.folder = folder
         overrides = {key: value for key, value in lm.generation_config.items() if value is not None}
-        self.config = config_to_hf(lm.config) | overrides
+        self.config = pretrained.config_to_hf(lm.config) | overrides
         self.max_length = limit(lm, 2**31)
         self.task = onnxlm.task_of(self.config, folder)
         self.block = onnxlm.trained_block(folder)
@@ -1376,7 +518,7 @@ class Task:
     """What is common: each row makes its own examples; a model is as good as its loss is low."""
 
     head, family = None, "bert"  # of a model from scratch
-    inputs, roles = ("text",), ()  # of a row: what the model reads, what there is to learn from
+    inputs = ("text",)  # roles of a row that the model reads
     scratch, init = {}, {}  # what differs from STARTS
 
     def examples(self, lm: TinyLM, row: dict, block: int):
@@ -1436,7 +578,7 @@ SCRATCH = dict(
 class LanguageModelling(Task):
     """Texts one after the other, with end-of-text between them; or chats, where the assistant's words are learnt."""
 
-    head, family, roles = "lm", "qwen3", ("messages", "text")
+    head, family = "lm", "qwen3"
     scratch = dict(eval_every=250)
 
     def epochs(self, lm, rows, block):
@@ -1484,14 +626,14 @@ class LanguageModelling(Task):
 class MaskFilling(LanguageModelling):
     """Texts one after the other, where some tokens are to be guessed."""
 
-    head, family, roles = "mlm", "bert", ("text",)
+    head, family = "mlm", "bert"
     scratch = SCRATCH | dict(dropout=0.0)
 
 
 class Writing(Task):
     """Translation, summarisation: a source and what to write of it."""
 
-    head, family, inputs, roles = "lm", "mbart", ("source",), ("source", "target")
+    head, family, inputs = "lm", "mbart", ("source",)
     scratch = SCRATCH | dict(
         size="pico", vocab=2048, batch=64, lr=0.02, adam_lr=4e-3, dropout=0.1, epochs=6
     )
@@ -1532,7 +674,7 @@ class Writing(Task):
 class Classification(Task):
     """Texts, or pairs of texts, and their label: one of several classes, a list of them, or a number."""
 
-    head, inputs, roles = "classify", ("text", "pair"), ("text", "pair", "label")
+    head, inputs = "classify", ("text", "pair")
     scratch = SCRATCH | dict(epochs=4)
 
     def examples(self, lm, row, block):
@@ -1633,7 +775,7 @@ def class_weights(config: Config, examples: list) -> Tensor:
 class Tagging(Task):
     """Words and their tags; the first token of each word has the word's."""
 
-    head, inputs, roles, scratch = "tokens", ("words",), ("words", "tags"), SCRATCH
+    head, inputs, scratch = "tokens", ("words",), SCRATCH
 
     def examples(self, lm, row, block):
         words = row["words"]
@@ -1671,7 +813,7 @@ class QuestionAnswering(Task):
     """Questions whose answer stands in a context; a long one is read in windows that overlap. The label of a window
     without the answer is its first column twice."""
 
-    head, inputs, roles = "qa", ("question", "context"), ("question", "context", "answer")
+    head, inputs = "qa", ("question", "context")
     scratch, init = SCRATCH, dict(lr=3e-4, epochs=6)
 
     def examples(self, lm, row, block):
@@ -1748,8 +890,10 @@ def task_of(config: Config) -> str:
 def build_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
     """The model, new or opened, with what is to be trained of it."""
     folder = options.init or Path(options.out) / "last"
-    pretrained = options.init or resume
-    lm = load_for_finetuning(folder, rows, options) if pretrained else new_model(rows, options)
+    if options.init or resume:
+        lm = load_for_finetuning(folder, rows, options)
+    else:
+        lm = new_model(rows, options)
     lm.to(usable_device(options.device))
     if options.freeze:
         freeze(lm, options.freeze)
@@ -1765,12 +909,12 @@ def build_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
 
 def load_for_finetuning(name, rows: list, options: TrainOptions) -> TinyLM:
     """A checkpoint in fp32, a folder's or the hub's, with the task's head and the rows' labels."""
-    folder = find_checkpoint(name)
+    folder = pretrained.find_checkpoint(name)
     file = folder / "config.json"
     head = TASKS[options.task].head
     head = "config" if head == "lm" else head  # no language model begins with a head at random
     with warnings.catch_warnings(action="ignore"):  # from_pretrained gives them
-        config = config_from_hf(read_json(file), str(file), head)
+        config = pretrained.config_from_hf(read_json(file), str(file), head)
     torch.manual_seed(options.seed)  # of a new head
     changes = label_changes(rows, config.id2label) | dropouts(config, options.dropout)
     lm = TinyLM.from_pretrained(folder, torch.float32, head=head, **changes)
@@ -1814,10 +958,10 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
     """A model of the task's family for the rows; what adds to the residual stream starts at zero, so that training
     starts smoothly."""
     task = TASKS[options.task]
-    family = FAMILIES[task.family]
+    family = pretrained.FAMILIES[task.family]
     encoder = task.family == "bert"
     texts = [
-        str(as_text(row[role])[: MMAP_MIN_BYTES // 4])
+        str(datafiles.as_text(row[role])[: datafiles.MMAP_MIN_BYTES // 4])
         for row in rows
         for role in TOKENIZER_ROLES
         if role in row
@@ -1838,7 +982,7 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
         decoder_start_token_id=tokenizer.pad_token_id,
     )
     raw = {family.fields[name]: value for name, value in ours.items() if name in family.fields}
-    config = config_from_hf({"model_type": task.family} | raw, head=task.head)
+    config = pretrained.config_from_hf({"model_type": task.family} | raw, head=task.head)
     torch.manual_seed(options.seed)
     lm = TinyLM(replace(config, **label_changes(rows, None), **dropouts(config, options.dropout)))
     for block in blocks(lm):
@@ -1853,7 +997,7 @@ def blocks(lm: TinyLM) -> list[Block]:
     return [module for module in lm.modules() if isinstance(module, Block)]
 
 
-def train_bpe(texts: list, vocab: int, encoder: bool = False) -> Tokenizer:
+def train_bpe(texts: list, vocab: int, encoder: bool = False) -> onnxlm.Tokenizer:
     """A byte-level BPE of `vocab` tokens, trained by the `tokenizers` library; an encoder's has BERT's specials."""
     try:
         from tokenizers import ByteLevelBPETokenizer, processors
@@ -1890,7 +1034,7 @@ def train_bpe(texts: list, vocab: int, encoder: bool = False) -> Tokenizer:
             mask_token="[MASK]",
             model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         )
-    return Tokenizer(
+    return onnxlm.Tokenizer(
         {"tokenizer.json": backend.to_str().encode("utf-8"), "tokenizer_config.json": named}
     )
 
@@ -1946,8 +1090,15 @@ def add_adapters(lm: TinyLM, rank: int):
         p.requires_grad_(in_new_head(lm, name))
     for name, module in list(lm.named_modules()):
         if isinstance(module, Linear) and "layers." in name:
-            fused = len(sources(name + ".weight", lm.config.model_type, lm.config.head)[0]) > 1
-            sizes = fused_sizes(name + ".weight", lm.config) if fused else (module.out_features,)
+            fused = (
+                len(pretrained.sources(name + ".weight", lm.config.model_type, lm.config.head)[0])
+                > 1
+            )
+            sizes = (
+                pretrained.fused_sizes(name + ".weight", lm.config)
+                if fused
+                else (module.out_features,)
+            )
             lm.set_submodule(name, LoRA(module, sizes, rank).to(lm.device))
 
 
@@ -1959,8 +1110,8 @@ def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
     transposed = False
     for name, module in lm.named_modules():
         if isinstance(module, LoRA):
-            names, kind = sources(name + ".weight", config.model_type, config.head)
-            transposed |= kind is Transposed
+            names, kind = pretrained.sources(name + ".weight", config.model_type, config.head)
+            transposed |= kind is pretrained.Transposed
             for theirs, pair in zip(names, module.parts()):
                 theirs = theirs.removesuffix(".weight")
                 targets.add(re.split(r"\.\d+\.", theirs, maxsplit=1)[1])
@@ -1969,7 +1120,7 @@ def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
     head = {
         f"head.{name}": full_tensor(p) for name, p in lm.head.named_parameters() if p.requires_grad
     }
-    head = to_checkpoint(head, config, config.model_type)
+    head = pretrained.to_checkpoint(head, config, config.model_type)
     if rank_and_world_size()[0] > 0:
         return
     kinds = {
@@ -2316,7 +1467,7 @@ def loss_curve(rows: list[dict]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: `best` for everyone, `last` to go on with
 # ---------------------------------------------------------------------------------------------------------------------
-REMEMBERED = ("task", *COLUMNS, "block", "regression", "classes")
+REMEMBERED = ("task", *datafiles.COLUMNS, "block", "regression", "classes")
 
 
 def save(
@@ -2499,7 +1650,7 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
         resume or options.overwrite or not held_run,
         f"--out {out}: holds a run; expected --resume to go on with it, --overwrite to replace it, or another --out",
     )
-    rows, held = read_splits(data, options, notices)
+    rows, held = datafiles.read_splits(data, options, notices)
     hashed = hashlib.sha256(repr((rows, held)).encode("utf-8", errors="replace")).hexdigest()
     if resume:
         check_resume(run_state, asked, hashed)
@@ -2810,7 +1961,9 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     sub = commands.add_parser("eval", help="the figures of a checkpoint's task on data")
     sub.add_argument("folder", help="a checkpoint")
     sub.add_argument("data", help="as for train")
-    add_options(sub, TrainOptions, *COLUMNS, "delimiter", "encoding", "batch", "block", "device")
+    add_options(
+        sub, TrainOptions, *datafiles.COLUMNS, "delimiter", "encoding", "batch", "block", "device"
+    )
     sub.add_argument("--json", action="store_true", help="print them as JSON")
     sub.add_argument(
         "--confusion", action="store_true", help="of classes: the confusion matrix too"
@@ -2947,7 +2100,7 @@ def run_train(options: dict):
 
 def opened(options: dict) -> TinyLM:
     """The checkpoint that a command names, with a tokenizer."""
-    folder = find_checkpoint(options.pop("folder"))
+    folder = pretrained.find_checkpoint(options.pop("folder"))
     head = None if onnxlm.is_embedder(folder) else "config"
     device = usable_device(options.pop("device", None))
     lm = TinyLM.from_pretrained(folder, device=device, head=head)
@@ -2965,7 +2118,7 @@ def run_eval(options: dict):
     known |= dict(task=name, classes=not known["regression"])
     options = TrainOptions(**known | options).filled()
     task = TASKS[name]
-    rows = read_rows(data, options, ("test", "validation", "train"))
+    rows = datafiles.read_rows(data, options, ("test", "validation", "train"))
     examples = task.epochs(lm, rows, options.block)(None)
     require(len(examples), f"{data}: nothing to evaluate")
     figures = task.report(lm, examples, options.batch)

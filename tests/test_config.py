@@ -26,14 +26,16 @@ from families import (
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import pretrained
 import tinylm
-from tinylm import TinyLM, config_from_hf
+from pretrained import config_from_hf
+from tinylm import TinyLM
 
-NAMES = [name for name in tinylm.FAMILIES if name != "tinylm"]
+NAMES = [name for name in pretrained.FAMILIES if name != "tinylm"]
 RAW = {  # a config.json with nothing but sizes, for each family
     name: {"model_type": name}
     | {
-        tinylm.FAMILIES[name].fields[ours]: value
+        pretrained.FAMILIES[name].fields[ours]: value
         for ours, value in dict(
             vocab_size=99,
             hidden_size=64,
@@ -44,7 +46,7 @@ RAW = {  # a config.json with nothing but sizes, for each family
             encoder_intermediate_size=40,
             intermediate_size=48,
         ).items()
-        if ours in tinylm.FAMILIES[name].fields
+        if ours in pretrained.FAMILIES[name].fields
     }
     for name in NAMES
 }
@@ -202,7 +204,7 @@ LIKE_OURS = set(
 def test_another_family_under_our_name_is_refused(host, kind):
     """The list of refused names is as long as the mechanisms of transformers: a default config.json of every other
     family, with our activation, sizes and model_type, is refused for a field that ours do not have."""
-    row, loaded = tinylm.FAMILIES[host], set()
+    row, loaded = pretrained.FAMILIES[host], set()
     for name in getattr(modeling_auto, f"MODEL_FOR_{kind}_LM_MAPPING_NAMES"):
         if name in NAMES:
             continue
@@ -231,7 +233,7 @@ def test_what_is_not_there_means_what_transformers_takes(name):
 def test_second_names_of_a_size():
     """As the attribute_map of transformers has them: a GPT-2 whose file says hidden_size and not n_embd."""
     for name in ("gpt2", "distilbert", "t5", "bart"):
-        row, raw = tinylm.FAMILIES[name], dict(RAW[name])
+        row, raw = pretrained.FAMILIES[name], dict(RAW[name])
         config = config_from_hf(raw)
         for alias, key in row.aliases.items():
             if key in raw:
@@ -242,9 +244,9 @@ def test_second_names_of_a_size():
 @pytest.mark.parametrize("name", NAMES)
 def test_config_json_always_says_what_the_model_is_for(name):
     """`architectures` names a class of transformers, from which the head is read again."""
-    for head in tinylm.FAMILIES[name].heads:
+    for head in pretrained.FAMILIES[name].heads:
         config = config_from_hf(RAW[name], head=head)
-        raw = tinylm.config_to_hf(config)
+        raw = pretrained.config_to_hf(config)
         assert hasattr(transformers, raw["architectures"][0])
         assert config_from_hf(raw) == config and config.head == head
 

@@ -9,8 +9,10 @@ import sys
 import pytest
 from conftest import ROOT  # noqa: F401
 
+import data as datafiles
 import train
-from train import TrainOptions, main, read_records, read_rows
+from data import read_records, read_rows
+from train import TrainOptions, main
 
 ROWS = [
     {"text": "bad film; awful", "label": "neg"},
@@ -186,7 +188,7 @@ def test_what_is_no_text_is_one_line(name, tmp_path, capsys):
 
 def test_a_large_file_that_is_no_text(tmp_path, monkeypatch):
     """Guards bytes that are memory-mapped unseen."""
-    monkeypatch.setattr(train, "MMAP_MIN_BYTES", 100)
+    monkeypatch.setattr(datafiles, "MMAP_MIN_BYTES", 100)
     for name in ("a.txt", "noise.txt"):
         (tmp_path / name).write_bytes(NO_TEXT[name] + b"x" * 200)
         with pytest.raises(train.Error, match=name):
@@ -244,7 +246,7 @@ def test_splits_are_what_their_names_say(tmp_path, capsys):
         tmp_path, {f"{name}.csv": f"text,label\nx,{label}\n" for name, label in named.items()}
     )
     said = []
-    rows, held = train.read_splits(data, CLASSIFY, said)
+    rows, held = datafiles.read_splits(data, CLASSIFY, said)
     assert [row["label"] for row in rows] == ["a", "b"] and [row["label"] for row in held] == ["c"]
     assert any("test split is not read" in line for line in said)
     assert [record["label"] for record in read_records(data, split="test")] == ["d"]
@@ -258,7 +260,7 @@ def test_splits_are_what_their_names_say(tmp_path, capsys):
         "devices": "train",
         "testimony": "train",
     }.items():
-        (found,) = train.data_files(files(tmp_path / split / name / "x", {f"{name}.txt": "x"}))
+        (found,) = datafiles.data_files(files(tmp_path / split / name / "x", {f"{name}.txt": "x"}))
         assert found == split, name
 
 

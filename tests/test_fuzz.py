@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import onnxlm
+import pretrained
 import tinylm
 from tinylm import Config, TinyLM
 from train import main
@@ -232,7 +234,7 @@ def values():
 
 
 FIELDS = sorted(
-    {key for row in tinylm.FAMILIES.values() for key in row.fields.values()}
+    {key for row in pretrained.FAMILIES.values() for key in row.fields.values()}
     | {
         "model_type",
         "architectures",
@@ -244,7 +246,7 @@ FIELDS = sorted(
         "a_field_of_tomorrow",
         "original_max_position_embeddings",
     }
-    | {key for row in tinylm.FAMILIES.values() for key in row.only}
+    | {key for row in pretrained.FAMILIES.values() for key in row.only}
 )
 
 
@@ -286,7 +288,7 @@ def test_ids_that_no_token_has(changes, made, place):
 @fuzz(
     60,
     changes=st.dictionaries(
-        st.sampled_from(sorted(tinylm.GENERATION)), values(), min_size=1, max_size=3
+        st.sampled_from(sorted(onnxlm.GENERATION)), values(), min_size=1, max_size=3
     ),
     name=st.sampled_from(["ours", "t5"]),
 )

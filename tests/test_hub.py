@@ -9,7 +9,8 @@ import pytest
 from families import CASES
 
 import tinylm
-from tinylm import TinyLM, find_checkpoint
+from pretrained import find_checkpoint
+from tinylm import TinyLM
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 COMMIT, OLDER = "0" * 39 + "1", "0" * 39 + "2"

@@ -56,7 +56,7 @@ import torch
 
 import onnxlm
 import tinylm
-from tinylm import Config, MuonAdamW, TinyLM, train_step
+from tinylm import Config, MuonAdamW, TinyLM, pretrained, train_step
 from tinylm.train import TrainOptions, train
 
 config: Config = Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -72,8 +72,8 @@ pieces: Iterator[str] = lm.stream("Once", max_new_tokens=4)
 answer: str = "".join(lm.chat([{"role": "user", "content": "hello"}]))
 lm.save_pretrained("copy")
 lm = TinyLM.from_pretrained(Path("copy"))
-config = tinylm.config_from_hf({"model_type": "qwen3"})
-tokenizer = tinylm.load_tokenizer("copy")
+config = pretrained.config_from_hf({"model_type": "qwen3"})
+tokenizer = pretrained.load_tokenizer("copy")
 if tokenizer is not None:
     tokens: list[int] = tokenizer.encode("hello")
     text: str = tokenizer.decode(tokens)

@@ -21,6 +21,8 @@ from transformers import (
     pipeline,
 )
 
+import data as datafiles
+import pretrained
 import tinylm
 import train
 from tinylm import Config, TinyLM, train_step
@@ -378,7 +380,7 @@ def test_rows_of_every_format_are_the_same(suffix, tmp_path):
     ]
     path = write(tmp_path / f"data{suffix}", rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert train.read_rows(path, train.TrainOptions(task="classify")) == rows
+    assert datafiles.read_rows(path, train.TrainOptions(task="classify")) == rows
 
 
 @pytest.mark.parametrize(
@@ -758,7 +760,8 @@ def test_dropout_stands_where_transformers_has_it():
         hidden_dropout=0.1,
     )
     rates = {
-        head: TinyLM(Config(head=head, causal=False, **p)).head.dropout.p for head in tinylm.CLASS
+        head: TinyLM(Config(head=head, causal=False, **p)).head.dropout.p
+        for head in pretrained.CLASS
     }
     assert rates == {"lm": 0.0, "mlm": 0.0, "classify": 0.1, "tokens": 0.1, "qa": 0.0, None: 0.0}
     assert TinyLM(Config(head="classify", **p)).head.dropout.p == 0.0

@@ -6,7 +6,9 @@ import json
 import pytest
 from templates import SNIPPETS, TEMPLATES
 
+import data as datafiles
 import onnxlm
+import pretrained
 import tinylm
 import train
 
@@ -90,7 +92,7 @@ def pair(tmp_path_factory):
     }
     folder = write(tmp_path_factory.mktemp("pair"), byte_backend(), config)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    return theirs, tinylm.load_tokenizer(folder), onnxlm.load_tokenizer(folder)
+    return theirs, pretrained.load_tokenizer(folder), onnxlm.load_tokenizer(folder)
 
 
 def same_text(pair, messages, **options):
@@ -143,7 +145,7 @@ def test_generated_parts_are_marked_as_in_transformers(pair):
     expected = theirs.apply_chat_template(
         PLAIN, chat_template=template, return_assistant_tokens_mask=True, return_dict=True
     )
-    text, parts = tinylm.render_chat(ours, PLAIN, chat_template=template)
+    text, parts = onnxlm.render_chat(ours, PLAIN, chat_template=template)
     encoding = ours.encoding(text, special=False)
     marked = [int(any(a <= o[0] < b for a, b in parts)) for o in encoding.offsets]
     assert encoding.ids == expected["input_ids"] and marked == expected["assistant_masks"]
@@ -234,7 +236,7 @@ def test_what_is_learnt_are_the_assistants_turns_and_their_ends(name, pair):
 def test_rows_of_chats_keep_their_fields():
     """Guards thoughts, tool calls, names and tools that were dropped without a word; ShareGPT is read too."""
     row = {"messages": CALLING, "tools": json.dumps(TOOLS), "id": 3, "documents": DOCUMENTS}
-    (read,) = train.read_rows([row], train.TrainOptions())
+    (read,) = datafiles.read_rows([row], train.TrainOptions())
     assert read == {"messages": CALLING, "tools": TOOLS, "variables": {"documents": DOCUMENTS}}
     row = {
         "system": "Be brief.",
@@ -243,13 +245,13 @@ def test_rows_of_chats_keep_their_fields():
             {"from": "gpt", "value": "yes", "name": "x"},
         ],
     }
-    (read,) = train.read_rows([row], train.TrainOptions())
+    (read,) = datafiles.read_rows([row], train.TrainOptions())
     assert read["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "yes", "name": "x"},
     ]
-    (read,) = train.read_rows([{"messages": json.dumps(PARTS)}], train.TrainOptions())
+    (read,) = datafiles.read_rows([{"messages": json.dumps(PARTS)}], train.TrainOptions())
     assert read["messages"] == PARTS
 
 
@@ -266,7 +268,7 @@ def test_rows_of_chats_keep_their_fields():
 )
 def test_fields_of_chats_that_no_template_takes_are_named(message, word):
     with pytest.raises(tinylm.Error, match=word):
-        train.read_rows([{"messages": [message]}], train.TrainOptions())
+        datafiles.read_rows([{"messages": [message]}], train.TrainOptions())
 
 
 def test_tools_that_a_template_does_not_read_are_said(pair):
@@ -295,7 +297,7 @@ def test_words_of_a_chat_keep_no_stray_mark(tmp_path):
     write(tmp_path, backend, config, chat_template_jinja=template)
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ours = tinylm.load_tokenizer(tmp_path)
+    ours = pretrained.load_tokenizer(tmp_path)
     found = train.chat_example(ours, messages)
     assert found["input_ids"] == theirs.apply_chat_template(messages, return_dict=False)
     tokens = theirs.convert_ids_to_tokens([i for i in found["labels"] if i >= 0])
@@ -576,12 +578,15 @@ def test_tokenizer_files_read_as_transformers_reads_them(name, backends, tmp_pat
         more |= {"vocab_json": model["vocab"], "merges_txt": "#version: 0.2\n" + merges}
     more["config_json"] = {"model_type": model_type}
     folder = write(tmp_path / "a", backends.get(kind), config, **more)
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), tinylm.load_tokenizer(folder)
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(folder),
+        pretrained.load_tokenizer(folder),
+    )
     assert ours.special_tokens == theirs.special_tokens_map and ours.size == len(theirs)
     saved = write(tmp_path / "b", config_json={"model_type": model_type})
     for file, content in ours.files.items():
         (saved / file).write_bytes(content)
-    again = onnxlm.load_tokenizer(saved), tinylm.load_tokenizer(saved)
+    again = onnxlm.load_tokenizer(saved), pretrained.load_tokenizer(saved)
     for text in SAID:
         for special in (True, False):
             expected = theirs(text, add_special_tokens=special)["input_ids"]
@@ -605,14 +610,14 @@ def test_a_sentencepiece_model_alone_says_how_to_convert_it(file, tmp_path):
     (tmp_path / file).write_bytes(b"x")
     (tmp_path / "vocab.json").write_text("{}")  # as Marian has
     with pytest.raises(tinylm.Error, match=r"AutoTokenizer.from_pretrained\(.*save_pretrained"):
-        tinylm.load_tokenizer(tmp_path)
+        pretrained.load_tokenizer(tmp_path)
 
 
 def test_lines_of_a_vocabulary_end_at_line_feeds_alone(tmp_path):
     """Guards ids that were off by one behind a token that is a line separator."""
     vocab = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n\u2028\n\x85\nhello\n"
     write(tmp_path, config_json={"model_type": "bert"}, vocab_txt=vocab)
-    assert tinylm.load_tokenizer(tmp_path).encode("hello") == [2, 7, 3]
+    assert pretrained.load_tokenizer(tmp_path).encode("hello") == [2, 7, 3]
 
 
 def test_several_templates_are_chosen_as_transformers_chooses(tmp_path):
@@ -627,7 +632,7 @@ def test_several_templates_are_chosen_as_transformers_chooses(tmp_path):
         else:
             write(folder, **extra)
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        three = theirs, tinylm.load_tokenizer(folder), onnxlm.load_tokenizer(folder)
+        three = theirs, pretrained.load_tokenizer(folder), onnxlm.load_tokenizer(folder)
         for tools in (None, TOOLS):
             same_text(three, PLAIN, tools=tools)
             for chosen in ("rag", "default"):

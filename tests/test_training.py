@@ -11,6 +11,7 @@ from conftest import ROOT
 from families import FAMILIES, SEQ2SEQ, prompts
 from test_train import TEXT, same_files
 
+import data as datafiles
 import tinylm
 import train
 from tinylm import Config, MuonAdamW, TinyLM, loss_sum, train_step
@@ -160,7 +161,7 @@ def test_a_step_equals_that_of_torchs_muon():
 @pytest.fixture
 def small(monkeypatch):
     """Files of a kilobyte count as large."""
-    monkeypatch.setattr(train, "MMAP_MIN_BYTES", 2**10)
+    monkeypatch.setattr(datafiles, "MMAP_MIN_BYTES", 2**10)
 
 
 def run_train(path, out, *more):
@@ -193,9 +194,9 @@ def test_bytes_on_the_disk_train_as_those_in_memory(tmp_path, monkeypatch):
         path.read_bytes().decode().encode("ascii", "replace")
     )  # that bytes are characters
     assert run_train(path, tmp_path / "memory") == 0
-    monkeypatch.setattr(train, "MMAP_MIN_BYTES", 2**12)
+    monkeypatch.setattr(datafiles, "MMAP_MIN_BYTES", 2**12)
     monkeypatch.setattr(
-        train, "split_rows", lambda rows, real=train.split_rows: at(rows, real, monkeypatch)
+        train, "split_rows", lambda rows, real=datafiles.split_rows: at(rows, real, monkeypatch)
     )
     assert run_train(path, tmp_path / "disk") == 0
     for which in ("best", "last"):
@@ -244,7 +245,7 @@ def test_a_text_is_tokenised_in_little_memory(tmp_path):
 
 def at(rows, split, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "MMAP_MIN_BYTES", 2**26)
+        patch.setattr(datafiles, "MMAP_MIN_BYTES", 2**26)
         return split(rows)
 
 

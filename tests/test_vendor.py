@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from families import CASES, ENCODERS, SEQ2SEQ
 
 import onnxlm
 
@@ -41,8 +42,8 @@ optimizer = MuonAdamW(lm)
 ids = torch.tensor([lm.tokenizer.encode(text)[:128]])
 losses = [float(train_step(lm, optimizer, ids)) for _ in range(20)]
 assert losses[-1] < losses[0] / 2, losses
-lm.eval().save_pretrained("copy")
-copy = TinyLM.from_pretrained("copy")
+lm.eval().save("copy")
+copy = TinyLM.load("copy")
 assert torch.equal(copy(ids), lm(ids))
 assert copy.tokenizer.decode(copy.tokenizer.encode(text)) == text
 assert copy.generate(ids[:, :8], max_new_tokens=5, temperature=1.0, seed=1).shape == (1, 13)
@@ -171,21 +172,72 @@ def test_runtime_alone(exported_folder, tmp_path):
         assert line == {"input": text, "output": answers}, folder
 
 
-def test_what_needs_a_library_says_so(vendored):
-    """Without `tokenizers`, a checkpoint that brings a tokenizer.json is one line that says what to install."""
-    allowed = set(sys.stdlib_module_names) | requirements("torch", "einops", "safetensors")
-    script = """
+def says(script, folder, *packages, also):
+    """The one line on stderr of a script whose Error is its exit message, where no more is installed than `packages`."""
+    allowed = set(sys.stdlib_module_names) | requirements(*packages) | set(also)
+    run = python(f"ALLOWED = {sorted(allowed)!r}\n{ALONE}{script}", folder)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
+    return run.stderr
+
+
+OPENED = """
 import tinylm
-tinylm.TinyLM(tinylm.Config(hidden_size=32, num_hidden_layers=1)).save_pretrained("m")
+tinylm.TinyLM(tinylm.Config(hidden_size=32, num_hidden_layers=1)).save("m")
 open("m/tokenizer.json", "w").write("{}")
 try:
     tinylm.TinyLM.from_pretrained("m")
 except tinylm.Error as error:
     sys.exit(str(error))
 """
-    run = python(f"ALLOWED = {sorted(allowed | {'tinylm'})!r}\n{ALONE}{script}", vendored)
-    assert run.returncode == 1 and "pip install tokenizers" in run.stderr, run.stderr
-    assert run.stderr.count("\n") == 1
+
+
+def test_what_is_missing_is_named(vendored):
+    """Without pretrained.py a checkpoint is one line that says what to copy; without `tokenizers` one with a
+    tokenizer.json says what to install."""
+    said = says(OPENED, vendored, "torch", "einops", "safetensors", also=["tinylm"])
+    assert "pretrained.py is missing: copy it beside tinylm.py" in said
+    for name in ("pretrained.py", "onnxlm.py"):
+        shutil.copy(ROOT / name, vendored)
+    packages = ("torch", "einops", "safetensors", "numpy")
+    said = says(OPENED, vendored, *packages, also=["tinylm", "pretrained", "onnxlm"])
+    assert "pip install tokenizers" in said
+
+
+# Every family's folder through the three files, and what was saved through them again.
+THREE_FILES = """
+import torch
+from PLACE import pretrained, tinylm
+
+for i, folder in enumerate(FOLDERS):
+    lm = tinylm.TinyLM.from_pretrained(folder)
+    lm.save_pretrained(f"copy-{i}")
+    again = tinylm.TinyLM.from_pretrained(f"copy-{i}")
+    assert again.config == lm.config
+    for name, tensor in lm.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), (folder, name)
+assert tinylm.TinyLM.from_pretrained(SHIPPED).tokenizer.encode("hello")
+assert pretrained.load_tokenizer(SHIPPED).decode(pretrained.load_tokenizer(SHIPPED).encode("hello")) == "hello"
+assert not {name.split(".")[0] for name in sys.modules} & {"transformers", "onnx", "onnxruntime", "train", "data"}
+"""
+
+
+@pytest.mark.parametrize("place", ["top", "package"])
+def test_three_files_load_and_save_every_family(folder, tmp_path, place):
+    """tinylm.py, pretrained.py and onnxlm.py side by side, in a folder and inside somebody's package."""
+    cases = {case.name.partition("-")[0]: case for case in CASES + ENCODERS + SEQ2SEQ}
+    folders = [str(folder(case)) for case in cases.values()]
+    target = tmp_path if place == "top" else tmp_path / "app" / "vendor"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("tinylm.py", "pretrained.py", "onnxlm.py"):
+        shutil.copy(ROOT / name, target)
+    script = THREE_FILES.replace(
+        "from PLACE import pretrained, tinylm", "import pretrained, tinylm"
+    )
+    if place == "package":
+        script = THREE_FILES.replace("PLACE", "app.vendor")
+    script = f"FOLDERS, SHIPPED = {folders!r}, {str(ROOT / 'weights')!r}\n{script}"
+    packages = ("torch", "einops", "safetensors", "numpy", "tokenizers")
+    alone(script, tmp_path, *packages, also=["app", "tinylm", "pretrained", "onnxlm"])
 
 
 def test_importing_is_cheap(vendored):

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from onnxlm import Error, check_fields, require
+import onnxlm
+from onnxlm import check_fields, require
 
 TASK_ROLES = {  # task -> roles of its rows: what the model reads, what there is to learn
     "lm": ("messages", "text"),
@@ -258,7 +259,7 @@ def decode_text(data: bytes, file, encoding: str, notices: list) -> str:
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError) as error:
-            raise Error(f"{file}: not readable as gzip ({error})") from None
+            raise onnxlm.Error(f"{file}: not readable as gzip ({error})") from None
     marks = {codecs.BOM_UTF8: "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
     marked = next((name for mark, name in marks.items() if data.startswith(mark)), None)
     if not encoding and not marked:
@@ -283,7 +284,9 @@ def decode_cp1252(data: bytes, file, error: UnicodeError) -> str:
         text = data.decode("cp1252")
         if not re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]", text):
             return text
-    raise Error(f"{file}: neither UTF-8 nor cp1252 ({error}), expected text; --encoding names it")
+    raise onnxlm.Error(
+        f"{file}: neither UTF-8 nor cp1252 ({error}), expected text; --encoding names it"
+    )
 
 
 def looks_like_json_lines(text: str) -> bool:
@@ -308,10 +311,10 @@ def json_records(name: str, text: str, lines: bool):
         try:
             content = json.loads(text) if text.strip() else []
         except RecursionError:
-            raise Error(f"{name}: nested too deeply, expected records") from None
+            raise onnxlm.Error(f"{name}: nested too deeply, expected records") from None
         except ValueError as error:
             if not looks_like_json_lines(text):
-                raise Error(f"{name}: not readable as JSON ({error})") from None
+                raise onnxlm.Error(f"{name}: not readable as JSON ({error})") from None
         else:
             for n, record in enumerate(json_rows(name, content), 1):
                 yield f"{name}, record {n}", record
@@ -323,7 +326,9 @@ def json_records(name: str, text: str, lines: bool):
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                raise Error(f"{name}, line {n}: {line[:60]!r}, expected a JSON object") from None
+                raise onnxlm.Error(
+                    f"{name}, line {n}: {line[:60]!r}, expected a JSON object"
+                ) from None
             yield f"{name}, line {n}", record
 
 
@@ -364,7 +369,9 @@ def squad_rows(name: str, articles: list) -> list:
             for question in paragraph["qas"]
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise Error(f"{name}: expected SQuAD's json: data, paragraphs, qas ({error!r})") from None
+        raise onnxlm.Error(
+            f"{name}: expected SQuAD's json: data, paragraphs, qas ({error!r})"
+        ) from None
 
 
 def table_records(name: str, text: str, delimiter: str, usual: str):
@@ -398,7 +405,7 @@ def table_records(name: str, text: str, delimiter: str, usual: str):
                 require(len(values) <= len(columns), f"{place}: more fields than columns")
                 yield place, dict.fromkeys(columns) | dict(zip(columns, values))
     except csv.Error as error:
-        raise Error(
+        raise onnxlm.Error(
             f"{name}, line {first}: a quote that is not closed or doubled ({error})"
         ) from None
 
@@ -441,7 +448,7 @@ def arrow_records(file: Path, suffix: str):
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise Error(f"{file}: needs `pip install pyarrow`") from None
+        raise onnxlm.Error(f"{file}: needs `pip install pyarrow`") from None
     try:
         if suffix == ".parquet":
             parquet = pyarrow.parquet.ParquetFile(file)
@@ -457,7 +464,7 @@ def arrow_records(file: Path, suffix: str):
                 record[column] = with_names(record[column], names[column])
             yield f"{file}, row {n}", record
     except (pyarrow.ArrowException, OSError) as error:
-        raise Error(f"{file}: not readable ({str(error).splitlines()[0]})") from None
+        raise onnxlm.Error(f"{file}: not readable ({str(error).splitlines()[0]})") from None
 
 
 def class_names(schema) -> dict:
@@ -566,7 +573,7 @@ def chat_columns(record: dict) -> dict:
             try:
                 found[name] = json.loads(value or "null")
             except ValueError:
-                raise Error(f"{name} = {value[:60]!r}, expected JSON") from None
+                raise onnxlm.Error(f"{name} = {value[:60]!r}, expected JSON") from None
     tools = found["tools"] or None
     are_schemas = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
     require(
@@ -669,7 +676,7 @@ def read_rows(
 ) -> list[dict]:
     """Rows, with the roles that the task needs, of a file, of a folder's files of the first of the splits that it has,
     of standard input ("-"), or of records in memory. Rows where something is empty are left out. What there is to say
-    of it is added to the list `notices`.
+    of it goes to stderr, or to the list `notices`.
 
     Raises Error where a column is missing or has something else in it.
     """
@@ -717,6 +724,8 @@ def read_rows(
     lines.append(f"{name}: {counted(len(rows), 'row')}, columns {used}{left_out}")
     if "label" in rows[0]:
         lines += settle_labels(name, rows, options)
+    for line in lines if notices is None else ():
+        print(line, file=sys.stderr)
     return rows
 
 
@@ -740,14 +749,16 @@ def read_row(place: str, record, options: DataOptions) -> dict:
             row[role] = read(value)
             if role == "messages":
                 row |= chat_columns(record)
-        except Error as error:
-            raise Error(f"{place}: {column}: {error}") from None
+        except onnxlm.Error as error:
+            raise onnxlm.Error(f"{place}: {column}: {error}") from None
         except (TypeError, ValueError, KeyError):
             hint = ""
             if isinstance(value, dict) and read is as_text:
                 names = ", ".join(f"{column}.{name}" for name in value)
                 hint = f"; {flag(ROLES[role][0] or 'text')} names one of {names}"
-            raise Error(f"{place}: {column} = {str(value)[:60]!r}, expected {kind}{hint}") from None
+            raise onnxlm.Error(
+                f"{place}: {column} = {str(value)[:60]!r}, expected {kind}{hint}"
+            ) from None
     if isinstance(system := row.pop("system", None), str):
         if row["messages"][0]["role"] != "system":
             row["messages"].insert(0, {"role": "system", "content": system})
@@ -773,7 +784,9 @@ def choose_columns(place: str, record, options: DataOptions) -> dict[str, str]:
         if column is not None:
             chosen[role] = column
         elif role not in OPTIONAL and "messages" not in chosen:
-            raise Error(f"{place}: {missing_column(record, role, getattr(options, option, ''))}")
+            raise onnxlm.Error(
+                f"{place}: {missing_column(record, role, getattr(options, option, ''))}"
+            )
     return chosen
 
 

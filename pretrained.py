@@ -65,7 +65,7 @@ def load_tokenizer(folder: str | Path) -> onnxlm.Tokenizer | tinylm.ByteTokenize
         return onnxlm.Tokenizer(resolve_tokenizer(files, hf_config), hf_config)
     except ImportError:
         raise Error(f"{folder / source}: reading it needs `pip install tokenizers`") from None
-    except Error as error:
+    except tinylm.Error as error:
         raise Error(f"{folder}: {error}") from None
     except Exception as error:  # the library raises plain Exception
         raise Error(f"{folder / source}: not a readable tokenizer ({error})") from None
@@ -1213,7 +1213,7 @@ def config_from_hf(raw: dict, source: str = "config.json", head="config") -> Con
         if raw.get("id2label"):
             values["id2label"] = raw["id2label"]
         return Config(**values | dict(head=head, model_type=name))
-    except Error as error:  # where it names our field, name theirs
+    except tinylm.Error as error:  # where it names our field, name theirs
         ours, _, rest = str(error).removeprefix("config: ").partition(" ")
         text = f"{source}: {row.fields.get(ours, ours)} {rest}"
         raise (error if str(error).startswith(source) else Error(text)) from None
@@ -1244,7 +1244,7 @@ def config_to_hf(config: Config) -> dict:
         try:
             require_same(config_from_hf(raw, "config", config.head), config)
             return raw
-        except Error as error:
+        except tinylm.Error as error:
             reason = error
     raise Error(f"{reason} cannot be written as model_type {name!r}")
 

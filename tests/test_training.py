@@ -196,7 +196,7 @@ def test_bytes_on_the_disk_train_as_those_in_memory(tmp_path, monkeypatch):
     assert run_train(path, tmp_path / "memory") == 0
     monkeypatch.setattr(datafiles, "MMAP_MIN_BYTES", 2**12)
     monkeypatch.setattr(
-        train, "split_rows", lambda rows, real=datafiles.split_rows: at(rows, real, monkeypatch)
+        datafiles, "split_rows", lambda rows, real=datafiles.split_rows: at(rows, real, monkeypatch)
     )
     assert run_train(path, tmp_path / "disk") == 0
     for which in ("best", "last"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors import safe_open
-from test_train import same_files, text  # noqa: F401
+from test_train_scratch import same_files, text  # noqa: F401
 
 import tinylm
 import train

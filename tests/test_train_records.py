@@ -8,7 +8,7 @@ import xml.dom.minidom
 import pytest
 import torch
 from conftest import ROOT  # noqa: F401
-from test_train import TEXT, same_files
+from test_train_scratch import TEXT, same_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import onnxlm

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from families import FAMILIES, SEQ2SEQ, prompts
-from test_train import TEXT, same_files
+from test_train_scratch import TEXT, same_files
 
 import data as datafiles
 import tinylm

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from families import load_oracle
 from safetensors.torch import load_file
-from test_train import TEXT, TINY, finished, tinylm
+from test_train_scratch import TEXT, TINY, finished, tinylm
 
 from tinylm import TinyLM
 

@@ -21,7 +21,7 @@ from families import (
     t5,
 )
 from safetensors.torch import load_file
-from test_generate import surprise
+from test_tinylm_generate import surprise
 from transformers import GenerationConfig
 
 from tinylm import TinyLM

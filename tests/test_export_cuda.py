@@ -10,9 +10,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from families import FAMILIES, some_slow
-from test_export import SPECIAL
+from test_export_folder import SPECIAL
 from test_export_kinds import READERS, WRITERS
-from test_precisions import LOOPS, exported, small_cache  # noqa: F401
+from test_export_precisions import LOOPS, exported, small_cache  # noqa: F401
 
 from export import CUDA_PRECISIONS, PRECISIONS
 

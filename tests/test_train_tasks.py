@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import ENCODERS, difference, load_oracle
 from safetensors.torch import load_file
-from test_train import same_files
+from test_train_scratch import same_files
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,

@@ -21,7 +21,6 @@ import numbers
 import os
 import re
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -669,11 +668,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise Error(f"{path}: not a readable tokenizer ({error})") from None
 
 
-# Chat templates are programs that come with a checkpoint. They run in jinja2's sandbox, and there in bounds.
-MAX_TEMPLATE_SECONDS = 2
-MAX_TEMPLATE_VALUE = 2**22  # characters or items of one value
-MAX_TEMPLATE_BITS = 2**12  # of one number
-template_time = threading.local()  # .end: when the template that this thread renders has to be done
+MAX_TEMPLATE_SECONDS = 2  # between two pieces of a chat template's text
 
 
 def render_chat(
@@ -695,12 +690,12 @@ def render_chat(
         require(isinstance(tool, dict), f"tools: {str(tool)[:60]!r}, expected a JSON schema")
     template = find_chat_template(tokenizer.files, chat_template, tools)
     names = tokenizer.special_tokens | {"documents": None} | variables
-    names |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-    names = plain_data(names)
+    names |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
+    names = plain_data(names | {"messages": messages})
     names["messages"] = [template_message(message) for message in names["messages"]]
     limit = 2**20 + 8 * len(str(names))
-    template_time.end = time.monotonic() + MAX_TEMPLATE_SECONDS
     pieces, size, generated = [], 0, []
+    started = time.monotonic()
     try:
         require(
             isinstance(template, str) and len(template) <= limit,
@@ -712,7 +707,10 @@ def render_chat(
             pieces.append(piece)
             size += len(piece)
             require(size <= limit, f"it writes more than {limit} characters")
-            require(time.monotonic() < template_time.end, "it takes too long")
+            spent = time.monotonic() - started
+            require(
+                spent < MAX_TEMPLATE_SECONDS, f"it takes more than {MAX_TEMPLATE_SECONDS} seconds"
+            )
     except ImportError:
         raise Error("chat templates need `pip install 'jinja2>=3.1.6'`") from None
     except Exception as error:  # whatever a template's code raises
@@ -761,7 +759,7 @@ def find_chat_template(
 
 
 def plain_data(value):
-    """Copies of what a template may see: JSON's types, whose methods the sandbox knows; of all else its name."""
+    """A copy made of JSON's types only, whose methods the sandbox knows. Other objects become their class's name."""
     if isinstance(value, dict):
         return {plain_data(key): plain_data(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -796,44 +794,20 @@ class GeneratedText(str):
 
 @functools.lru_cache(maxsize=1)
 def template_environment():
-    """transformers' environment for chat templates; more than its sandbox, each loop, call, filter and operator looks
-    whether there is time left and whether its value would be very large."""
+    """The environment in which transformers runs chat templates: jinja2's immutable sandbox, its filters and functions,
+    and {% generation %}.
+
+    The sandbox keeps a template from Python's internals, from files and from changing what it is given. `render_chat`
+    bounds the length of the text and the time between two pieces of it; a template that computes for long without
+    writing anything is not interrupted.
+    """
     import jinja2
-    from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
     version = tuple(int(part) for part in jinja2.__version__.split(".")[:3] if part.isdigit())
-    if version < (3, 1, 6):  # there are ways out of the sandbox of older ones
+    if version < (3, 1, 6):  # older sandboxes can be escaped
         raise ImportError(jinja2.__version__)
-
-    def check(value, *arguments):
-        """The value, if it is not too large and if what is called with the arguments will not make it so."""
-        if time.monotonic() > template_time.end:
-            raise TimeoutError(f"it takes more than {MAX_TEMPLATE_SECONDS} seconds")
-        lengths = [len(x) for x in (value, *arguments) if isinstance(x, (str, list, tuple, dict))]
-        numbers = [abs(x) for x in arguments if isinstance(x, int)]
-        longest = sorted(lengths)[-2:]
-        if max(lengths + numbers, default=0) > MAX_TEMPLATE_VALUE or math.prod(longest) > 2**30:
-            raise SecurityError("a value is too large")
-        return value
-
-    def check_format(text: str):
-        """Widths in a format make long texts of short ones."""
-        if re.search(r"\d{7}|\*", text):
-            raise SecurityError("a width in a format")
-
-    def each(iterable):
-        for item in iterable:
-            yield check(item)
-
-    def bounded(function):
-        @functools.wraps(function)  # keeps what jinja2 notes on it
-        def call(*arguments, **options):
-            check(None, *arguments, *options.values())
-            return check(function(*arguments, **options))
-
-        return call
 
     class Generation(Extension):
         tags = {"generation"}
@@ -841,52 +815,18 @@ def template_environment():
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("write"), [], [], body).set_lineno(line)
+            call = self.call_method("write")
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
 
         def write(self, caller):
             return GeneratedText(caller())
 
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("+", "*", "**", "%"))
-
-        def _parse(self, *source):
-            tree = super()._parse(*source)
-            for node in [*tree.find_all((nodes.For, nodes.Concat))]:
-                if isinstance(node, nodes.For):
-                    node.iter = nodes.Filter(node.iter, "each", [], [], None, None)
-                else:
-                    joined = nodes.Concat(node.nodes)
-                    node.nodes = [nodes.Filter(joined, "check", [], [], None, None)]
-            return tree.set_environment(self)
-
-        def call(self, context, function, *arguments, **options):
-            target = getattr(function, "__self__", None)
-            if isinstance(target, str) and function.__name__ in ("format", "format_map"):
-                check_format(target)
-            check(target, *arguments, *options.values())
-            return check(super().call(context, function, *arguments, **options))
-
-        def call_binop(self, context, operator, left, right):
-            if operator == "%" and isinstance(left, str):
-                check_format(left)
-            elif isinstance(left, int) and isinstance(right, int):
-                bits = left.bit_length()
-                if (
-                    bits * right if operator == "**" else bits + right.bit_length()
-                ) > MAX_TEMPLATE_BITS:
-                    raise SecurityError("a number is too large")
-            elif operator == "*":
-                times, items = (left, right) if isinstance(left, int) else (right, left)
-                if (
-                    isinstance(items, (str, list, tuple))
-                    and times * len(items) > MAX_TEMPLATE_VALUE
-                ):
-                    raise SecurityError("a value is too large")
-            return check(super().call_binop(context, operator, left, right))
-
     class Namespace(jinja2.utils.Namespace):
+        """Refuses names that begin with an underscore, which could reach Python's internals."""
+
         def __init__(*arguments, **options):
-            self, *arguments = arguments  # so that `self` can be an option
+            # so that `self` can be an option
+            self, *arguments = arguments
             jinja2.utils.Namespace.__init__(self)
             for name, value in dict(*arguments, **options).items():
                 self[name] = value
@@ -901,13 +841,8 @@ def template_environment():
         fromkeys = staticmethod(dict.fromkeys)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
+        options = dict(indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
@@ -915,18 +850,12 @@ def template_environment():
     def strftime_now(format):
         return datetime.datetime.now().strftime(format)
 
-    environment = Sandbox(
+    environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.filters = {name: bounded(f) for name, f in environment.filters.items()}
-    environment.filters |= {"each": each, "check": check}
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": strftime_now,
-        "dict": Dict(),
-        "namespace": Namespace,
-    }
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    environment.globals |= {"dict": Dict(), "namespace": Namespace}
     return environment
 
 

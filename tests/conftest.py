@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # test this checkout, not an installed copy
 
 import families
+import helpers
 import pytest
 import torch
 from filelock import FileLock
@@ -79,22 +80,144 @@ def once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exported_folder(folder, once):
-    """exported_folder(name) -> the fp32 export of a case, with a tokenizer of words; beside it what was exported."""
+    """exported_folder(case or its name) -> its fp32 export, with a tokenizer of words; beside it what was exported."""
 
     @functools.cache
-    def export(name):
+    def export(case):
         def write(out):
             from export import export_onnx
 
             cases = families.CASES + families.ENCODERS + families.CLASSIFIERS + families.SEQ2SEQ
-            (case,) = (case for case in cases if case.name == name)
-            source = Path(shutil.copytree(folder(case), f"{out}.source", dirs_exist_ok=True))
+            (found,) = (found for found in cases if found.name == str(case))
+            source = Path(shutil.copytree(folder(found), f"{out}.source", dirs_exist_ok=True))
             families.save_word_tokenizer(source)
             export_onnx(source, out)
 
-        return once(name, write)
+        return once(str(case), write)
 
     return export
+
+
+@pytest.fixture(scope="session")
+def exported_pair(exported_folder):
+    """exported_pair(name) -> (the model in torch, under ONNX Runtime, the folder of the export)."""
+    from onnxlm import OnnxLM
+    from tinylm import TinyLM
+
+    @functools.cache
+    def load(name):
+        out = exported_folder(name)
+        return TinyLM.from_pretrained(f"{out}.source"), OnnxLM(out, providers=helpers.CPU), out
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def small_export(once):
+    """A random model of bytes, in torch and exported: (lm, OnnxLM, folder)."""
+    from export import export_onnx
+    from onnxlm import OnnxLM
+    from tinylm import Config, TinyLM
+
+    torch.manual_seed(3)
+    sizes = dict(hidden_size=48, num_attention_heads=3, num_hidden_layers=2)
+    special = dict(eos_token_id=256, pad_token_id=257)
+    lm = TinyLM(Config(**sizes, **special, initializer_range=0.3)).eval()
+
+    def write(out):
+        found = export_onnx(lm, out)["fp32"]
+        assert found.pop("greedy tokens") == 32 and all(value < 2e-4 for value in found.values())
+
+    out = once("small", write)
+    return lm, OnnxLM(out, providers=helpers.CPU), out
+
+
+@pytest.fixture(scope="session")
+def rounded(once):
+    """rounded(name) -> (the model in torch, the folder of its export)."""
+    import rounding
+
+    from export import export_onnx
+
+    @functools.cache
+    def write(name):
+        lm = rounding.model(name)
+        text = rounding.TEXT[: 2400 if lm.config.max_position_embeddings > 64 else 900]
+
+        def export_all(out):
+            loops = [
+                precision
+                for precision in rounding.EXPORTS[name]
+                if (name, precision) in rounding.LOOPS
+            ]
+            if loops:
+                export_onnx(lm, out, precisions=loops, generate=True, text=text)
+            others = [precision for precision in rounding.EXPORTS[name] if precision not in loops]
+            export_onnx(lm, out, precisions=others, text=text)
+
+        return lm, once(f"rounded-{name}", export_all)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def small_cache(once):
+    """small_cache(name) -> the folder of its export with keys and values in 8 bits."""
+    import rounding
+
+    from export import export_onnx
+
+    @functools.cache
+    def write(name):
+        options = dict(
+            precisions=rounding.SMALL_CACHES[name], text=rounding.TEXT[:2400], int8_cache=True
+        )
+        options["generate"] = name == "qwen3"
+        export_it = lambda out: export_onnx(rounding.model(name), out, **options)
+        return once(f"rounded-{name}-int8-cache", export_it)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory):
+    """(transformers' tokenizer, ours, the runtime's) of one folder."""
+    import transformers
+
+    import onnxlm
+    import pretrained
+
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>", "__type": "AddedToken"},
+        "pad_token": None,
+        "add_bos_token": True,
+        "model_max_length": 99,
+    }
+    folder = helpers.write_tokenizer(
+        tmp_path_factory.mktemp("pair"), helpers.byte_backend(), config
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    return theirs, pretrained.load_tokenizer(folder), onnxlm.load_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A file to train on, not to be changed."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(helpers.TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def silent():
+    """No samples of what the models write, which takes most of the time."""
+    from tinylm import TinyLM
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TinyLM, "stream", lambda *_, **__: ())
+        yield
 
 
 @pytest.fixture

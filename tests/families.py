@@ -213,6 +213,12 @@ FAMILIES = [
 ]  # one case of each, where one is enough
 
 
+SPECIAL = [
+    case
+    for case in CASES
+    if case.name in ("llama-yarn-tuned", "llama-dynamic", "gpt2-inner", "phi3-window")
+]
+
 QUICK = {"gpt2", "llama", "qwen3", "gemma3_text", "llama-dynamic", "phi3-window"}
 
 
@@ -394,6 +400,21 @@ SEQ2SEQ = [
             d_model=45, decoder_attention_heads=3, activation_function="gelu", scale_embedding=False
         ),
     }.items()
+]
+
+# Names of encoders, heads and encoder-decoders that have in them what the others have.
+READERS = [
+    "bert-bare",
+    "roberta-mlm",
+    "distilbert-classify",
+    "electra-tokens",
+    "bert-qa",
+    "qwen3-classify",
+]
+WRITERS = [
+    "t5",
+    "marian",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5-v1.1", "mbart")),
 ]
 
 

@@ -477,3 +477,52 @@ SNIPPETS = [
     "{{ 3 in [1, 2, 3] }}{{ 'a' is string }}{{ {} is mapping }}{{ [] is iterable }}{{ 3 is number }}",
     "{{ range(3) | list }}{{ '-'.join(['a', 'b']) }}{{ ('a' if false) }}{{ lipsum is defined }}",
 ]
+
+
+CALL = {
+    "id": "abcdefghi",
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Malmö", "days": 2}},
+}
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather of a <city>.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}, "days": {"type": ["integer", "null"]}},
+            },
+        },
+    }
+]
+
+
+PLAIN = [
+    {"role": "user", "content": " Hi é <|im_end|> "},
+    {"role": "assistant", "content": "<think>\nWell.\n</think>\n\nHello!\n"},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "Yes.", "reasoning": "Short."},
+]
+
+
+CALLING = [
+    {"role": "system", "content": "Be brief. /no_think"},
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "thinking": "I must look."},
+    {"role": "tool", "name": "weather", "tool_call_id": "abcdefghi", "content": "three degrees"},
+    {"role": "assistant", "content": "It is 3 C.", "name": None},
+]
+
+
+PARTS = [
+    {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    {"role": "assistant", "content": "c"},
+]
+
+
+DOCUMENTS = [{"title": "A", "text": "first"}, {"title": "B", "text": "second"}]

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 from conftest import ROOT  # noqa: F401
+from templates import CALLING, DOCUMENTS, PARTS, TOOLS
 
 import data as datafiles
+import tinylm
 import train
 from data import read_records, read_rows
 from train import TrainOptions, main
@@ -357,3 +359,41 @@ def test_what_is_learnt_is_said_before_training(tmp_path, capsys):
     data.write_text(table([row | {"stars": "bad"} for row in rows]))
     assert main(["train", data, "--out", tmp_path / "other", *options]) == 1
     assert "one class only (bad)" in capsys.readouterr().err
+
+
+def test_rows_of_chats_keep_their_fields():
+    """Guards thoughts, tool calls, names and tools that were dropped without a word; ShareGPT is read too."""
+    row = {"messages": CALLING, "tools": json.dumps(TOOLS), "id": 3, "documents": DOCUMENTS}
+    (read,) = datafiles.read_rows([row], train.TrainOptions())
+    assert read == {"messages": CALLING, "tools": TOOLS, "variables": {"documents": DOCUMENTS}}
+    row = {
+        "system": "Be brief.",
+        "conversations": [
+            {"from": "human", "value": "hi"},
+            {"from": "gpt", "value": "yes", "name": "x"},
+        ],
+    }
+    (read,) = datafiles.read_rows([row], train.TrainOptions())
+    assert read["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes", "name": "x"},
+    ]
+    (read,) = datafiles.read_rows([{"messages": json.dumps(PARTS)}], train.TrainOptions())
+    assert read["messages"] == PARTS
+
+
+@pytest.mark.parametrize(
+    "message, word",
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "image_url"),
+        ({"from": "moderator", "value": "hi"}, "moderator"),
+        ({"role": "assistant", "content": "a", "weight": 0}, "weight"),
+        ({"role": "user", "content": 3}, "role and content"),
+        ({"role": "user"}, "role and content"),
+        ("hi", "role and content"),
+    ],
+)
+def test_fields_of_chats_that_no_template_takes_are_named(message, word):
+    with pytest.raises(tinylm.Error, match=word):
+        datafiles.read_rows([{"messages": [message]}], train.TrainOptions())

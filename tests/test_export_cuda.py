@@ -9,10 +9,8 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from families import FAMILIES, some_slow
-from test_export_folder import SPECIAL
-from test_export_kinds import READERS, WRITERS
-from test_export_precisions import LOOPS, exported, small_cache  # noqa: F401
+from families import FAMILIES, READERS, SPECIAL, WRITERS, some_slow
+from rounding import LOOPS
 
 from export import CUDA_PRECISIONS, PRECISIONS
 
@@ -104,16 +102,16 @@ KINDS = READERS + WRITERS + some_slow(FAMILIES + SPECIAL)
 
 @pytest.mark.parametrize("name", KINDS, ids=str)
 def test_every_node_has_a_cuda_kernel(name, exported_folder):
-    for path in (exported_folder(str(name)) / "onnx").glob("*.onnx"):
+    for path in (exported_folder(name) / "onnx").glob("*.onnx"):
         assert not without_kernel(ir.load(path))
 
 
 @pytest.mark.parametrize("cache", ["", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", CUDA_PRECISIONS)
-def test_precisions_for_cuda_run_there(precision, cache, exported, small_cache):
+def test_precisions_for_cuda_run_there(precision, cache, rounded, small_cache):
     if cache and PRECISIONS[precision].exact:
         pytest.skip("its attention has no cache in 8 bits")
-    onnx = (small_cache("qwen3") if cache else exported("qwen3")[1]) / "onnx"
+    onnx = (small_cache("qwen3") if cache else rounded("qwen3")[1]) / "onnx"
     suffix = PRECISIONS[precision].suffix
     assert not without_kernel(ir.load(onnx / f"model{suffix}.onnx"))
     if cache or ("qwen3", precision) in LOOPS:

@@ -1,56 +1,28 @@
-"""Encoders, heads and encoder-decoders on their way out: graphs, answers, and the command without torch."""
+"""Exported graphs of encoders, heads and encoder-decoders: names, logits and tokens."""
 
-import functools
-import io
 import json
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT
 from families import (
     CLASSIFIERS,
     ENCODERS,
+    READERS,
     SEQ2SEQ,
+    WRITERS,
     difference,
     load_oracle,
     prompts,
     ragged,
 )
+from helpers import CPU
 
-import onnxlm
 import train
 from export import OnnxLM, export_onnx
-from tinylm import TinyLM
 
-CPU = ["CPUExecutionProvider"]
 CASES = {case.name: case for case in ENCODERS + CLASSIFIERS + SEQ2SEQ}
-READERS = [
-    "bert-bare",
-    "roberta-mlm",
-    "distilbert-classify",
-    "electra-tokens",
-    "bert-qa",
-    "qwen3-classify",
-]
-SLOW = ["t5-v1.1", "mbart"]
-WRITERS = ["t5", "marian", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-
-
-@pytest.fixture(scope="module")
-def exported(exported_folder):
-    """exported(name) -> (the model in torch, under ONNX Runtime, the folder of the export)."""
-
-    @functools.cache
-    def load(name):
-        out = exported_folder(name)
-        return TinyLM.from_pretrained(f"{out}.source"), OnnxLM(out, providers=CPU), out
-
-    return load
 
 
 def batch(case):
@@ -58,8 +30,8 @@ def batch(case):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_reads_says_what_transformers_says(name, folder, exported):
-    case, (lm, onnx_lm, _) = CASES[name], exported(name)
+def test_what_reads_says_what_transformers_says(name, folder, exported_pair):
+    case, (lm, onnx_lm, _) = CASES[name], exported_pair(name)
     ids, mask = batch(case)
     kinds = (
         {"token_type_ids": torch.arange(ids.numel()).view(ids.shape) % 3}
@@ -83,9 +55,9 @@ def test_what_reads_says_what_transformers_says(name, folder, exported):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_what_writes_writes_what_torch_writes(name, folder, exported):
+def test_what_writes_writes_what_torch_writes(name, folder, exported_pair):
     """Logits of transformers; tokens of torch, from a ragged source, with all that changes logits."""
-    case, (lm, onnx_lm, _) = CASES[name], exported(name)
+    case, (lm, onnx_lm, _) = CASES[name], exported_pair(name)
     ids, mask = batch(case)
     target = prompts(case, 3, 8, seed=5)
     row, real = ids[1:2], mask[1:2]  # padded on the right, as transformers takes it
@@ -114,9 +86,9 @@ def test_what_writes_writes_what_torch_writes(name, folder, exported):
         assert ours.tolist() == lm.generate(ids, mask, **options).tolist(), options
 
 
-def test_names_are_those_of_optimum_and_the_source_is_read_once(exported):
+def test_names_are_those_of_optimum_and_the_source_is_read_once(exported_pair):
     """As transformers.js calls it: empty pasts first, then the cached source, whatever states are given with it."""
-    lm, onnx_lm, out = exported("marian")
+    lm, onnx_lm, out = exported_pair("marian")
     assert sorted(path.name for path in (out / "onnx").iterdir()) == [
         "decoder_model_merged.onnx",
         "encoder_model.onnx",
@@ -155,53 +127,6 @@ def test_names_are_those_of_optimum_and_the_source_is_read_once(exported):
     )  # each weight once in a file, the embedding in both
 
 
-@pytest.mark.parametrize("name", READERS[:5] + ["t5"])
-def test_run_says_what_the_command_of_tinylm_says(name, folder, exported, capsys):
-    inputs = ["w9 w17 w30 w8", "w5 w6 w7 w11 w12 w13 w99"]
-    inputs = {
-        "bert-qa": [text + "\tw50 w9 w51 w52 w8 w53" for text in inputs],
-        "roberta-mlm": ["w9 <mask> w30", "<mask> w8 w7 <mask> w3"],
-    }.get(name, inputs)
-    _, _, out = exported(name)
-    capsys.readouterr()
-    assert train.main(["run", str(out), *inputs, "--json", "--max-new-tokens", "20"]) == 0
-    theirs = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert onnxlm.main([str(out), *inputs, "--json", "--max-new-tokens", "20"]) == 0
-    ours = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(ours) == 2 and all(row["output"] for row in ours)
-    for row, other in zip(ours, theirs, strict=True):
-        assert row["input"] == other["input"]
-        for one, two in zip(row["output"], other["output"], strict=True):
-            assert {k: v for k, v in one.items() if isinstance(v, (str, int))} == {
-                k: v for k, v in two.items() if isinstance(v, (str, int))
-            }
-            for key in {"score", "embedding"} & set(two):
-                assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5)
-
-
-def test_long_contexts_are_read_in_windows(exported):
-    _, onnx_lm, _ = exported("bert-qa")  # of 37 positions
-    context = " ".join(f"w{5 + i * 7 % 190}" for i in range(90))
-    ((found,),) = onnx_lm.run(["w9 w8"], [context])
-    assert found["answer"] == context[found["start"] : found["end"]] != ""
-    with pytest.raises(ValueError, match="expected a context"):
-        onnx_lm.run(["w9 w8"])
-
-
-def test_run_needs_no_torch(exported):
-    script = f"""
-import sys
-for name in ("torch", "tinylm", "onnx", "transformers", "safetensors", "einops"):
-    sys.modules[name] = None
-import onnxlm
-import onnxlm
-onnxlm.main([{str(exported("distilbert-classify")[2])!r}, "w9 w8"])
-onnxlm.main([{str(exported("t5")[2])!r}, "w9"])
-"""
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0 and len(run.stdout.splitlines()) == 2, run.stderr
-
-
 @pytest.mark.slow
 def test_minilm_embeds_as_in_torch(minilm, tmp_path, capsys):
     """Pooling and normalisation travel with the export."""
@@ -216,24 +141,3 @@ def test_minilm_embeds_as_in_torch(minilm, tmp_path, capsys):
     ]
     assert vectors.shape == (2, 384) and np.allclose(vectors, theirs, atol=1e-5)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-
-
-def test_a_tab_divides_only_what_has_two_parts(exported, capsys, monkeypatch):
-    """Guards a text cut at its tab, and lines cut at a form feed."""
-    _, onnx_lm, out = exported("electra-tokens")
-    text = "w5 w6\tw7\x0cw8"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text + "\n\nw9\n"))
-    assert onnxlm.main([str(out), "--json"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["input"] for line in lines] == [text, "w9"]
-    assert [line["output"] for line in lines] == onnx_lm.run([text, "w9"])
-
-
-def test_an_empty_text_is_a_text(exported, tmp_path):
-    """Guards a batch lost to a text of no tokens, where a tokenizer has no specials."""
-    _, _, folder = exported("qwen3-classify")
-    out = shutil.copytree(folder, tmp_path / "out")
-    content = json.loads((out / "tokenizer.json").read_text())
-    (out / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
-    found = OnnxLM(out, providers=CPU).run(["", "w5 w6"])
-    assert len(found) == 2 and all(answer["score"] >= 0 for answer in found[0])

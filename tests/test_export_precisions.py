@@ -1,7 +1,6 @@
 """Exports in 16, 8 and 4 bits, and the whole of generation in one graph."""
 
 import copy
-import functools
 import json
 import os
 import shutil
@@ -12,8 +11,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT
 from families import assert_same_text, difference, ragged
+from helpers import CPU, numpy
+from rounding import EXPORTS, SIZES, SLOW, SMALL_CACHES, TEXT, model
 
 import export
 import onnxlm
@@ -21,60 +21,6 @@ import tinylm
 from export import PRECISIONS, OnnxLM, export_onnx, quantize, quantize_weights
 from tinylm import Config, TinyLM
 
-CPU = ["CPUExecutionProvider"]
-TEXT = (ROOT / "LICENSE").read_text() * 3  # to round for; it doesn't change
-SIZES = dict(
-    vocab_size=320,
-    hidden_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    initializer_range=0.2,
-    eos_token_id=256,
-    pad_token_id=257,
-)
-MODELS = {
-    "qwen3": dict(num_key_value_heads=2, head_dim=32),
-    "window": dict(qk_norm=None, sliding_window=6, attention_bias=True, tie_word_embeddings=False),
-    "softcap": dict(
-        qk_norm=None,
-        norm_position="sandwich",
-        norm_offset=1.0,
-        attn_logit_softcapping=20.0,
-        final_logit_softcapping=15.0,
-        scale_embedding=True,
-        hidden_act="gelu_pytorch_tanh",
-    ),
-    "half rotary": dict(head_dim=32, partial_rotary_factor=0.5, model_type="tinylm"),
-    "narrow": dict(hidden_size=72, intermediate_size=90, head_dim=32),
-    "dynamic": dict(
-        qk_norm=None, max_position_embeddings=64, rope_scaling=dict(rope_type="dynamic", factor=2.0)
-    ),
-    "gpt2": dict(
-        norm="layer",
-        position="learned",
-        gated=False,
-        attention_bias=True,
-        mlp_bias=True,
-        qk_norm=None,
-    ),
-}
-EXPORTS = {
-    "qwen3": [*PRECISIONS],
-    "window": ["int8"],
-    "softcap": ["int4"],
-    "half rotary": ["q4f16"],
-    "narrow": ["int8", "q4f16"],
-    "dynamic": ["int4"],
-    "gpt2": ["q4f16"],
-}
-SLOW = ("dynamic", "gpt2", "narrow", "half rotary", "softcap")
-SMALL_CACHES = {
-    "qwen3": ["fp16", "q4f16"],
-    "window": ["int8"],
-    "softcap": ["int4"],
-    "half rotary": ["q4f16"],
-}
-LOOPS = {("qwen3", "fp32"), ("qwen3", "int4")}  # the whole of generation in one graph
 ROUGH = {
     "fp32": 1e-4,
     "fp16": 1e-2,
@@ -82,53 +28,6 @@ ROUGH = {
     "int4": 0.6,
     "q4f16": 0.6,
 }  # random weights round badly
-
-
-def numpy(*tensors):
-    return [tensor.numpy() for tensor in tensors]
-
-
-def model(name):
-    torch.manual_seed(4)
-    lm = TinyLM(Config(**SIZES | MODELS[name])).eval().requires_grad_(False)
-    for norm in (p for n, p in lm.named_parameters() if "norm" in n):
-        norm.add_(torch.randn_like(norm) * 0.1)
-    return lm
-
-
-@pytest.fixture(scope="session")
-def exported(once):
-    """exported(name) -> (the model in torch, the folder of its export)."""
-
-    @functools.cache
-    def write(name):
-        lm = model(name)
-        text = TEXT[: 2400 if lm.config.max_position_embeddings > 64 else 900]
-
-        def export_all(out):
-            loops = [precision for precision in EXPORTS[name] if (name, precision) in LOOPS]
-            if loops:
-                export_onnx(lm, out, precisions=loops, generate=True, text=text)
-            others = [precision for precision in EXPORTS[name] if precision not in loops]
-            export_onnx(lm, out, precisions=others, text=text)
-
-        return lm, once(f"rounded-{name}", export_all)
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def small_cache(once):
-    """small_cache(name) -> the folder of its export with keys and values in 8 bits."""
-
-    @functools.cache
-    def write(name):
-        options = dict(precisions=SMALL_CACHES[name], text=TEXT[:2400], int8_cache=True)
-        options["generate"] = name == "qwen3"
-        export_it = lambda out: export_onnx(model(name), out, **options)
-        return once(f"rounded-{name}-int8-cache", export_it)
-
-    return write
 
 
 @pytest.mark.parametrize(
@@ -139,8 +38,8 @@ def small_cache(once):
         for precision in precisions
     ],
 )
-def test_padded_rows_say_what_they_say_alone(name, precision, exported):
-    lm, folder = exported(name)
+def test_padded_rows_say_what_they_say_alone(name, precision, rounded):
+    lm, folder = rounded(name)
     onnx_lm = OnnxLM(folder, precision, providers=CPU)
     rows = [
         torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 4, 7)
@@ -209,8 +108,8 @@ def test_other_kinds_too(fields, precision, tmp_path):
 
 
 @pytest.mark.parametrize("precision, bits", [("int8", 8), ("int4", 4), ("q4f16", 4)])
-def test_matrices_are_stored_once_in_their_bits(precision, bits, exported):
-    lm, folder = exported("qwen3")
+def test_matrices_are_stored_once_in_their_bits(precision, bits, rounded):
+    lm, folder = rounded("qwen3")
     graph = onnx.load(folder / "onnx" / f"model{PRECISIONS[precision].suffix}.onnx").graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     floats = [
@@ -236,9 +135,9 @@ def test_matrices_are_stored_once_in_their_bits(precision, bits, exported):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_logits_of_the_last_columns_alone(precision, exported):
+def test_logits_of_the_last_columns_alone(precision, rounded):
     """A prompt is read without logits that nobody looks at, wherever its rows are padded."""
-    onnx_lm = OnnxLM(exported("qwen3")[1], precision, providers=CPU)
+    onnx_lm = OnnxLM(rounded("qwen3")[1], precision, providers=CPU)
     ids, mask = numpy(*ragged([torch.arange(n) for n in (9, 4, 7)], ["left", "left", "both"]))
     every, _ = onnx_lm.step(ids, mask)
     for keep in (1, 3):
@@ -249,9 +148,9 @@ def test_logits_of_the_last_columns_alone(precision, exported):
         )
 
 
-def test_the_cache_is_written_in_place(exported):
+def test_the_cache_is_written_in_place(rounded):
     """Past and present are one buffer, so that a step copies no more than its own keys and values."""
-    onnx_lm = OnnxLM(exported("qwen3")[1], "int8", providers=CPU)
+    onnx_lm = OnnxLM(rounded("qwen3")[1], "int8", providers=CPU)
     ids = np.array([[5, 6, 7, 8]])
     expected = onnx_lm(ids)
     buffers = onnx_lm.cache(1, 16)
@@ -269,9 +168,9 @@ def test_the_cache_is_written_in_place(exported):
         for precision in SMALL_CACHES[name]
     ],
 )
-def test_a_cache_in_8_bits(name, precision, exported, small_cache):
+def test_a_cache_in_8_bits(name, precision, rounded, small_cache):
     """A quarter of the memory, written in place as ever, and logits near those of a cache in full."""
-    folders = exported(name)[1], small_cache(name)
+    folders = rounded(name)[1], small_cache(name)
     full, small = (OnnxLM(folder, precision, providers=CPU) for folder in folders)
     assert {small.session.types[name] for name in small.past} == {"tensor(int8)"}
     rows = [
@@ -294,9 +193,9 @@ def test_a_cache_in_8_bits(name, precision, exported, small_cache):
     assert [x.data_ptr() for x in past] == [x.data_ptr() for x in buffers]
 
 
-def test_a_cache_in_8_bits_needs_grouped_queries(exported, tmp_path):
+def test_a_cache_in_8_bits_needs_grouped_queries(rounded, tmp_path):
     with pytest.raises(export.Error, match="--int8-cache: no graph of fp32 groups queries"):
-        export_onnx(exported("qwen3")[0], tmp_path / "out", int8_cache=True)
+        export_onnx(rounded("qwen3")[0], tmp_path / "out", int8_cache=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -337,8 +236,8 @@ def test_what_is_not_rounded_is_named(monkeypatch):
     assert quantize_weights(lm, 8, None, lines.append) == {} and "tinylm.linear" in lines[1]
 
 
-def test_a_text_decides_the_rounding(exported):
-    lm, _ = exported("qwen3")
+def test_a_text_decides_the_rounding(rounded):
+    lm, _ = rounded("qwen3")
     found = [
         quantize_weights(copy.deepcopy(lm), 4, ids)
         for ids in (None, torch.randint(0, 256, (4, 32)))
@@ -366,8 +265,8 @@ def in_one_call(path, ids, **generation_config):
     ]
 
 
-def test_a_row_that_ends_is_filled_and_all_ended_stops(exported):
-    lm, folder = exported("qwen3")
+def test_a_row_that_ends_is_filled_and_all_ended_stops(rounded):
+    lm, folder = rounded("qwen3")
     ids, path = np.array([[1, 2, 3], [9, 8, 7]]), folder / "onnx" / "generate.onnx"
     free = in_one_call(path, ids)
     first, second = free[0, 5], free[1, 4]  # what each row says third, and second
@@ -379,8 +278,8 @@ def test_a_row_that_ends_is_filled_and_all_ended_stops(exported):
     assert expected.shape[1] < free.shape[1]
 
 
-def test_a_small_top_k_or_top_p_is_greedy(exported):
-    _, folder = exported("qwen3")
+def test_a_small_top_k_or_top_p_is_greedy(rounded):
+    _, folder = rounded("qwen3")
     ids, path = np.array([[1, 2, 3]]), folder / "onnx" / "generate_q4.onnx"
     greedy = in_one_call(path, ids).tolist()
     assert in_one_call(path, ids, temperature=1.5, top_k=1, seed=1).tolist() == greedy
@@ -429,8 +328,8 @@ def test_bad_text(options, message, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read from /proc")
-def test_decoding_leaks_nothing(exported):
-    onnx_lm = OnnxLM(exported("qwen3")[1], "int8", providers=CPU)
+def test_decoding_leaks_nothing(rounded):
+    onnx_lm = OnnxLM(rounded("qwen3")[1], "int8", providers=CPU)
 
     def resident():
         return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -444,9 +343,9 @@ def test_decoding_leaks_nothing(exported):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_several_new_tokens_after_a_past(precision, exported):
+def test_several_new_tokens_after_a_past(precision, rounded):
     """Guards logits that a graph with grouped queries gave silently: padding among the new tokens, several rows."""
-    onnx_lm = OnnxLM(exported("qwen3")[1], precision, providers=CPU)
+    onnx_lm = OnnxLM(rounded("qwen3")[1], precision, providers=CPU)
     ids = np.array([[5, 6, 7, 8, 9, 0, 0], [9, 8, 7, 6, 5, 0, 0]])
     for rows, mask in (
         (ids[:1], [[1] * 5 + [0] * 2]),
@@ -465,8 +364,8 @@ def test_several_new_tokens_after_a_past(precision, exported):
             onnx_lm.step(ids[:, 3:5], mask, past)
 
 
-def test_the_precision_that_is_there(exported, tmp_path):
-    source = exported("qwen3")[1]
+def test_the_precision_that_is_there(rounded, tmp_path):
+    source = rounded("qwen3")[1]
     assert OnnxLM(source, providers=CPU).precision == "fp32"
     (tmp_path / "onnx").mkdir()
     for path in [*source.glob("*.json"), *source.glob("onnx/model_quantized*")]:
@@ -477,11 +376,11 @@ def test_the_precision_that_is_there(exported, tmp_path):
         OnnxLM(tmp_path, providers=CPU)
 
 
-def test_runtimes_and_providers_that_nobody_verified(exported, monkeypatch):
+def test_runtimes_and_providers_that_nobody_verified(rounded, monkeypatch):
     """Guards garbage under an older onnxruntime, and other logits of a provider, silently."""
     import onnxruntime
 
-    folder = exported("qwen3")[1]
+    folder = rounded("qwen3")[1]
     step, calls = OnnxLM.step, []
 
     def other_logits(self, *arguments, **options):

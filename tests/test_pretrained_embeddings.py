@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 from families import save_word_tokenizer
+from helpers import CPU
 
 import onnxlm
 import tinylm
 import train
 from export import OnnxLM, export_onnx
 from tinylm import TinyLM
+from train import main
 
 pytest.importorskip("sentence_transformers")
 
-CPU = ["CPUExecutionProvider"]
 TEXTS = ["w5 w6 w7", "W9", " ".join(f"w{5 + i}" for i in range(60)), "w11 w190 w12"]
 
 
@@ -338,3 +339,15 @@ def test_sentence_transformers_runs_the_exported_folder(bert, tmp_path):
 def test_an_error_of_the_runtime_is_an_error_of_the_command(tmp_path):
     assert issubclass(onnxlm.Error, ValueError) and issubclass(tinylm.Error, ValueError)
     assert onnxlm.main([str(tmp_path), "x"]) == 1
+
+
+def test_modules_of_sentence_transformers_that_are_not_here(minilm, tmp_path, capsys):
+    """Guards embeddings without a layer that the folder asks for."""
+    out = shutil.copytree(minilm, tmp_path / "out")
+    modules = json.loads((out / "modules.json").read_text())
+    modules.append(
+        {"idx": 3, "name": "3", "path": "3_LSTM", "type": "sentence_transformers.models.LSTM"}
+    )
+    (out / "modules.json").write_text(json.dumps(modules))
+    assert main(["run", str(out), "x"]) == 1
+    assert "LSTM" in capsys.readouterr().err

@@ -18,14 +18,15 @@ from families import (
     rewrite_tensors,
     save,
 )
+from helpers import LAYOUTS, assert_same_weights, every, refuses
 from safetensors.torch import load_file
 
-from tinylm import TinyLM
+import pretrained
+from tinylm import Config, TinyLM
 
 EVERY = ENCODERS + CLASSIFIERS
 BY_NAME = {case.name: case for case in EVERY}
 BARE, MLM, CLASSIFY = (BY_NAME[f"bert-{head}"] for head in ("bare", "mlm", "classify"))
-LAYOUTS = {"left": ["left"] * 3, "right": ["right"] * 3, "mixed": ["right", "left", "both"]}
 KEPT = (
     "architectures",
     "id2label",
@@ -54,10 +55,6 @@ KEPT = (
 )
 
 
-def every(cases):
-    return pytest.mark.parametrize("case", cases, ids=str)
-
-
 def types(case, *shape, seed=2):
     """Random token types, or None where the family has none, or a single one."""
     count = case.fields.get("type_vocab_size", 0)
@@ -78,20 +75,6 @@ def output(oracle, ids, mask=None, token_type_ids=None):
     if "start_logits" in out:
         return torch.stack((out.start_logits, out.end_logits), dim=-1)
     return out.logits if "logits" in out else out.last_hidden_state
-
-
-def assert_same_weights(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    assert list(one) == list(other)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def refuses(call, *words):
-    """The call fails with one line that has every word."""
-    with pytest.raises(ValueError) as error:
-        call()
-    message = str(error.value)
-    assert "\n" not in message and all(str(word) in message for word in words), message
 
 
 # ---- what a model computes ------------------------------------------------------------------------------------------
@@ -718,3 +701,36 @@ def test_bad_input(name, options, words, folder):
 @every([MLM, CLASSIFY, BY_NAME["llama-classify"]])
 def test_only_a_language_model_generates(case, folder):
     refuses(lambda: TinyLM.from_pretrained(folder(case)).generate(IDS, max_new_tokens=2))
+
+
+def test_a_dozen_classes_come_back_in_their_order(tmp_path):
+    """Guards labels that config.json has in the order of their numbers as texts: 0, 1, 10, 11, 2, ..."""
+    lm = TinyLM(
+        Config(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            head="classify",
+            id2label={i: f"class {i}" for i in range(12)},
+        )
+    )
+    lm.save_pretrained(tmp_path)
+    assert TinyLM.from_pretrained(tmp_path).config.id2label == lm.config.id2label
+
+
+def test_dropout_stands_where_transformers_has_it():
+    """Guards a dropout before the output of language models, masked ones and answers, which have none."""
+    p = dict(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_dropout=0.1,
+    )
+    rates = {
+        head: TinyLM(Config(head=head, causal=False, **p)).head.dropout.p
+        for head in pretrained.CLASS
+    }
+    assert rates == {"lm": 0.0, "mlm": 0.0, "classify": 0.1, "tokens": 0.1, "qa": 0.0, None: 0.0}
+    assert TinyLM(Config(head="classify", **p)).head.dropout.p == 0.0

@@ -20,8 +20,8 @@ from families import (
     save,
     t5,
 )
+from helpers import LAYOUTS, assert_same_weights, every, refuses, surprise
 from safetensors.torch import load_file
-from test_tinylm_generate import surprise
 from transformers import GenerationConfig
 
 from tinylm import TinyLM
@@ -30,30 +30,11 @@ BY_NAME = {case.name: case for case in SEQ2SEQ + CASES}
 T5, FLAN, BART, MARIAN = (BY_NAME[name] for name in ("t5", "t5-v1.1", "bart", "marian"))
 SOME = [BY_NAME[name] for name in ("t5", "t5-v1.1", "bart", "mbart", "marian")]
 DECODERS = [BY_NAME[name] for name in ("llama", "gpt2")]
-LAYOUTS = {"left": ["left"] * 3, "right": ["right"] * 3, "mixed": ["right", "left", "both"]}
 NEW = 14  # tokens that are generated, unless a row ends
-
-
-def every(cases):
-    return pytest.mark.parametrize("case", cases, ids=str)
 
 
 def sources(case):
     return [prompts(case, n, seed=n) for n in (5, LENGTH, 11)]
-
-
-def refuses(call, *words):
-    """The call fails with one line that has every word."""
-    with pytest.raises(ValueError) as error:
-        call()
-    message = str(error.value)
-    assert "\n" not in message and all(str(word) in message for word in words), message
-
-
-def assert_same_weights(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    assert list(one) == list(other)
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 # ---- logits ---------------------------------------------------------------------------------------------------------

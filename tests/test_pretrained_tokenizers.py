@@ -89,9 +89,6 @@ def test_templates_refuse_what_they_cannot_pass_on(tokenizers):
         ours.apply_chat_template(PLAIN, continue_final_message=True, chat_template="x")
 
 
-# ---- training on chats ----------------------------------------------------------------------------------------------
-
-
 # ---- tokenizer files --------------------------------------------------------------------------------------------------
 
 WORDS = [

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from families import CASES, load_oracle, prompts, ragged
+from helpers import refuses, surprise
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
@@ -23,6 +24,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+import tinylm
 from tinylm import ByteTokenizer, Config, TinyLM, stream_text
 
 LLAMA = next(case for case in CASES if case.name == "llama")
@@ -68,17 +70,6 @@ def probabilities(
     if min_p:
         steps.append(MinPLogitsWarper(min_p))
     return steps(ids, logits).softmax(-1)
-
-
-def surprise(counts, p):
-    """Pearson's chi-square of counts against probabilities, in standard deviations above what chance gives."""
-    rare = p * counts.sum() < 5  # pooled into one cell
-    counts, p = (torch.cat((x[~rare], x[rare].sum()[None])).double() for x in (counts, p))
-    expected = p * counts.sum()
-    keep = expected > 0
-    statistic = ((counts - expected)[keep] ** 2 / expected[keep]).sum()
-    freedom = max(keep.sum() - 1, 1)
-    return ((statistic - freedom) / math.sqrt(2 * freedom)).item()
 
 
 # ---- which tokens, and how often ------------------------------------------------------------------------------------
@@ -417,14 +408,6 @@ BAD = [
 ]
 
 
-def refuses(call, *words):
-    with pytest.raises(ValueError) as error:
-        call()
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), (
-        error.value
-    )
-
-
 @pytest.mark.parametrize("options", BAD, ids=name)
 def test_bad_options(options, reciter):
     ((field, value),) = options.items()
@@ -681,3 +664,19 @@ def test_a_second_generation_leaves_the_first_alone(folder, monkeypatch):
     assert [[*lm.stream(text, **options)] for text in ("abc", "xyz")] == alone
     assert len(lm._states) == 1
     torch._dynamo.reset()
+
+
+def test_generation_takes_ids_of_32_bits_and_the_penalty_of_its_file():
+    torch.manual_seed(0)
+    lm = TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    ids, options = torch.tensor([[3, 5]]), dict(max_new_tokens=12, eos_token_id=())
+    plain, penalised = (
+        lm.generate(ids.int(), **options, **more).tolist()
+        for more in ({}, dict(repetition_penalty=5.0))
+    )
+    assert plain == lm.generate(ids, **options).tolist() != penalised
+    lm.generation_config = {"repetition_penalty": 5.0}
+    assert lm.generate(ids, **options).tolist() == penalised
+    assert lm.generate(ids, no_repeat_ngram_size=1000, **options).tolist() == penalised
+    with pytest.raises(tinylm.Error, match="^bad_words_ids = "):
+        lm.generate(ids, bad_words_ids=[[]], **options)

@@ -245,3 +245,15 @@ def test_help_says_what_is_public():
 
     assert len(pydoc.plain(pydoc.render_doc(tinylm)).splitlines()) < 3000
     assert all(hasattr(tinylm, name) for name in tinylm.__all__) and tinylm.__version__
+
+
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        (dict(embedding_size=16), "embedding_size"),
+        (dict(causal=False, sliding_window=2), "sliding_window"),
+    ],
+)
+def test_fields_that_do_not_go_together(changes, field):
+    with pytest.raises(tinylm.Error, match=f"^config: {field} = "):
+        Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **changes)

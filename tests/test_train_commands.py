@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import tinylm
 import train
 from tinylm import Config, TinyLM
 
@@ -111,3 +112,19 @@ def test_help_names_every_command(capsys):
         train.main(["--help"])
     assert end.value.code == 0
     assert "{train,eval,run,sample,chat,export}" in capsys.readouterr().out
+
+
+def test_variables_of_a_template_on_the_command_line(tmp_path, capsys, monkeypatch):
+    """--set NAME=VALUE: JSON where it is JSON, else text."""
+    size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
+    lm = tinylm.TinyLM(tinylm.Config(**size))
+    template = b"{{ raise_exception([enable_thinking, name, none, limit] | tojson) }}"
+    lm.tokenizer = tinylm.ByteTokenizer({"chat_template.jinja": template})
+    lm.save_pretrained(tmp_path)
+    arguments = ["chat", str(tmp_path), "--device", "cpu", "--set", "enable_thinking=false"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert train.main([*arguments, "--set", "name=a=b", "--set", "limit=[1]"]) == 1
+    assert '[false, "a=b", null, [1]]' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*arguments, "--set", "name"])
+    assert "expected NAME=VALUE" in capsys.readouterr().err

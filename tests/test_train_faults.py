@@ -13,14 +13,15 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from helpers import same_files
 from safetensors import safe_open
-from test_train_scratch import same_files, text  # noqa: F401
 
 import tinylm
 import train
 from tinylm import TinyLM
 from train import main
 
+pytestmark = pytest.mark.usefixtures("silent")
 OPTIONS = [
     "--size",
     "pico",
@@ -35,14 +36,6 @@ OPTIONS = [
     "--dropout",
     "0.1",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def silent():
-    """No samples of what the models write, which takes most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TinyLM, "stream", lambda *_, **__: ())
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import ROOT
 from families import load_oracle
+from helpers import NANO, TEXT, finished, run_command
 from safetensors.torch import load_file
-from test_train_scratch import TEXT, TINY, finished, tinylm
 
 from tinylm import TinyLM
 
 pytestmark = pytest.mark.slow
-OPTIONS = [*TINY, "--batch", "8", "--steps", "24", "--eval-every", "6"]
+OPTIONS = [*NANO, "--batch", "8", "--steps", "24", "--eval-every", "6"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -34,7 +34,7 @@ def text(tmp_path_factory):
 def alone(text, tmp_path_factory):
     """What one process prints, and its folder."""
     out = tmp_path_factory.mktemp("alone")
-    return finished(tinylm("train", text, "--out", out, *OPTIONS)).stderr, out
+    return finished(run_command("train", text, "--out", out, *OPTIONS)).stderr, out
 
 
 def started(*arguments, processes=2, restarts=0):
@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_another_number_of_processes(processes, text, alone, 
     same_run(alone, log, tmp_path)
     assert len([*(tmp_path / "last").glob("training-*/")]) == 2 - processes
     finished(
-        tinylm("train", text, "--out", tmp_path, "--resume")
+        run_command("train", text, "--out", tmp_path, "--resume")
     )  # nothing is left to do, but all is read
 
 
@@ -139,7 +139,7 @@ def test_two_processes_train_the_adapters_of_one(text, alone, tmp_path):
         "1",
     ]
     one, two = tmp_path / "one", tmp_path / "two"
-    finished(tinylm("train", text, "--out", one, *options))
+    finished(run_command("train", text, "--out", one, *options))
     run = started("train", text, "--out", two, *options)
     log = run.communicate(timeout=120)[1]
     assert run.returncode == 0, log

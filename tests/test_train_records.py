@@ -8,7 +8,7 @@ import xml.dom.minidom
 import pytest
 import torch
 from conftest import ROOT  # noqa: F401
-from test_train_scratch import TEXT, same_files
+from helpers import same_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import onnxlm
@@ -17,22 +17,8 @@ from export import export_onnx
 from tinylm import ByteTokenizer, Config, TinyLM
 from train import main
 
+pytestmark = pytest.mark.usefixtures("silent")
 TINY = ["--size", "pico", "--batch", "4", "--block", "16", "--eval-every", "2"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def silent():
-    """No samples of what the models write, which takes most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TinyLM, "stream", lambda *_, **__: ())
-        yield
 
 
 @pytest.fixture(scope="module")

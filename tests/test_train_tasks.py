@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 from families import ENCODERS, difference, load_oracle
+from helpers import same_files
 from safetensors.torch import load_file
-from test_train_scratch import same_files
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -22,7 +22,6 @@ from transformers import (
 )
 
 import data as datafiles
-import pretrained
 import tinylm
 import train
 from tinylm import Config, TinyLM, train_step
@@ -337,41 +336,6 @@ def test_resumed_is_the_uninterrupted_run(body, tmp_path, monkeypatch):
         assert main(["train", str(data), "--out", str(tmp_path / task / "cut"), "--resume"]) == 1
 
 
-def test_chat_learns_the_assistants_words_only(monkeypatch):
-    """By the template, token for token; a U+2028 in a string ends no row."""
-    lm = TinyLM(Config(vocab_size=320))
-    template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-
-    class Chatting(tinylm.ByteTokenizer):
-        files = {"tokenizer_config.json": json.dumps({"chat_template": template}).encode()}
-
-    lm.tokenizer = Chatting()
-    messages = [
-        dict(role=role, content=content)
-        for role, content in (
-            ("user", "hi\u2028there"),
-            ("assistant", "yes"),
-            ("user", "and"),
-            ("assistant", "no"),
-        )
-    ]
-    example = next(train.TASKS["lm"].examples(lm, {"messages": messages}, 256))
-    text = bytes(example["input_ids"]).decode()
-    assert text == "<user>hi\u2028there</s><assistant>yes</s><user>and</s><assistant>no</s>"
-    learnt = [token for token in example["labels"] if token != -100]
-    assert bytes(learnt).decode() == "yes</s>no</s>"
-    rows = [{"messages": messages}, {"messages": messages[2:]}]
-    options = train.TrainOptions(block=28)  # which ends before the first chat's assistant speaks
-    (example,) = train.TASKS["lm"].epochs(lm, rows, options.block)(None)
-    assert example["number"] == 1
-    assert train.describe_cuts(options, (rows, [example])) == [
-        "2 of 2 texts are longer than --block 28 and are cut, 1 of them before anything to learn: left out"
-    ]
-
-
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
 def test_rows_of_every_format_are_the_same(suffix, tmp_path):
     rows = [
@@ -511,12 +475,6 @@ def test_bad_rows_are_one_line(what, tmp_path, capsys):
     )
 
 
-def test_step_takes_an_empty_mask():
-    lm = TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
-    batch = dict(input_ids=torch.randint(64, (2, 8)), attention_mask=None)
-    assert torch.isfinite(train_step(lm, torch.optim.SGD(lm.parameters(), lr=0.1), batch))
-
-
 def test_classifying_step_is_the_step_of_transformers(body, tmp_path):
     """The loss of a padded batch."""
     data = write(tmp_path / "data.csv", rows_of("classify"))
@@ -537,22 +495,6 @@ def test_classifying_step_is_the_step_of_transformers(body, tmp_path):
 
 
 # ---- what was wrong once --------------------------------------------------------------------------------------------
-
-
-def test_a_dozen_classes_come_back_in_their_order(tmp_path):
-    """Guards labels that config.json has in the order of their numbers as texts: 0, 1, 10, 11, 2, ..."""
-    lm = TinyLM(
-        Config(
-            vocab_size=64,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            head="classify",
-            id2label={i: f"class {i}" for i in range(12)},
-        )
-    )
-    lm.save_pretrained(tmp_path)
-    assert TinyLM.from_pretrained(tmp_path).config.id2label == lm.config.id2label
 
 
 @pytest.mark.parametrize("task", ["lm", "seq2seq", "mlm"])
@@ -726,18 +668,6 @@ def test_masks_that_no_file_names(scratch, tmp_path, capsys):
     )
 
 
-def test_modules_of_sentence_transformers_that_are_not_here(minilm, tmp_path, capsys):
-    """Guards embeddings without a layer that the folder asks for."""
-    out = shutil.copytree(minilm, tmp_path / "out")
-    modules = json.loads((out / "modules.json").read_text())
-    modules.append(
-        {"idx": 3, "name": "3", "path": "3_LSTM", "type": "sentence_transformers.models.LSTM"}
-    )
-    (out / "modules.json").write_text(json.dumps(modules))
-    assert main(["run", str(out), "x"]) == 1
-    assert "LSTM" in capsys.readouterr().err
-
-
 def test_adapters_of_a_deep_classifier_wrap_it_as_one(folder, tmp_path):
     """PEFT wraps `classifier` by itself: a module inside of it could not be loaded."""
     case = next(case for case in ENCODERS if case.name == "roberta-classify")
@@ -748,23 +678,6 @@ def test_adapters_of_a_deep_classifier_wrap_it_as_one(folder, tmp_path):
         "classifier"
     ]
     assert "lora" in str(lm).lower()
-
-
-def test_dropout_stands_where_transformers_has_it():
-    """Guards a dropout before the output of language models, masked ones and answers, which have none."""
-    p = dict(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        hidden_dropout=0.1,
-    )
-    rates = {
-        head: TinyLM(Config(head=head, causal=False, **p)).head.dropout.p
-        for head in pretrained.CLASS
-    }
-    assert rates == {"lm": 0.0, "mlm": 0.0, "classify": 0.1, "tokens": 0.1, "qa": 0.0, None: 0.0}
-    assert TinyLM(Config(head="classify", **p)).head.dropout.p == 0.0
 
 
 def test_rows_are_padded_where_no_id_pads():
@@ -779,41 +692,3 @@ def test_rows_are_padded_where_no_id_pads():
     )
     batch = train.collate(lm, [dict(input_ids=[1, 2, 3]), dict(input_ids=[4])])
     assert lm(batch["input_ids"], batch["attention_mask"]).isfinite().all()
-
-
-def test_a_byte_model_keeps_its_chat_template(tmp_path):
-    lm = TinyLM(Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
-    lm.save_pretrained(tmp_path / "a")
-    template = "{% if tools is not none %}wrong{% endif %}{{ messages[0].content }}"
-    (tmp_path / "a" / "chat_template.jinja").write_text(template)
-    TinyLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
-    lm = TinyLM.from_pretrained(tmp_path / "b")
-    assert lm.tokenizer.apply_chat_template([dict(role="user", content="hi")]) == "hi"
-
-
-@pytest.mark.parametrize(
-    "changes, field",
-    [
-        (dict(embedding_size=16), "embedding_size"),
-        (dict(causal=False, sliding_window=2), "sliding_window"),
-    ],
-)
-def test_fields_that_do_not_go_together(changes, field):
-    with pytest.raises(tinylm.Error, match=f"^config: {field} = "):
-        Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **changes)
-
-
-def test_generation_takes_ids_of_32_bits_and_the_penalty_of_its_file():
-    torch.manual_seed(0)
-    lm = TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
-    ids, options = torch.tensor([[3, 5]]), dict(max_new_tokens=12, eos_token_id=())
-    plain, penalised = (
-        lm.generate(ids.int(), **options, **more).tolist()
-        for more in ({}, dict(repetition_penalty=5.0))
-    )
-    assert plain == lm.generate(ids, **options).tolist() != penalised
-    lm.generation_config = {"repetition_penalty": 5.0}
-    assert lm.generate(ids, **options).tolist() == penalised
-    assert lm.generate(ids, no_repeat_ngram_size=1000, **options).tolist() == penalised
-    with pytest.raises(tinylm.Error, match="^bad_words_ids = "):
-        lm.generate(ids, bad_words_ids=[[]], **options)

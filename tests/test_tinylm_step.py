@@ -1,21 +1,14 @@
-"""What training costs: memory that is saved without a change, one graph for the compiler, kernels that are taken."""
-
-import os
-import subprocess
-import sys
+"""The training step: the loss and every weight as in transformers, its memory, and one graph for the compiler."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from families import FAMILIES, SEQ2SEQ, prompts
-from test_train_scratch import TEXT, same_files
+from families import FAMILIES, SEQ2SEQ, load_oracle, prompts, ragged
 
-import data as datafiles
 import tinylm
 import train
 from tinylm import Config, MuonAdamW, TinyLM, loss_sum, train_step
-from train import TrainOptions, main
+from train import TrainOptions
 
 
 def gradients(lm, batch):
@@ -158,127 +151,87 @@ def test_a_step_equals_that_of_torchs_muon():
         assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max(), name
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Files of a kilobyte count as large."""
-    monkeypatch.setattr(datafiles, "MMAP_MIN_BYTES", 2**10)
-
-
-def run_train(path, out, *more):
-    return main(
-        [
-            "train",
-            str(path),
-            "--out",
-            str(out),
-            "--size",
-            "pico",
-            "--batch",
-            "4",
-            "--block",
-            "32",
-            "--steps",
-            "6",
-            "--eval-every",
-            "3",
-            *more,
-        ]
+def overfit(batch, steps=150):
+    torch.manual_seed(0)
+    lm = TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
+    losses = [train_step(lm, optimizer, batch) for _ in range(steps)]
+    assert all(
+        isinstance(loss, torch.Tensor) and loss.shape == () and not loss.requires_grad
+        for loss in losses
     )
+    assert losses[0] > 3.5 and losses[-1] < 0.05
+    return lm.eval()
 
 
-def test_bytes_on_the_disk_train_as_those_in_memory(tmp_path, monkeypatch):
-    """The same bits; the whole tail is held back, as it is small."""
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    path.write_bytes(
-        path.read_bytes().decode().encode("ascii", "replace")
-    )  # that bytes are characters
-    assert run_train(path, tmp_path / "memory") == 0
-    monkeypatch.setattr(datafiles, "MMAP_MIN_BYTES", 2**12)
-    monkeypatch.setattr(
-        datafiles, "split_rows", lambda rows, real=datafiles.split_rows: at(rows, real, monkeypatch)
+def test_train_step_overfits_a_batch():
+    batch = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
+    lm = overfit(batch)
+    assert torch.equal(lm.generate(batch[:, :8], max_new_tokens=8, eos_token_id=()), batch)
+
+
+def test_train_step_overfits_a_padded_batch_with_labels():
+    """Only what is labelled is learnt: the other tokens, replaced in the prompt, come out at chance."""
+    rows = [
+        torch.randint(64, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 16, 12)
+    ]
+    batch, mask = ragged(rows, ["left", "right", "right"])
+    batch = batch % 64
+    labels = batch.masked_fill(mask == 0, -100)
+    labels[1, :8] = -100
+    lm = overfit(dict(input_ids=batch, attention_mask=mask, labels=labels))
+    with torch.no_grad():
+        right = lm(batch, mask)[:, :-1].argmax(-1) == labels[:, 1:]
+    assert right[
+        (labels[:, 1:] != -100) & (mask[:, :-1] == 1)
+    ].all()  # behind padding there is nothing to learn from
+    with torch.no_grad():
+        assert (lm(batch, mask)[1, :7].argmax(-1) == batch[1, 1:8]).float().mean() < 0.5
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_a_step_is_the_step_of_transformers(case, folder, tmp_path):
+    """The loss, and every weight after a step of SGD, in a padded batch with labels: gradients flow as there."""
+    ours, oracle = TinyLM.from_pretrained(folder(case)), load_oracle(folder(case))
+    batch, mask = ragged([prompts(case, n, seed=n) for n in (12, 7)], ["right", "right"])
+    labels = batch.masked_fill(mask == 0, -100)
+    labels[0, :4] = -100
+    ours_optimizer, theirs = (torch.optim.SGD(m.parameters(), lr=1.0) for m in (ours, oracle))
+    loss = train_step(
+        ours, ours_optimizer, dict(input_ids=batch, attention_mask=mask, labels=labels)
     )
-    assert run_train(path, tmp_path / "disk") == 0
-    for which in ("best", "last"):
-        assert same_files(
-            *(tmp_path / out / which / "model.safetensors" for out in ("memory", "disk"))
-        )
+    reference = oracle(input_ids=batch, attention_mask=mask, labels=labels).loss
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    reference.backward()
+    torch.nn.utils.clip_grad_norm_(oracle.parameters(), 1.0)
+    theirs.step()
+    ours.save_pretrained(tmp_path)
+    ours, before = load_oracle(tmp_path).state_dict(), load_oracle(folder(case)).state_dict()
+    moved = oracle.state_dict()
+    scale = max((moved[name] - before[name]).abs().max() for name in moved)
+    for name in moved:
+        assert ((ours[name] - moved[name]).abs().max() / scale).item() < 1e-4, name
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "wait4"), reason="a process's memory is told by wait4")
-def test_a_text_is_tokenised_in_little_memory(tmp_path):
-    """Fifty bytes for each of the text's, at most; all at once it would be 200."""
-    small = tmp_path / "small.txt"
-    small.write_text(TEXT, encoding="utf-8")
-
-    def peak(size):
-        path = tmp_path / f"{size}.txt"
-        path.write_text(TEXT * (size // len(TEXT)), encoding="utf-8")
-        command = [
-            sys.executable,
-            ROOT / "train.py",
-            "train",
-            path,
-            "--out",
-            tmp_path / str(size),
-            "--size",
-            "pico",
-            "--batch",
-            "4",
-            "--block",
-            "32",
-            "--vocab",
-            "300",
-            "--steps",
-            "1",
-            "--val",
-            small,
-        ]
-        run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(run.pid, 0)
-        assert status == 0
-        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-    assert peak(4_000_000) - peak(100_000) < 50 * 4_000_000
+@pytest.mark.parametrize("labelled", [False, True])
+def test_accumulation_is_one_large_batch(labelled, folder):
+    """Parts weigh by their labels, and a part that has none adds nothing (its mean would be 0 / 0)."""
+    case = FAMILIES[1]
+    batch = {"input_ids": prompts(case, 4, 12)}
+    if labelled:
+        batch["labels"] = batch["input_ids"].clone()
+        batch["labels"][0, :7] = batch["labels"][2:] = -100
+    models = [TinyLM.from_pretrained(folder(case)) for _ in range(2)]
+    losses = [
+        train_step(lm, torch.optim.SGD(lm.parameters(), lr=1.0), batch, accumulate=parts)
+        for lm, parts in zip(models, (1, 4))
+    ]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    for one, other in zip(*(lm.parameters() for lm in models)):
+        assert torch.isfinite(other).all() and (one - other).abs().max() < 1e-5
 
 
-def at(rows, split, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(datafiles, "MMAP_MIN_BYTES", 2**26)
-        return split(rows)
-
-
-def test_tokens_on_the_disk_are_made_once_and_again_when_torn(tmp_path, small, capsys):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT * 3, encoding="utf-8")
-    assert run_train(path, tmp_path / "one", "--vocab", "300") == 0
-    caches = sorted(tmp_path.glob(".*.tokens"))
-    assert len(caches) == 2 and "tokenised" in capsys.readouterr().err  # to train on, and held back
-    before = [cache.read_bytes() for cache in caches]
-    tokenizer = TinyLM.from_pretrained(tmp_path / "one" / "best").tokenizer
-    for cache in caches:
-        ids = torch.frombuffer(bytearray(cache.read_bytes()), dtype=torch.int32)
-        assert (
-            ids[-1] == len(ids) - 1 and tokenizer.decode(ids[:-1])[3:99].strip("\ufffd") in TEXT * 3
-        )
-    assert (
-        run_train(path, tmp_path / "one", "--resume") == 0
-        and "tokenised" not in capsys.readouterr().err
-    )
-    for cache, content in zip(caches, before):
-        cache.write_bytes(content[: len(content) // 2])
-    assert run_train(path, tmp_path / "two", "--vocab", "300") == 0
-    assert [
-        cache.read_bytes() for cache in caches
-    ] == before and "tokenised" in capsys.readouterr().err
-    assert same_files(*(tmp_path / out / "last" / "model.safetensors" for out in ("one", "two")))
-
-
-def test_other_data_on_the_disk_is_not_gone_on_with(tmp_path, small, capsys):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    assert run_train(path, tmp_path / "out") == 0
-    path.write_text(TEXT + "x", encoding="utf-8")
-    assert main(["train", str(path), "--out", str(tmp_path / "out"), "--resume"]) == 1
-    assert "not that of the run" in capsys.readouterr().err
+def test_step_takes_an_empty_mask():
+    lm = TinyLM(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    batch = dict(input_ids=torch.randint(64, (2, 8)), attention_mask=None)
+    assert torch.isfinite(train_step(lm, torch.optim.SGD(lm.parameters(), lr=0.1), batch))

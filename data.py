@@ -7,6 +7,7 @@ Text, JSON, tables, CoNLL, parquet, single files or folders of them; no torch.
 
 from __future__ import annotations
 
+import ast
 import codecs
 import contextlib
 import csv
@@ -15,13 +16,14 @@ import io
 import itertools
 import json
 import math
+import random
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import onnxlm
 from onnxlm import check_fields, require
@@ -57,14 +59,24 @@ class DataOptions:
     """Which columns of which files are read as what."""
 
     task: Literal[(*TASK_ROLES,)] = option("lm", f"{', '.join(TASK_ROLES)}")
-    val: str = option(
-        "", "file to validate on; without one, the last tenth of the data (of each class)"
+    val: str = option("", "file to validate on; without one, --val-share of the data")
+    val_share: Annotated[float, 0, 0.9] | None = option(
+        None,
+        "share of the rows to validate on, drawn with the seed from each class or range of numbers; of running text the "
+        "end (default: 0.1, of running text 1 MB at most)",
     )
     text: str = option(
         "", "column of the text, of its words, or of the source; by default its usual name"
     )
+    pair: str = option("", "column of a second text")
     label: str = option(
-        "", "column of the label, a list of labels, a number, or a tag for each word"
+        "",
+        "column of the label, a list of labels, a number, or a tag for each word; a,b,c: columns of 0 and 1",
+    )
+    label_names: str = option(
+        "",
+        "names of the labels or tags 0, 1, 2, ... as a,b,c (or a JSON list), where the data has numbers, or lists of 0 "
+        "and 1",
     )
     target: str = option("", "column of the text to write")
     question: str = option("", "column of the question")
@@ -86,8 +98,22 @@ class DataOptions:
                 "one character, or tab",
             ),
             ("encoding", is_encoding(self.encoding), "a name that Python knows"),
+            (
+                "label_names",
+                all(self.names) and len({*self.names}) == len(self.names),
+                "names with a comma between them, each once",
+            ),
         ):
             require(ok, f"{flag(name)} {getattr(self, name)}: expected {expected}")
+
+    @property
+    def names(self) -> list[str]:
+        """--label-names, in the order of their numbers."""
+        with contextlib.suppress(ValueError):
+            names = json.loads(self.label_names)
+            if isinstance(names, list):
+                return [str(name) for name in names]
+        return [name.strip() for name in self.label_names.split(",")] if self.label_names else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,12 +525,38 @@ def as_text(value) -> str:
 
 
 def as_label(value):
-    """A class's name, a list of them, or a number; `settle_labels` decides between numbers and classes."""
+    """A class's name, a number, or a list of either; `settle_labels` decides between numbers and classes. A table's
+    cell may hold a list, as pandas writes it."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # numpy's
+    if isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
+        value = as_cell_list(value)
     if isinstance(value, list):
-        return [str(item).strip() for item in value]
+        if not all(isinstance(item, (str, int, float)) for item in value):
+            raise TypeError
+        return [item.strip() if isinstance(item, str) else item for item in value]
     if isinstance(value, str):
         return value.strip()
     return value if isinstance(value, float) else str(int(value))
+
+
+def as_cell_list(text: str):
+    """The list that a cell spells in JSON, in Python or as numpy prints one of numbers; else the text itself."""
+    python = re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", text.strip())  # numpy writes no commas
+    for read, spelled in ((json.loads, text), (ast.literal_eval, python)):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            if isinstance(value := read(spelled), list):
+                return value
+    numbers = [as_number(word) for word in text.strip()[1:-1].split()]
+    return text if None in numbers or not numbers else numbers
+
+
+def as_hot(value) -> int | None:
+    """0 or 1, of a number, a truth value or a cell that spells one; None of another value."""
+    if isinstance(value, str):
+        return {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}.get(
+            value.strip().lower()
+        )
+    return int(value) if isinstance(value, (int, float)) and value in (0, 1) else None
 
 
 def as_answers(value) -> list:
@@ -595,7 +647,7 @@ ROLES = {  # role -> (the option that names its column, the usual names, how it 
         as_text,
         "a string",
     ),
-    "pair": ("", "sentence2 hypothesis question2", as_text, "a string"),
+    "pair": ("pair", "sentence2 hypothesis question2", as_text, "a string"),
     "words": ("text", "tokens words text sentence", as_list, "a list of words"),
     "source": ("text", "source text document article dialogue input abstract", as_text, "a string"),
     "label": (
@@ -612,9 +664,17 @@ ROLES = {  # role -> (the option that names its column, the usual names, how it 
 }
 COLUMNS = tuple(dict.fromkeys(option for option, *_ in ROLES.values() if option))
 OPTIONAL = ("messages", "pair")
-VAL_FRACTION = (
-    0.1  # the share of the data that is validated on; of texts at most BIG / 64 characters
+TEXT_PAIRS = (  # columns that are a pair of texts where both are there
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("sentence_a", "sentence_b"),
+    ("text_a", "text_b"),
+    ("text1", "text2"),
 )
+VAL_SHARE = 0.1
 MAX_CLASSES_OF_NUMBERS = 20  # 0.0, 1.0, ... of so many values at most are classes
 
 
@@ -622,8 +682,9 @@ class Incomplete(Exception):
     """A row that nothing can be learnt from, and why."""
 
 
-def read_splits(data, options: DataOptions, notices: list) -> tuple[list, list]:
-    """Rows to train on, and those to validate on: of --val, of the data's own validation split, or the last tenth."""
+def read_splits(data, options: DataOptions, notices: list, seed: int = 0) -> tuple[list, list]:
+    """Rows to train on, and those to validate on: of --val, of the data's own validation split, or --val-share of
+    the data."""
     if isinstance(data, dict):  # splits in memory
         require("train" in data, "data: expected a split `train`")
         rows = read_rows(data["train"], options, notices=notices)
@@ -637,37 +698,72 @@ def read_splits(data, options: DataOptions, notices: list) -> tuple[list, list]:
             notices.append(f"{data}: its test split is not read (`tinylm eval` reads it)")
     held = options.val or held
     if held is None:
-        return split_rows(rows)
-    if "label" in rows[0]:  # are numbers there what they are here
-        numbers = isinstance(rows[0]["label"], float)
-        options = replace(options, regression=numbers, classes=not numbers)
-    splits = ("validation", "test", "train") if options.val else ("validation",)
-    return rows, read_rows(held, options, splits, notices)
+        rows, held = split_rows(rows, options.val_share, seed)
+    else:
+        if "label" in rows[0]:  # are numbers there what they are here
+            numbers = isinstance(rows[0]["label"], float)
+            options = replace(options, regression=numbers, classes=not numbers)
+        splits = ("validation", "test", "train") if options.val else ("validation",)
+        held = read_rows(held, options, splits, notices)
+    known = {identity(row) for row in rows}
+    twice = sum(identity(row) in known for row in held)
+    if twice:
+        notices.append(
+            f"{twice:,} of the {counted(len(held), 'row')} to validate on are among those to train on too: "
+            "the figures are better than for new data"
+        )
+    return rows, held
 
 
-def split_rows(rows: list, share: float = VAL_FRACTION) -> tuple[list, list]:
-    """Rows before and after the point that leaves `share` of them behind it: of their characters where they are texts,
-    of each class where they have one label."""
+def identity(row: dict) -> int:
+    """A number that two identical rows have in common; a long text is not copied for it."""
+    return hash(row["text"] if set(row) == {"text"} else repr(row))
+
+
+def split_rows(rows: list, share: float | None = None, seed: int = 0) -> tuple[list, list]:
+    """Rows to train on, and `share` of them to validate on. Of running text that is the end, by default a megabyte at
+    most. Others are drawn: as many of each class as its share, where rows have one label; of each range of numbers."""
     if set(rows[0]) == {"text"}:
-        kept = []
-        held = []
-        total = sum(len(row["text"]) for row in rows)
-        left = max(int(total * (1 - share)), total - MMAP_MIN_BYTES // 64)
-        for text in (row["text"] for row in rows):
-            kept += [{"text": text[:left]}] * (left > 0)
-            held += [{"text": text[left:]}] * (left < len(text))
-            left = max(left - len(text), 0)
-        return kept, held
+        return split_text(rows, share)
+    share = VAL_SHARE if share is None else share
+    draw = random.Random(seed)
+    order = draw.sample(range(len(rows)), len(rows))
     groups = {}
-    for row in rows:
-        name = row["label"] if isinstance(row.get("label"), str) else None
-        groups.setdefault(name, []).append(row)
+    if isinstance(rows[0].get("label"), float):
+        order.sort(key=lambda i: rows[i]["label"])
+        size = max(round(1 / max(share, 1e-9)), 2)
+        for rank, i in enumerate(order):
+            groups.setdefault(rank // size, []).append(i)
+        for group in groups.values():
+            draw.shuffle(group)
+    else:
+        for i in order:
+            label = rows[i].get("label")
+            groups.setdefault(label if isinstance(label, str) else None, []).append(i)
+    # As many as the group's share, rounded down; those that are left go to the largest remainders.
+    quotas = [(len(group) * share, group) for group in groups.values()]
+    left = round(len(rows) * share) - sum(int(quota) for quota, _ in quotas)
+    held = set()
+    for quota, group in sorted(quotas, key=lambda item: int(item[0]) - item[0]):
+        more = left > 0 and int(quota) + 1 < len(group)
+        left -= more
+        held.update(group[: int(quota) + more])
+    kept = [row for i, row in enumerate(rows) if i not in held]
+    return kept, [row for i, row in enumerate(rows) if i in held]
+
+
+def split_text(rows: list, share: float | None) -> tuple[list, list]:
+    """Texts before and after the point that leaves `share` of their characters behind it."""
     kept = []
     held = []
-    for group in groups.values():
-        cut = len(group) - round(len(group) * share)
-        kept += group[:cut]
-        held += group[cut:]
+    total = sum(len(row["text"]) for row in rows)
+    left = int(total * (1 - (VAL_SHARE if share is None else share)))
+    if share is None:
+        left = max(left, total - MMAP_MIN_BYTES // 64)
+    for text in (row["text"] for row in rows):
+        kept += [{"text": text[:left]}] * (left > 0)
+        held += [{"text": text[left:]}] * (left < len(text))
+        left = max(left - len(text), 0)
     return kept, held
 
 
@@ -717,16 +813,23 @@ def read_rows(
     require(rows, f"{name}: no rows" + (f"; dropped: {reasons}" if dropped else ""))
     chats = {"messages" in row for row in rows}
     require(len(chats) == 1, f"{name}: texts and messages, expected one kind")
-    used = ", ".join(
-        f"{role} = {column}" if role != column else role for role, column in columns.items()
-    )
+    used = ", ".join(describe_column(*item) for item in columns.items())
     left_out = f"; {counted(dropped.total(), 'row')} dropped: {reasons}" if dropped else ""
+    if unanswered := sum(row.get("answer") == [] for row in rows):
+        left_out += f"; {counted(unanswered, 'question')} without an answer"
     lines.append(f"{name}: {counted(len(rows), 'row')}, columns {used}{left_out}")
     if "label" in rows[0]:
         lines += settle_labels(name, rows, options)
+    if "tags" in rows[0]:
+        settle_tags(name, rows, options)
     for line in lines if notices is None else ():
         print(line, file=sys.stderr)
     return rows
+
+
+def describe_column(role: str, column: str | list) -> str:
+    column = " + ".join(column) if isinstance(column, list) else column
+    return role if role == column else f"{role} = {column}"
 
 
 def counted(number: int, name: str) -> str:
@@ -738,12 +841,17 @@ def read_row(place: str, record, options: DataOptions) -> dict:
     row = {}
     record = from_instruction(record, options)
     for role, column in choose_columns(place, record, options).items():
+        if isinstance(column, list):
+            row[role] = {name: read_hot(place, record, name) for name in column}
+            continue
         _, _, read, kind = ROLES[role]
         value = lookup(record, column)
-        nothing = value is None or isinstance(value, float) and math.isnan(value)
-        if isinstance(value, str) or role in ("messages", "words") and not nothing:
-            nothing = not (value.strip() if isinstance(value, str) else value)
-        if nothing and role != "pair":
+        nothing = is_missing(value) or role in ("messages", "words") and not value
+        if nothing and role == "pair":  # a text alone
+            continue
+        if nothing and role == "answer":
+            value = []
+        elif nothing:
             raise Incomplete(f"{column} is empty")
         try:
             row[role] = read(value)
@@ -769,8 +877,25 @@ def read_row(place: str, record, options: DataOptions) -> dict:
     return row
 
 
-def choose_columns(place: str, record, options: DataOptions) -> dict[str, str]:
-    """Role -> the column that has it, for the roles of the task."""
+def is_missing(value) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or isinstance(value, float) and math.isnan(value)
+
+
+def read_hot(place: str, record: dict, column: str) -> int:
+    """0 or 1, in one of several columns of labels."""
+    value = lookup(record, column)
+    if is_missing(value):
+        raise Incomplete(f"{column} is empty")
+    hot = as_hot(value)
+    expected = "0 or 1 in each of several columns of labels (--label)"
+    require(hot is not None, f"{place}: {column} = {str(value)[:60]!r}, expected {expected}")
+    return hot
+
+
+def choose_columns(place: str, record, options: DataOptions) -> dict[str, str | list]:
+    """Role -> the column that has it, for the roles of the task; a list for several columns of labels."""
     require(isinstance(record, dict), f"{place}: {str(record)[:60]!r}, expected an object")
     columns = {str(name).lower(): name for name in record}
     chosen = {}
@@ -778,9 +903,10 @@ def choose_columns(place: str, record, options: DataOptions) -> dict[str, str]:
         option, names, _, _ = ROLES[role]
         column = getattr(options, option, "")
         if column:
-            column = find_column(record, columns, column)
+            column = find_column(record, columns, column, several=role == "label")
         else:
-            column = next((columns[name] for name in names.split() if name in columns), None)
+            names = usual_names(role, columns, chosen, options)
+            column = next((columns[name] for name in names if name in columns), None)
         if column is not None:
             chosen[role] = column
         elif role not in OPTIONAL and "messages" not in chosen:
@@ -790,12 +916,26 @@ def choose_columns(place: str, record, options: DataOptions) -> dict[str, str]:
     return chosen
 
 
-def find_column(record: dict, columns: dict, name: str) -> str | None:
-    """A column as its record spells it: exactly, nested, or in another case."""
+def usual_names(role: str, columns: dict, chosen: dict, options: DataOptions) -> list[str]:
+    """The names of a role's column, the first one that is there is it."""
+    names = ROLES[role][1].split()
+    pairs = [pair for pair in TEXT_PAIRS if columns.keys() >= {*pair}]
+    if options.task == "classify" and role == "text" and "text" not in columns:
+        return [first for first, _ in pairs] + names
+    if role == "pair":
+        return [second for first, second in pairs if first == chosen["text"].lower()] + names
+    return names
+
+
+def find_column(record: dict, columns: dict, name: str, several: bool) -> str | list | None:
+    """A column as its record spells it: exactly, nested, or in another case; or `several`, as a,b,c."""
     with contextlib.suppress(KeyError):
         lookup(record, name)
         return name
-    return columns.get(name.lower())
+    if name.lower() in columns or "," not in name or not several:
+        return columns.get(name.lower())
+    found = [find_column(record, columns, part.strip(), several=False) for part in name.split(",")]
+    return None if None in found else found
 
 
 def missing_column(record: dict, role: str, given: str) -> str:
@@ -858,6 +998,7 @@ def from_instruction(record, options: DataOptions):
 def find_answers(context: str, answers: list) -> list:
     """Answers, each with where it stands in the context. Raises Incomplete if none stands there."""
     found = []
+    answers = [(text, start) for text, start in answers if text.strip()]
     for text, start in answers:
         if start is None or context[start : start + len(text)] != text:
             start = context.find(text)
@@ -869,13 +1010,13 @@ def find_answers(context: str, answers: list) -> list:
 
 
 def settle_labels(name: str, rows: list, options: DataOptions) -> list[str]:
-    """Make the labels of one kind, in place: names of classes, lists of them, or numbers. Numbers with a decimal point
-    are no classes, but for 0.0, 1.0, ... of a few values; --regression and --classes decide otherwise. Returns what
-    there is to say of it."""
+    """Make the labels of one kind, in place: names of classes, lists of them (or {name: 0 or 1}), or numbers. Numbers
+    with a decimal point are no classes, but for 0.0, 1.0, ... of a few values; --regression and --classes decide
+    otherwise. Returns what there is to say of it."""
     labels = [row["label"] for row in rows]
-    if any(isinstance(label, list) for label in labels):
+    if any(isinstance(label, (list, dict)) for label in labels):
         require(not options.regression, f"{name}: lists of labels, expected numbers (--regression)")
-        return []
+        return settle_lists(name, rows, options)
     numbers = [as_number(label) for label in labels]
     points = [isinstance(label, float) or "." in label for label in labels]
     decimal = any(number is not None and point for number, point in zip(numbers, points))
@@ -894,12 +1035,88 @@ def settle_labels(name: str, rows: list, options: DataOptions) -> list[str]:
         if regression:
             row["label"] = number
         elif decimal and number is not None and number.is_integer():
-            row["label"] = str(int(number))
+            row["label"] = name_of(name, str(int(number)), options.names)
         else:
-            row["label"] = str(label)
+            row["label"] = name_of(name, str(label), options.names)
     if decimal and not regression and not options.classes:
         return [f"{name}: labels like 0.0 are taken as classes; --regression takes them as numbers"]
     return []
+
+
+def settle_lists(name: str, rows: list, options: DataOptions) -> list[str]:
+    """Lists of labels as lists of names; lists of 0 and 1, all of one length, as {name: 0 or 1}."""
+    if all(isinstance(row["label"], dict) for row in rows):
+        return []
+    labels = [row["label"] if isinstance(row["label"], list) else [row["label"]] for row in rows]
+    items = [item for label in labels for item in label]
+    lengths = sorted({len(label) for label in labels})
+    kinds = {*map(type, items)}
+    # A list of names or of numbers of classes repeats none, and no such number is a float or a truth value.
+    sure = kinds & {bool, float} or any(len({*map(str, x)}) < len(x) for x in labels)
+    likely = len(lengths) == 1 < lengths[0] and kinds == {int}
+    likely &= len(options.names) in (0, lengths[0])
+    if items and all(as_hot(item) is not None for item in items) and (sure or likely):
+        return settle_hot(name, rows, labels, lengths, options.names)
+    for row, label in zip(rows, labels):
+        whole = [not isinstance(item, float) or item.is_integer() for item in label]
+        expected = "names, or 0 and 1 for each label"
+        require(all(whole), f"{name}: label {str(label)[:60]}, expected {expected}")
+        texts = [str(int(item)) if isinstance(item, float) else str(item) for item in label]
+        row["label"] = [name_of(name, text, options.names) for text in texts]
+    return []
+
+
+def settle_hot(name: str, rows: list, labels: list, lengths: list, names: list) -> list[str]:
+    found = f"{name}: labels are lists of 0 and 1"
+    size = lengths[0]
+    require(len(lengths) == 1, f"{found}, {size} to {lengths[-1]} of them, expected one length")
+    require(
+        len(names) in (0, size),
+        f"{found}, {size} of them, but --label-names has {len(names)} names, expected {size}",
+    )
+    for row, label in zip(rows, labels):
+        row["label"] = dict(zip(names or map("LABEL_{}".format, range(size)), map(as_hot, label)))
+    return [] if names else [f"{found}, taken as {size} labels; --label-names names them"]
+
+
+def settle_tags(name: str, rows: list, options: DataOptions):
+    """Numbers of tags as their names, in place."""
+    tags = {tag for row in rows for tag in row["tags"]}
+    numbers = all(tag.removeprefix("-").isdecimal() for tag in tags)
+    shown = ", ".join(sorted(tags)[:10])
+    require(
+        options.names or not numbers,
+        f"{name}: tags are numbers ({shown}); --label-names names them in order, as O,B-PER,I-PER",
+    )
+    named = {tag: name_of(name, tag, options.names) for tag in tags}
+    for row in rows:
+        row["tags"] = [named[tag] for tag in row["tags"]]
+
+
+def name_of(place: str, label: str, names: list[str]) -> str:
+    """A label by its name among the names, which may spell it otherwise or be those of numbers."""
+    if not names:
+        return label
+    if label.isdecimal() and label not in names and int(label) < len(names):
+        return names[int(label)]
+    found = find_name(label, names)
+    shown = ", ".join(names)[:200]
+    require(found is not None, f"{place}: label {label!r}, expected one of {shown} (--label-names)")
+    return found
+
+
+def find_name(label: str, names) -> str | None:
+    """The name that is the label: exactly, or the only one without regard to case and spaces."""
+    if label in names:
+        return label
+    found = [name for name in names if name_key(name) == name_key(label)]
+    return found[0] if len(found) == 1 else None
+
+
+def name_key(label: str) -> str:
+    """What two spellings of a label have in common. LABEL_0 is the name of a class without one, 0."""
+    key = "".join(label.split()).casefold()
+    return key.removeprefix("label_") if re.fullmatch(r"label_\d+", key) else key
 
 
 def as_number(label) -> float | None:

@@ -1395,14 +1395,39 @@ def save_own(lm: TinyLM, folder: Path):
     write_checkpoint(folder, raw | describe_model(lm), lm.state_dict(), files)
 
 
+FORMER_WEIGHTS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+    r"|pytorch_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?"
+)
+
+
 def write_checkpoint(folder: Path, config: dict, tensors: dict, files: dict[str, bytes]):
-    """A folder of config.json, model.safetensors and `files`, each one whole or not at all."""
+    """A folder of config.json, model.safetensors and `files`, each one whole or not at all. Other files of weights that
+    a former save left there are removed after that, since programs that look for them first would read old weights."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_file(folder / name, lambda path, content=content: path.write_bytes(content))
+    former = former_weights(folder)
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     write_json(folder / "config.json", config)
+    for path in former:
+        path.unlink(missing_ok=True)
+
+
+def former_weights(folder: Path) -> list[Path]:
+    """Files of weights besides model.safetensors, an index before the shards that it names."""
+    try:
+        index = read_json(folder / "model.safetensors.index.json", {})
+        shards = {*map(str, index.get("weight_map", {}).values())}
+    except (Error, AttributeError):
+        shards = set()
+    found = []
+    for path in folder.iterdir():
+        shard = path.suffix == ".safetensors" and path.name in shards
+        if path.name != "model.safetensors" and (shard or FORMER_WEIGHTS.fullmatch(path.name)):
+            found.append(path)
+    return sorted(found, key=lambda path: path.suffix != ".json")
 
 
 def load_own(cls, folder: Path, dtype, device) -> TinyLM:
@@ -1643,10 +1668,9 @@ def train_step(
     accumulate: int = 1,
     bf16: bool = False,
     class_weights: Tensor | None = None,
-    ceiling: float = math.inf,
 ) -> Tensor:
     """One update on a batch of ids (batch, seq), or on a dict as `loss_sum` takes it, run in `accumulate` parts.
-    Returns the mean loss per label, a detached scalar; above the `ceiling` its gradient is left out. The optimizer is
+    Returns the mean loss per label, a detached scalar; where the gradient is not finite, its norm. The optimizer is
     `MuonAdamW` or any of torch.optim. A model that is `sharded` learns from the batches of all processes as from one.
     """
     model.train()
@@ -1667,12 +1691,10 @@ def train_step(
     total = all_reduce(total, shards)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = full_tensor(nn.utils.get_total_norm(gradients))
-    # By an infinite norm gradients become 0, and nothing waits for the device.
-    norm = torch.where(total > ceiling, math.inf, norm)
     nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad()
-    return total
+    return torch.where(norm.isfinite(), total, norm.to(total))
 
 
 def rank_and_world_size() -> tuple[int, int]:

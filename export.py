@@ -57,6 +57,7 @@ from onnxlm import (
     run_lines,
     sentence_files,
     stream_text,
+    use_utf8,
 )
 from tinylm import Error, require
 
@@ -1534,6 +1535,7 @@ def genai_search(file: dict, positions: int) -> tuple[dict, list]:
 
 def main(argv: list | None = None) -> int:
     """`export.py [FOLDER] --onnx` exports."""
+    use_utf8()
     argv = sys.argv[1:] if argv is None else argv
     try:
         return run_export(argv)

@@ -14,6 +14,7 @@ import copy
 import ctypes
 import datetime
 import functools
+import io
 import itertools
 import json
 import math
@@ -1992,7 +1993,8 @@ def run_lines(model, inputs, context=None, batch: int = 32, json: bool = False, 
 
 
 def json_line(**values) -> str:
-    return json.dumps(values, ensure_ascii=False)
+    """A line that a pipe of any encoding carries."""
+    return json.dumps(values)
 
 
 def plain_line(result: dict) -> str:
@@ -2004,6 +2006,15 @@ def plain_line(result: dict) -> str:
     return " ".join(words) if words else json.dumps(*result.values())
 
 
+def use_utf8():
+    """UTF-8 in the standard streams on every platform: through a pipe on Windows they have the encoding of its code
+    page. A byte order mark, which PowerShell writes, is no text."""
+    for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8"), (sys.stderr, "utf-8")):
+        # A stream of somebody else's, as of a notebook, or one that has been read from.
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+            stream.reconfigure(encoding=encoding, errors="replace")
+
+
 def close_stdout():
     """What is still to be written goes nowhere, without a message when Python ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -2011,6 +2022,7 @@ def close_stdout():
 
 def main(argv: list | None = None) -> int:
     """`onnxlm.py FOLDER INPUT...`; an Error is one line on stderr and exit code 1."""
+    use_utf8()
     parser = argparse.ArgumentParser(
         prog="onnxlm", description="Run an exported folder on texts, without torch."
     )

@@ -16,7 +16,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -143,6 +142,11 @@ class TrainOptions(datafiles.DataOptions):
     # run
     eval_every: Size | None = option(
         None, "steps between validations and checkpoints; else an epoch's"
+    )
+    metric: str = option(
+        "",
+        "figure that `best` and --patience go by, as `eval` names it; a tie goes to the lower loss (default: the first, "
+        "macro F1 with --class-weights)",
     )
     patience: Count = option(0, "stop after this many validations without a better one; 0: never")
     device: str = option("", "cpu, cuda, ...; cuda where there is one")
@@ -683,8 +687,16 @@ class Classification(Task):
         if lm.config.problem_type == "regression":
             example["labels"] = float(label)
         elif lm.config.problem_type == "multi_label_classification":
-            ids = {label_id(lm, name) for name in ([label] if isinstance(label, str) else label)}
-            example["labels"] = [float(i in ids) for i in range(lm.config.num_labels)]
+            if isinstance(label, dict):
+                count = lm.config.num_labels
+                require(
+                    len(label) == count,
+                    f"labels {', '.join(label)[:200]}: expected {count} of them",
+                )
+            else:
+                label = dict.fromkeys([label] if isinstance(label, str) else label, 1)
+            hot = {label_id(lm, name): on for name, on in label.items()}
+            example["labels"] = [float(hot.get(i, 0)) for i in range(lm.config.num_labels)]
         else:
             example["labels"] = label_id(lm, label)
         yield example
@@ -740,25 +752,49 @@ class Classification(Task):
 
 
 def label_id(lm: TinyLM, name) -> int:
+    """The number of a label, which may be spelled in another case or with other spaces."""
     ids = {label: i for i, label in lm.config.id2label.items()}
-    require(str(name) in ids, f"label {name!r}: expected one of {', '.join(ids)[:200]}")
-    return ids[str(name)]
+    found = datafiles.find_name(str(name), ids)
+    hint = "; --label-names names numbers" * str(name).isdecimal()
+    require(found is not None, f"label {name!r}: expected one of {', '.join(ids)[:200]}{hint}")
+    return ids[found]
 
 
-def label_changes(rows: list, known: dict | None) -> dict:
-    """id2label and problem_type as the labels are, for a Config; labels that a checkpoint knows keep their numbers."""
+def label_changes(rows: list, names: list[str]) -> dict:
+    """id2label and problem_type as the labels of the rows are, for a Config: first the `names` that are given, then
+    others, numbers first."""
     labels = [row["label"] for row in rows if "label" in row]
     if any(isinstance(label, float) for label in labels):
         return dict(id2label={0: "LABEL_0"}, problem_type="regression")
-    several = any(isinstance(label, list) for label in labels)
-    names = {tag for row in rows for tag in row.get("tags", ())}
+    found = {tag: None for row in rows for tag in row.get("tags", ())}
     for label in labels:
-        names |= set(label) if isinstance(label, list) else {label}
-    if not names <= set((known or {}).values()):
+        found |= dict.fromkeys([label] if isinstance(label, str) else label)
+    if not any(isinstance(label, dict) for label in labels):  # whose order is that of the data
         by_number = lambda name: (int(name) if name.isdecimal() else math.inf, name)
-        known = dict(enumerate(sorted(names, key=by_number)))
+        found = sorted(found, key=by_number)
+    if not found:
+        return {}
+    several = any(isinstance(label, (list, dict)) for label in labels)
     problem = f"{'multi' if several else 'single'}_label_classification" if labels else None
-    return dict(id2label=known, problem_type=problem) if names else {}
+    id2label = dict(enumerate(dict.fromkeys([*names, *found])))
+    return dict(id2label=id2label, problem_type=problem)
+
+
+def same_labels(new: dict, known: dict, names: list[str]) -> dict | None:
+    """The labels of a checkpoint by its numbers, as the data spells them, where both have the same ones; else None.
+    `names` says what the labels of a checkpoint mean that has only numbers, LABEL_0, ..."""
+    if new["problem_type"] == "regression":
+        return known if len(known) == 1 else None
+    ours = {*new["id2label"].values()}
+    if ours == {*known.values()}:
+        return known
+    if names and len(ours) == len(known) and known == {i: f"LABEL_{i}" for i in known}:
+        return new["id2label"]
+    spelled = {datafiles.name_key(name): name for name in ours}
+    keys = {i: datafiles.name_key(name) for i, name in known.items()}
+    if {*keys.values()} == spelled.keys() and len(keys) == len(spelled) == len(ours):
+        return {i: spelled[key] for i, key in keys.items()}
+    return None
 
 
 def class_weights(config: Config, examples: list) -> Tensor:
@@ -877,7 +913,8 @@ TASKS = dict(
     qa=QuestionAnswering(),
     seq2seq=Writing(),
 )
-LOWER_IS_BETTER = ("nats/token", "mean squared error")  # figures of which less is better
+LOSSES = ("loss", "nats/token", "mean squared error")
+LOWER_IS_BETTER = (*LOSSES, "bits/byte", "perplexity")  # figures of which less is better
 
 
 def task_of(config: Config) -> str:
@@ -887,11 +924,11 @@ def task_of(config: Config) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Models: new ones, pretrained ones, and what of them is trained
 # ---------------------------------------------------------------------------------------------------------------------
-def build_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
-    """The model, new or opened, with what is to be trained of it."""
+def build_model(rows: list, options: TrainOptions, resume: bool, notices: list) -> TinyLM:
+    """The model, new or opened, with what is to be trained of it. What became of its head is added to the notices."""
     folder = options.init or Path(options.out) / "last"
     if options.init or resume:
-        lm = load_for_finetuning(folder, rows, options)
+        lm = load_for_finetuning(folder, rows, options, notices)
     else:
         lm = new_model(rows, options)
     lm.to(usable_device(options.device))
@@ -907,7 +944,7 @@ def build_model(rows: list, options: TrainOptions, resume: bool) -> TinyLM:
     return lm
 
 
-def load_for_finetuning(name, rows: list, options: TrainOptions) -> TinyLM:
+def load_for_finetuning(name, rows: list, options: TrainOptions, notices: list) -> TinyLM:
     """A checkpoint in fp32, a folder's or the hub's, with the task's head and the rows' labels."""
     folder = pretrained.find_checkpoint(name)
     file = folder / "config.json"
@@ -916,8 +953,9 @@ def load_for_finetuning(name, rows: list, options: TrainOptions) -> TinyLM:
     with warnings.catch_warnings(action="ignore"):  # from_pretrained gives them
         config = pretrained.config_from_hf(read_json(file), str(file), head)
     torch.manual_seed(options.seed)  # of a new head
-    changes = label_changes(rows, config.id2label) | dropouts(config, options.dropout)
+    changes = dropouts(config, options.dropout)
     lm = TinyLM.from_pretrained(folder, torch.float32, head=head, **changes)
+    notices += fit_head(lm, name, onnxlm.task_of(read_json(file)), rows, options)
     require(
         task_of(lm.config) == options.task,
         f"{folder}: a model for {task_of(lm.config)}, expected one for --task {options.task}",
@@ -929,6 +967,33 @@ def load_for_finetuning(name, rows: list, options: TrainOptions) -> TinyLM:
         pad = lm.tokenizer.pad_token_id
         lm.config = replace(lm.config, pad_token_id=pad if pad is not None else [*lm.ends(), 0][0])
     return lm
+
+
+def fit_head(lm: TinyLM, name, task: str, rows: list, options: TrainOptions) -> list[str]:
+    """Give a model the labels of the rows: its head stays where it is one for the same labels, else the last layer of
+    it is a new one. `name` is the checkpoint's, `task` what it is for. Returns a line that says it."""
+    kept = task == options.task
+    reason = f"{name} is a model for {task}"
+    if changes := label_changes(rows, options.names):
+        known = lm.config.id2label
+        labels = same_labels(changes, known, options.names)
+        if kept and labels is None:
+            shown = [", ".join(each.values())[:200] for each in (known, changes["id2label"])]
+            if changes["problem_type"] == "regression":
+                shown[1] = "numbers"
+            reason = "{} has the labels {}, the data {}".format(name, *shown)
+            if known == {i: f"LABEL_{i}" for i in range(len(changes["id2label"]))}:
+                reason += "; --label-names says what its numbers mean"
+        kept &= labels is not None
+        lm.config = replace(lm.config, **changes | (dict(id2label=labels) if kept else {}))
+        if not kept:
+            torch.manual_seed(options.seed)
+            lm.head.out = type(lm.head)(lm.config).apply(lm._init).out
+    if lm.config.head not in NEW_HEADS:
+        return []
+    if kept:
+        return [f"{options.task}: the head of {name} goes on"]
+    return [f"{options.task}: a new head ({reason})"]
 
 
 def dropouts(config: Config, p: float | None) -> dict:
@@ -984,7 +1049,8 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
     raw = {family.fields[name]: value for name, value in ours.items() if name in family.fields}
     config = pretrained.config_from_hf({"model_type": task.family} | raw, head=task.head)
     torch.manual_seed(options.seed)
-    lm = TinyLM(replace(config, **label_changes(rows, None), **dropouts(config, options.dropout)))
+    changes = label_changes(rows, options.names) | dropouts(config, options.dropout)
+    lm = TinyLM(replace(config, **changes))
     for block in blocks(lm):
         nn.init.zeros_(block.attention.o.weight)
         nn.init.zeros_(block.mlp.down.weight)
@@ -1467,7 +1533,7 @@ def loss_curve(rows: list[dict]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: `best` for everyone, `last` to go on with
 # ---------------------------------------------------------------------------------------------------------------------
-REMEMBERED = ("task", *datafiles.COLUMNS, "block", "regression", "classes")
+REMEMBERED = ("task", *datafiles.COLUMNS, "label_names", "block", "regression", "classes")
 
 
 def save(
@@ -1650,14 +1716,14 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
         resume or options.overwrite or not held_run,
         f"--out {out}: holds a run; expected --resume to go on with it, --overwrite to replace it, or another --out",
     )
-    rows, held = datafiles.read_splits(data, options, notices)
+    rows, held = datafiles.read_splits(data, options, notices, options.seed)
     hashed = hashlib.sha256(repr((rows, held)).encode("utf-8", errors="replace")).hexdigest()
     if resume:
         check_resume(run_state, asked, hashed)
     notices.append(describe_rows(rows, held, options))
     # classes that are only in what is held back are classes too; its texts train no tokenizer
     named = [{role: row[role] for role in ("label", "tags") if role in row} for row in held]
-    lm = build_model(rows + named, options, resume)
+    lm = build_model(rows + named, options, resume, notices)
     optimizer = make_optimizer(lm, options)
     batches = Batches(lm, task.epochs(lm, rows, options.block), options)
     require(
@@ -1667,6 +1733,9 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
     held_rows = held
     held = task.epochs(lm, held, options.block)(None) if held else []
     notices += describe_cuts(options, (rows, batches.epoch(None)), (held_rows, held))
+    if options.metric:  # what a validation will give, before the first step
+        require(held, f"--metric {options.metric}: nothing is held back to validate on")
+        chosen_figure(task.figures(lm, [held[0]], 1), options)
     weights = None
     if options.class_weights:
         weights = class_weights(lm.config, batches.epoch(None)).to(lm.device)
@@ -1674,7 +1743,7 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
     if resume:
         restore(lm, optimizer, out / "last", run_state)
         run_state["options"] = asked
-    run_state = run_state or dict(options=asked, data=hashed, step=0, best=None, stale=0)
+    run_state = run_state or dict(options=asked, data=hashed, step=0, stale=0)
     if options.compile:
         lm.compile(fullgraph=True)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
@@ -1714,9 +1783,10 @@ def describe_rows(rows: list, held: list, options: TrainOptions) -> str:
     if labels and isinstance(labels[0], float):
         return f"{text}; regression, from {min(labels):g} to {max(labels):g}"
     if labels or tags:
-        several = any(isinstance(label, list) for label in labels)
-        lists = (label if isinstance(label, list) else [label] for label in labels)
-        counts = Counter(tags or itertools.chain.from_iterable(lists))
+        several = any(isinstance(label, (list, dict)) for label in labels)
+        counts = Counter(tags)
+        for label in labels:
+            counts.update([label] if isinstance(label, str) else label)
         require(
             several or len(counts) > 1,
             f"--task {task}: one {'tag' if tags else 'class'} only ({', '.join(counts)}), expected two or more",
@@ -1791,21 +1861,14 @@ def train_steps(
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * scale
             loss = train_step(
-                lm,
-                optimizer,
-                batch,
-                options.clip,
-                options.accumulate,
-                options.bf16,
-                weights,
-                loss_spike_threshold(run_state),
+                lm, optimizer, batch, options.clip, options.accumulate, options.bf16, weights
             )
             run_state["step"] += 1
             step = run_state["step"]
             due = step % every == 0 or step == steps
             logged = due or step % log_every == 0
             if logged or step % 16 == 0 or not loss.is_cuda:  # a look at a GPU waits for it
-                check_loss(loss.item(), run_state)
+                check_loss(loss.item(), step)
                 flag_set = loss.new_tensor(interrupted.is_set())
                 stop = bool(all_reduce(flag_set, world, "MAX"))
             progress.line(step, loss, options.lr * scale, batch["input_ids"].numel() * world)
@@ -1839,24 +1902,39 @@ def lr_multiplier(step: int, steps: int, options: TrainOptions) -> float:
     )
 
 
-def check_loss(loss: float, run_state: dict):
-    """Stop at a loss that is no number, before anything is saved; say when one jumped, which changed nothing."""
-    step = run_state["step"]
+def check_loss(loss: float, step: int):
+    """Stop at a loss that is no number, before anything is saved."""
     require(
         math.isfinite(loss),
         f"step {step}: the loss is {loss}, and what was saved before is kept; expected a "
         "number (try a lower --lr and --adam-lr)",
     )
-    if loss > loss_spike_threshold(run_state):
-        note(
-            f"step {step}: the loss jumped from about {run_state['usual']:.3f} to {loss:.3f}; left out"
-        )
-    run_state["usual"] = 0.9 * run_state.get("usual", loss) + 0.1 * loss
 
 
-def loss_spike_threshold(run_state: dict) -> float:
-    """A loss above it is no usual one."""
-    return 2 * run_state.get("usual", math.inf) + 1
+def chosen_figure(figures: dict, options: TrainOptions) -> str:
+    """The name of the figure that `best` and --patience go by."""
+    if not options.metric:
+        weighted = options.class_weights and "macro F1" in figures
+        return "macro F1" if weighted else next(iter(figures))
+    plain = [re.sub(r"\W|_", "", name).lower() for name in (options.metric, *figures)]
+    expected = f"expected one of {', '.join(figures)}"
+    require(plain[0] in plain[1:], f"--metric {options.metric}: {expected}")
+    return [*figures][plain.index(plain[0], 1) - 1]
+
+
+def merit(figures: dict, options: TrainOptions) -> tuple[float, float]:
+    """What validations are compared by, more is better: the chosen figure, and the loss, which decides between equal
+    ones, such as the F1 of a model that finds nothing yet. A figure that is none is the worst."""
+    name = chosen_figure(figures, options)
+    loss = next((loss for loss in LOSSES if loss in figures), name)
+
+    def signed(name: str) -> float:
+        value = figures[name]
+        if value is None or math.isnan(value):
+            return -math.inf
+        return -value if name in LOWER_IS_BETTER else value
+
+    return signed(name), signed(loss)
 
 
 def validate(lm: TinyLM, held: list, run_state: dict, options: TrainOptions) -> tuple[bool, dict]:
@@ -1865,12 +1943,10 @@ def validate(lm: TinyLM, held: list, run_state: dict, options: TrainOptions) -> 
     figures = {}
     if held:
         figures = TASKS[options.task].figures(lm, held, options.batch)
-        name, figure = next(iter(figures.items()))
-        better = run_state["best"] is None or (
-            figure < run_state["best"] if name in LOWER_IS_BETTER else figure > run_state["best"]
-        )
+        best = run_state.get("figures")
+        better = not best or merit(figures, options) > merit(best, options)
         if better:
-            run_state |= dict(best=figure, stale=0, figures=figures, best_step=run_state["step"])
+            run_state |= dict(stale=0, figures=figures, best_step=run_state["step"])
         else:
             run_state["stale"] += 1
         shown = "  ".join(f"{figure:.4f} {name}" for name, figure in figures.items())
@@ -1962,7 +2038,9 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     sub.add_argument("folder", help="a checkpoint")
     sub.add_argument("data", help="as for train")
     add_options(
-        sub, TrainOptions, *datafiles.COLUMNS, "delimiter", "encoding", "batch", "block", "device"
+        sub,
+        TrainOptions,
+        *(*datafiles.COLUMNS, "label_names", "delimiter", "encoding", "batch", "block", "device"),
     )
     sub.add_argument("--json", action="store_true", help="print them as JSON")
     sub.add_argument(
@@ -2019,6 +2097,7 @@ def template_variable(text: str) -> tuple[str, object]:
 
 def main(argv: list | None = None) -> int:
     """`tinylm train | eval | run | sample | chat | export`; an Error is one line on stderr and exit code 1."""
+    onnxlm.use_utf8()
     argv = sys.argv[1:] if argv is None else [*map(str, argv)]
     if argv[:1] == ["export"]:
         return export_command().main(argv[1:])
@@ -2033,9 +2112,6 @@ def main(argv: list | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # inputs behind options
         options["inputs"] += more
-    for stream in (sys.stdin, sys.stdout):  # other text than UTF-8 is shown as well as it can be
-        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
-            stream.reconfigure(errors="replace")
     try:
         COMMANDS[options.pop("command")](options)
         sys.stdout.flush()

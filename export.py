@@ -56,7 +56,6 @@ from onnxlm import (
     is_embedder,
     run_lines,
     sentence_files,
-    stream_text,
     use_utf8,
 )
 from tinylm import Error, require
@@ -1109,14 +1108,15 @@ def check_loop(lm, onnx_lm, path: Path, tolerance: float):
     session = Session(path, ort.SessionOptions(), [CPU])
     ids = np.repeat(examples(lm)["prefill"][0][:1], 2, 0)
     new = min(24, lm.config.max_position_embeddings - ids.shape[1])
+    likeliest = dict(temperature=0.0, top_k=0, top_p=1.0)
     for options in ({}, dict(temperature=0.8, top_k=40, top_p=0.95), dict(temperature=1.0)):
+        seed = {"seed": 3} if options else {}
         ours = onnx_lm.generate(
-            ids, max_new_tokens=new, eos_token_id=(), seed=3, num_beams=1, **options
+            ids, max_new_tokens=new, eos_token_id=(), num_beams=1, **options | seed
         )
-        generation_config = dict(temperature=0.0, top_k=0, top_p=1.0) | options
         feeds = {
             name: np.array(value, np.float32 if isinstance(value, float) else None)
-            for name, value in generation_config.items()
+            for name, value in (likeliest | options).items()
         }
         (text,) = session(
             input_ids=ids,
@@ -1654,12 +1654,8 @@ def show(lm: OnnxLM, prompt: str, max_new_tokens: int, **options):
     ids = lm.tokenizer.encode(prompt)
     max_new_tokens = max(1, min(max_new_tokens, lm.session.limit - len(ids)))
 
-    def timed():
-        for token in lm.tokens(ids, max_new_tokens, **options):
-            times.append(time.monotonic())
-            yield token
-
-    for piece in stream_text(lm.tokenizer, timed(), prompt=ids):
+    for _, piece in lm.steps(ids, max_new_tokens, **options):
+        times.append(time.monotonic())
         print(piece, end="", flush=True)
     speed = f", {(len(times) - 1) / (times[-1] - times[0]):.0f} tokens/s" if len(times) > 1 else ""
     print(f"\n\n{lm.provider}{speed}")

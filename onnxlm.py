@@ -23,7 +23,9 @@ import os
 import re
 import sys
 import time
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -63,7 +65,7 @@ def first_line(error: Exception) -> str:
 
 
 def is_number_in(value, low, high, kind=numbers.Real) -> bool:
-    """Is it a number from low to high (not a bool, which Python counts among the ints)?"""
+    """Whether it is a number from low to high; a bool, which Python counts among the ints, is not."""
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -73,28 +75,30 @@ Id = Annotated[int, -1, 2**31]
 Share = Annotated[float, 0, 1]
 
 
-def matches_annotation(hint, value) -> tuple[bool, str]:
-    """Does an annotation allow a value, and what does it: a number of a range, choices, or instances of a class."""
-    if get_origin(hint) in (Union, UnionType):
-        parts = [matches_annotation(part, value) for part in get_args(hint)]
-        return any(fine for fine, _ in parts), " or ".join(text for _, text in parts if text)
-    if get_origin(hint) is Annotated:
-        kind, low, high = get_args(hint)
+def matches_annotation(annotation, value) -> tuple[bool, str]:
+    """Returns (whether the value fits the annotation, a phrase for what is allowed)."""
+    if get_origin(annotation) in (Union, UnionType):
+        parts = [matches_annotation(part, value) for part in get_args(annotation)]
+        return any(fits for fits, _ in parts), " or ".join(text for _, text in parts if text)
+    if get_origin(annotation) is Annotated:
+        kind, low, high = get_args(annotation)
         limits = "of 64 bits" if low == -(2**63) else f"from {low:g} to {high:g}"
         if kind is float:
             return is_number_in(value, low, high), f"a number {limits}"
         return is_number_in(value, low, high, numbers.Integral), f"an integer {limits}"
-    if get_origin(hint) is Literal or hint is bool:
-        choices = get_args(hint) or (True, False)
+    if get_origin(annotation) is Literal or annotation is bool:
+        choices = get_args(annotation) or (True, False)
         return value in choices, " or ".join(map(str, choices))
-    return isinstance(value, hint), "" if hint is NoneType else f"a {hint.__name__}"
+    is_none = annotation is NoneType
+    return isinstance(value, annotation), "" if is_none else f"a {annotation.__name__}"
 
 
 def check_fields(owner, spelled: Callable = str):
-    """Refuse a dataclass whose fields are not as annotated; `spelled`: how an error spells a field's name."""
-    for name, hint in get_type_hints(type(owner), include_extras=True).items():
-        fine, expected = matches_annotation(hint, getattr(owner, name))
-        require(fine, f"{spelled(name)} = {getattr(owner, name)!r}, expected {expected}")
+    """Raises Error for a dataclass field that does not fit its annotation; `spelled` turns a field's name into the
+    form that the error shows."""
+    for name, annotation in get_type_hints(type(owner), include_extras=True).items():
+        fits, expected = matches_annotation(annotation, getattr(owner, name))
+        require(fits, f"{spelled(name)} = {getattr(owner, name)!r}, expected {expected}")
 
 
 def read_json(path: Path, missing: dict | list | None = None):
@@ -178,6 +182,18 @@ def has_cuda(ort) -> bool:
     return False
 
 
+def as_ids_array(name: str, ids) -> np.ndarray:
+    """Ids (batch, seq) as an array, from an array or lists of one length."""
+    expected = "token ids (batch, seq): an array or lists of one length"
+    require(not isinstance(ids, str), f"{name}: a text, expected {expected}; stream takes a text")
+    try:
+        return np.asarray(ids)
+    except ValueError:
+        raise Error(
+            f"{name}: rows of different lengths, expected {expected}; pad them and give an attention_mask"
+        ) from None
+
+
 class OnnxLM:
     """An exported model under ONNX Runtime: numpy in, numpy out.
 
@@ -245,7 +261,7 @@ class OnnxLM:
         self.vocab_size = self.config["vocab_size"]
         self.max_length = (self.encoder or self.session).limit
         self.task = task_of(self.config, self.folder)
-        self.block = trained_block(self.folder)
+        self.remembered = remembered(self.folder)
         if not {*names} <= VERIFIED_PROVIDERS:
             self._compare_with_cpu(threads)
 
@@ -388,44 +404,67 @@ class OnnxLM:
         return new
 
     def generate(
-        self, input_ids, attention_mask=None, max_new_tokens: int | None = None, **options
+        self,
+        input_ids,
+        attention_mask=None,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        **options,
     ) -> np.ndarray:
-        """Continue every row of ids (batch, seq): (batch, seq + new), with the pad id after a row's end; behind an
-        encoder (batch, 1 + new), beginning with decoder_start_token_id. The options are those of tinylm's `generate`,
-        fields of `GenerationConfig`, and the same seed draws the same text: the noise is a function of seed, row, step
-        and token. Raises Error for arguments out of range and for logits that are not finite."""
-        config = self.make_generation_config(max_new_tokens=max_new_tokens, **options)
-        search = BeamSearch(config, len(input_ids)) if config.num_beams > 1 else None
-        require(
-            not search or not (config.temperature or config.stop),
-            f"num_beams = {config.num_beams} goes with temperature 0 and no stop strings",
-        )
-        choose = functools.partial(choose_beams, search=search) if search else sample
-        new = list(generate_steps(self, input_ids, attention_mask, config, choose))
+        """Continues every row of ids (batch, seq). Returns (batch, seq + new), with the pad id after a row's end; behind
+        an encoder (batch, 1 + new), beginning with decoder_start_token_id. The options are those of tinylm's
+        `generate`, fields of `GenerationConfig`, and the same seed draws the same text. Raises Error for arguments out
+        of range and for logits that are not finite."""
+        input_ids = as_ids_array("input_ids", input_ids)
+        start = 1 if self.encoder else math.prod(input_ids.shape[1:])
+        options["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, start)
+        config = self.make_generation_config(**options)
+        search = None
+        choose = sample
+        if config.num_beams > 1:
+            search = BeamSearch(config, len(input_ids))
+            choose = functools.partial(choose_beams, search=search)
+        steps = list(generate_steps(self, input_ids, attention_mask, config, choose))
         if search:
             texts = search.best()
             width = max(map(len, texts))
             rows = [text + [config.pad_token_id] * (width - len(text)) for text in texts]
         else:
-            rows = np.stack(new, axis=1)
-        return np.concatenate([start_ids(self, input_ids), rows], axis=1)
+            rows = np.stack([token for token, _ in steps], axis=1)
+        start = np.repeat(start_ids(self, input_ids), config.num_return_sequences, 0)
+        return np.concatenate([start, rows], axis=1)
 
-    def stream(self, text, max_new_tokens: int | None = None, **options) -> Iterator[str]:
-        """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string; with
-        the options of `generate`, but for beams."""
+    def stream(
+        self,
+        text: str | list[int],
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        **options,
+    ) -> Iterator[str]:
+        """The continuation of a text (or of its ids) piece by piece: whole characters only, up to a stop string. Takes
+        the options of `generate`, except for beams."""
+        steps = self.steps(text, max_new_tokens, max_length, **options)
+        return (piece for _, piece in steps if piece)
+
+    def steps(
+        self,
+        text: str | list[int],
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        **options,
+    ) -> Iterator[tuple[int, str]]:
+        """The new ids behind a text one by one, each with the text that it makes known; see `stream`."""
         ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
-        config = self.make_generation_config(max_new_tokens=max_new_tokens, **options)
-        tokens = self.tokens(ids, max_new_tokens, **options | {"stop": ()})
-        return stream_text(self.tokenizer, tokens, config.stop, () if self.encoder else ids)
-
-    def tokens(self, ids: list, max_new_tokens: int | None = None, **options) -> Iterator[int]:
-        """The new ids behind those of one row, one by one, without the one that ends the text."""
-        options |= {"max_new_tokens": max_new_tokens, "num_beams": 1}
-        config = self.make_generation_config(**options)
-        row = np.array([ids or [*config.eos_token_id, 0][:1]])
-        for (token,) in generate_steps(self, row, None, config):
-            if token not in config.eos_token_id:
-                yield int(token)
+        # Something has to come before the first token.
+        ids = ids or [*self.ends(), 0][:1]
+        start = 1 if self.encoder else len(ids)
+        options["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, start)
+        config = self.make_generation_config(**options | {"num_beams": 1})
+        require(
+            config.num_return_sequences == 1, "stream: one text, expected num_return_sequences = 1"
+        )
+        steps = generate_steps(self, np.array([ids]), None, config, with_text=True)
+        return ((int(token[0]), pieces[0]) for token, pieces in steps)
 
     def chat(
         self,
@@ -461,7 +500,7 @@ class OnnxLM:
         return run(self, texts, pairs, batch, **options)
 
     def _checked(self, input_ids, mask=None, name: str = "input_ids") -> tuple:
-        input_ids = np.asarray(input_ids)
+        input_ids = as_ids_array(name, input_ids)
         require(
             input_ids.ndim == 2 and input_ids.size and np.issubdtype(input_ids.dtype, np.integer),
             f"{name}: {input_ids.dtype} of shape {input_ids.shape}, expected ids (batch, seq)",
@@ -598,7 +637,8 @@ class Tokenizer:
     """A tokenizer.json, run by the `tokenizers` library.
 
     files: name -> content; what else a checkpoint has of a tokenizer travels along; hf_config: its config.json.
-    special_tokens: name -> text, e.g. "eos_token" -> "</s>"; size: how many tokens there are.
+    special_tokens: name -> text, e.g. "eos_token" -> "</s>"; size: how many tokens there are; truncation_side: where a
+    long text is cut; model_max_length: tokens that the model reads, as the files say it.
     """
 
     def __init__(self, files: dict[str, bytes], hf_config: dict | None = None):
@@ -607,10 +647,18 @@ class Tokenizer:
         self.files = files
         self.backend = Backend.from_str(files["tokenizer.json"].decode("utf-8"))
         self.special_tokens = special_tokens(files, hf_config, self.backend.padding)
+        truncation = self.backend.truncation
         self.backend.no_truncation()  # what the file says of both is about somebody's batches
         self.backend.no_padding()
         config = parse_json_file(files, "tokenizer_config.json")
         self.backend.encode_special_tokens = bool(config.get("split_special_tokens"))
+        side = config.get("truncation_side") or (truncation or {}).get("direction") or "right"
+        require(
+            side in ("left", "right"),
+            f"tokenizer_config.json: truncation_side = {side!r}, expected left or right",
+        )
+        self.truncation_side = side
+        self.model_max_length = config.get("model_max_length", config.get("max_len"))
         self.size = self.backend.get_vocab_size()
         self.eos_token_id = self.backend.token_to_id(self.special_tokens.get("eos_token", ""))
         self.pad_token_id = self.backend.token_to_id(self.special_tokens.get("pad_token", ""))
@@ -867,63 +915,89 @@ def as_ids(name: str, value) -> tuple:
     """One id, several or None as a tuple."""
     value = value.tolist() if hasattr(value, "tolist") else value
     ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    fine = all(is_number_in(i, -1, 2**31, numbers.Integral) for i in ids)
-    require(fine, f"{name} = {value!r}, expected integers")
+    are_ids = all(is_number_in(i, -1, 2**31, numbers.Integral) for i in ids)
+    require(are_ids, f"{name} = {value!r}, expected integers")
     return tuple(map(int, ids))
 
 
 def stop_strings(stop) -> tuple:
     """One string, several or None as a tuple."""
     stop = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    fine = all(isinstance(text, str) and text for text in stop)
-    require(fine, f"stop = {stop!r}, expected strings that are not empty")
+    are_texts = all(isinstance(text, str) and text for text in stop)
+    require(are_texts, f"stop = {stop!r}, expected strings that are not empty")
     return stop
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How a text is generated, in the words of Hugging Face; what changes logits does so in its order.
+    """Options of `generate`, in Hugging Face's names. `active` names those that are not left at their no-op value.
 
     Raises Error where a value is out of its range.
     """
 
     max_new_tokens: Size = 128
-    temperature: Annotated[float, 0, 1e9] = 0.0  # 0: the likeliest
+    # 0 takes the likeliest token.
+    temperature: Annotated[float, 0, 1e9] = 0.0
     top_k: Count | None = None
     top_p: Share | None = None
     min_p: Share | None = None
     repetition_penalty: Annotated[float, 1e-9, 1e9] = 1.0
-    eos_token_id: int | str | tuple | list = ()  # ids that end a row; none: it never ends
-    pad_token_id: Id | None = None  # stands after a row's end; None: the first that ends it, or 0
-    stop: str | tuple | list = ()  # strings: a row ends once its new text has one
+    # The ids that end a row; without any it never ends.
+    eos_token_id: int | str | tuple | list | None = ()
+    # Fills a row after its end. None: the first id that ends it, or 0.
+    pad_token_id: Id | None = None
+    # A row ends once its new text contains one of these strings.
+    stop: str | tuple | list = ()
     seed: Annotated[int, -(2**63), 2**63 - 1] | None = None
     no_repeat_ngram_size: Count = 0
-    min_length: Count = 0  # tokens before a row may end, the prompt's included
-    bad_words_ids: tuple | list = ()  # sequences of ids that must not come
-    forced_bos_token_id: Count | None = None  # what a decoder says after its start token
-    forced_eos_token_id: Count | None = None  # what it says last
-    num_beams: Annotated[int, 1, 2**16] = 1  # above 1: the likeliest text that such a search finds
-    length_penalty: Annotated[float, -1e3, 1e3] = 1.0  # score: log-probability / length**this
-    # of a row, once it has num_beams finds: at once; unless a better one is likely; or possible
+    # Tokens before a row may end, including the prompt.
+    min_length: Count = 0
+    # Sequences of ids that must not be written.
+    bad_words_ids: tuple | list = ()
+    # The first token after a decoder's start token, and the last one.
+    forced_bos_token_id: Count | None = None
+    forced_eos_token_id: Count | None = None
+    # Above 1: beam search.
+    num_beams: Annotated[int, 1, 2**16] = 1
+    # A finished beam's score is its log-probability / length**length_penalty.
+    length_penalty: Annotated[float, -1e3, 1e3] = 1.0
+    # When to stop a row that has num_beams finished texts: True at once, False unless a better one is likely,
+    # "never" unless one is possible.
     early_stopping: Literal[True, False, "never"] = False
-    renormalize_logits: bool = False  # of beams, after what changes logits
+    # Beam search: normalize scores again after the logits processors.
+    renormalize_logits: bool = False
+    # Texts for each row: so many samples, or the best of its beams.
+    num_return_sequences: Annotated[int, 1, 2**16] = 1
 
     def __post_init__(self):
         check_fields(self)
         ends = as_ids("eos_token_id", self.eos_token_id)
         words = self.bad_words_ids
-        fine = all(isinstance(word, (list, tuple)) and word for word in words)
-        require(fine, f"bad_words_ids = {words!r}, expected lists of ids that are not empty")
+        are_lists = all(isinstance(word, (list, tuple)) and word for word in words)
+        require(are_lists, f"bad_words_ids = {words!r}, expected lists of ids that are not empty")
         words = [as_ids("bad_words_ids", word) for word in words]
         pads = (self.pad_token_id, *ends, 0)
+        count = self.num_return_sequences
         vars(self).update(
             eos_token_id=ends,
             stop=stop_strings(self.stop),
             bad_words_ids=tuple(word for word in words if word not in [(end,) for end in ends]),
             pad_token_id=next(id for id in pads if id is not None and id >= 0),
-            # below, a division would overflow, and the draw is the likeliest anyway
+            # Below this, dividing by it would overflow, and the draw is the likeliest token anyway.
             temperature=self.temperature if self.temperature >= 1e-5 else 0.0,
+            top_k=self.top_k or None,
+            top_p=None if self.top_p == 1 else self.top_p,
+            min_p=self.min_p or None,
         )
+        active = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        vars(self).update(active=frozenset(active))
+        require(
+            count == 1 or self.temperature or count <= self.num_beams,
+            f"num_return_sequences = {count}, expected 1 without sampling, or at most num_beams",
+        )
+        if self.num_beams > 1:
+            plain = not (self.temperature or self.stop)
+            require(plain, f"num_beams = {self.num_beams}, expected 1 with a temperature or stop")
 
 
 # What generation_config.json may say. As transformers does, but for what samples: that only an argument asks for.
@@ -991,30 +1065,59 @@ def generation_defaults(file: dict, seq2seq: bool = False) -> dict:
     options = {name: file[name] for name in ("eos_token_id", "pad_token_id") if name in file}
     if seq2seq and is_number_in(file.get("max_length"), 2, 2**31, numbers.Integral):
         options["max_new_tokens"] = file["max_length"] - 1
-    options |= {name: file[name] for name in FROM_FILE if file.get(name) is not None}
+    names = (*FROM_FILE, *SAMPLING)
+    options |= {name: file[name] for name in names if file.get(name) is not None}
     if "stop_strings" in options:
         options["stop"] = options.pop("stop_strings")
     return options
 
 
+# The options that sampling needs. generation_config.json sets them, but only an argument asks for sampling.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
+
 def make_generation_config(given: dict, defaults: dict, config: dict) -> GenerationConfig:
-    """The arguments `given`, else the `defaults` (fields of GenerationConfig), else the ids of config.json. An
-    `eos_token_id` of None among the arguments: a row never ends."""
+    """The arguments `given`, else the `defaults` of generation_config.json, else the ids of config.json.
+
+    An `eos_token_id` of None among the arguments means that a row never ends. `do_sample` is as in transformers: True
+    samples with the defaults' temperature, top_k and top_p, False does not sample.
+    """
     options = {name: config.get(name) for name in ("eos_token_id", "pad_token_id")} | defaults
+    sampling = {name: options.pop(name) for name in SAMPLING if name in options}
     if given.get("eos_token_id", 0) is None:
         options["eos_token_id"] = None
-    # transformers' name of `stop`
-    given = {"stop": given.get("stop_strings")} | given
-    given.pop("stop_strings", None)
-    options |= {name: value for name, value in given.items() if value is not None}
-    unknown = sorted(options.keys() - {f.name for f in fields(GenerationConfig)})
+    given = {name: value for name, value in given.items() if value is not None}
+    do_sample = given.pop("do_sample", None)
+    require(do_sample in (None, True, False), f"do_sample = {do_sample!r}, expected True or False")
+    if do_sample:
+        options |= {"temperature": 1.0, "top_k": 50} | sampling
+    if "stop_strings" in given:
+        given = {"stop": given.pop("stop_strings")} | given
+    unknown = sorted((options | given).keys() - {f.name for f in fields(GenerationConfig)})
     require(not unknown, f"{', '.join(unknown)}: no such option of a generation")
-    options["eos_token_id"] = as_ids("eos_token_id", options["eos_token_id"])
-    made = GenerationConfig(**options)
+    made = GenerationConfig(
+        **options | given | ({"temperature": 0.0} if do_sample is False else {})
+    )
+    unused = [name for name in (*SAMPLING, "seed") if given.get(name) and not made.temperature]
+    if unused:
+        names = ", ".join(unused)
+        text = f"{names}: no effect, as nothing is sampled without a temperature or do_sample=True"
+        warnings.warn(text, stacklevel=4)
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         token, vocab = getattr(made, name), config["vocab_size"]
         require(token is None or token < vocab, f"{name} = {token}, expected less than {vocab}")
     return made
+
+
+def count_new_tokens(max_new_tokens, max_length, prompt: int) -> int | None:
+    """max_new_tokens, else as many as `max_length` leaves after a prompt of so many tokens."""
+    if max_length is None or max_new_tokens is not None:
+        return max_new_tokens
+    fits = is_number_in(max_length, prompt + 1, 2**31, numbers.Integral)
+    require(
+        fits, f"max_length = {max_length!r}, expected more than the {prompt} tokens of the prompt"
+    )
+    return max_length - prompt
 
 
 def uniform(seed: int, step: int, batch: int, vocab: int) -> np.ndarray:
@@ -1033,101 +1136,121 @@ def uniform(seed: int, step: int, batch: int, vocab: int) -> np.ndarray:
     return ((bits >> 9).astype(np.float32) + np.float32(0.5)) / np.float32(2**23)
 
 
-# Logits processors: logits or log-probabilities (batch, vocab), the state after the ids so far, the config; in place.
+# Logits processors take logits or log-probabilities (batch, vocab) and the state after the ids so far, change the
+# logits in place and return them.
 
 
-def penalize_repetition(logits, state: DecodeState, config: GenerationConfig):
-    if config.repetition_penalty == 1:
-        return
+def penalize_repetition(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
     for row, ids in zip(logits, state.texts):
         seen = np.unique(ids)
         scores = row[seen]
         penalty = np.float32(config.repetition_penalty)
         row[seen] = np.where(scores > 0, scores / penalty, scores * penalty)
+    return logits
 
 
-def forbid_repeated_ngrams(logits, state: DecodeState, config: GenerationConfig):
+def forbid_repeated_ngrams(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
     n = config.no_repeat_ngram_size
-    if not n:
-        return
     for row, ids in zip(logits, state.texts):
         newest = ids[len(ids) - n + 1 :]
         starts = range(len(ids) - n + 1)
         row[[ids[i + n - 1] for i in starts if ids[i : i + n - 1] == newest]] = -np.inf
+    return logits
 
 
-def forbid_bad_words(logits, state: DecodeState, config: GenerationConfig):
+def forbid_bad_words(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
     for *before, last in config.bad_words_ids:
         for row, ids in zip(logits, state.texts):
             same = len(ids) >= len(before) and ids[len(ids) - len(before) :] == before
             if same and 0 <= last < len(row):
                 row[last] = -np.inf
+    return logits
 
 
-def forbid_early_end(logits, state: DecodeState, config: GenerationConfig):
-    if not config.min_length:
-        return
+def forbid_early_end(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
     ends = [i for i in config.eos_token_id if 0 <= i < logits.shape[-1]]
     for row, ids in zip(logits, state.texts):
         if len(ids) < config.min_length:
             row[ends] = -np.inf
-
-
-def force_tokens(logits, state: DecodeState, config: GenerationConfig):
-    for row, ids in zip(logits, state.texts):
-        for token, when in (
-            (config.forced_bos_token_id, len(ids) == 1),
-            (config.forced_eos_token_id, state.count == config.max_new_tokens - 1),
-        ):
-            if token is not None and when:
-                row[:] = -np.inf
-                row[token] = 0
-
-
-def process_logits(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
-    """Logits or log-probabilities (batch, vocab), less what the config forbids after the ids so far; in place."""
-    penalize_repetition(logits, state, config)
-    forbid_repeated_ngrams(logits, state, config)
-    forbid_bad_words(logits, state, config)
-    forbid_early_end(logits, state, config)
-    force_tokens(logits, state, config)
     return logits
 
 
-def keep_top_k(logits, k: int) -> np.ndarray:
-    k = min(k, logits.shape[-1])
+def force_token(row, token: int):
+    row[:] = -np.inf
+    row[token] = 0
+
+
+def force_first(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
+    for row, ids in zip(logits, state.texts):
+        if len(ids) == 1:
+            force_token(row, config.forced_bos_token_id)
+    return logits
+
+
+def force_last(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
+    for row in logits if state.count == config.max_new_tokens - 1 else ():
+        force_token(row, config.forced_eos_token_id)
+    return logits
+
+
+def scale_by_temperature(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
+    return logits / np.float32(config.temperature)
+
+
+def keep_top_k(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
+    k = min(config.top_k, logits.shape[-1])
     least = np.partition(logits, -k, axis=-1)[:, -k]
     return np.where(logits < least[:, None], -np.inf, logits)
 
 
-def keep_top_p(logits, top_p: float) -> np.ndarray:
+def keep_top_p(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
     order = np.argsort(-logits, axis=-1, kind="stable")
     p = softmax(np.take_along_axis(logits, order, -1))
-    outside = p.cumsum(-1) - p >= top_p  # what stands before it is enough already
+    # Drop a token where the likelier ones reach top_p without it.
+    outside = p.cumsum(-1) - p >= config.top_p
     outside[:, 0] = False
     dropped = np.empty_like(outside)
     np.put_along_axis(dropped, order, outside, -1)
     return np.where(dropped, -np.inf, logits)
 
 
-def keep_min_p(logits, min_p: float) -> np.ndarray:
+def keep_min_p(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
     p = softmax(logits)
-    return np.where(p < min_p * p.max(-1, keepdims=True), -np.inf, logits)
+    return np.where(p < config.min_p * p.max(-1, keepdims=True), -np.inf, logits)
+
+
+# Option -> its processor, in transformers' order: those that always apply, and those of sampling.
+PROCESSORS = {
+    "repetition_penalty": penalize_repetition,
+    "no_repeat_ngram_size": forbid_repeated_ngrams,
+    "bad_words_ids": forbid_bad_words,
+    "min_length": forbid_early_end,
+    "forced_bos_token_id": force_first,
+    "forced_eos_token_id": force_last,
+}
+SAMPLERS = {
+    "temperature": scale_by_temperature,
+    "top_k": keep_top_k,
+    "top_p": keep_top_p,
+    "min_p": keep_min_p,
+}
+
+
+def process_logits(logits, state: DecodeState, config: GenerationConfig, processors=PROCESSORS):
+    """Logits or log-probabilities (batch, vocab) after the processors of all active options."""
+    for option, process in processors.items():
+        if option in config.active:
+            logits = process(logits, state, config)
+    return logits
 
 
 def sample(logits, state: DecodeState, config: GenerationConfig) -> np.ndarray:
-    """The next id (batch,) of each row of logits (batch, vocab), drawn by the Gumbel trick; at temperature 0 the
-    likeliest."""
+    """The next id (batch,) of each row of logits (batch, vocab): the likeliest, or at a temperature one drawn by the
+    Gumbel trick."""
     logits = process_logits(logits, state, config)
-    if config.temperature == 0:
+    if "temperature" not in config.active:
         return logits.argmax(-1)
-    logits = logits / np.float32(config.temperature)
-    if config.top_k:
-        logits = keep_top_k(logits, config.top_k)
-    if config.top_p is not None and config.top_p < 1:
-        logits = keep_top_p(logits, config.top_p)
-    if config.min_p:
-        logits = keep_min_p(logits, config.min_p)
+    logits = process_logits(logits, state, config, SAMPLERS)
     noise = uniform(state.seed, state.count, *logits.shape)
     return (logits - np.log(-np.log(noise))).argmax(-1)
 
@@ -1143,62 +1266,67 @@ def log_softmax(x) -> np.ndarray:
 
 
 class BeamSearch:
-    """The likeliest continuation of each row that a search finds, step by step as transformers does it: candidates that
-    end in a step compete, by their score, for as many places as there are beams."""
+    """Beam search as transformers does it: candidates that end in a step compete by their score for as many places as
+    there are beams."""
 
     def __init__(self, config: GenerationConfig, batch: int):
         n = config.num_beams
         self.config = config
-        self.candidates = max(2, 1 + len(config.eos_token_id)) * n  # of a row, looked at in a step
-        self.texts = [[] for _ in range(batch * n)]  # new ids of each beam
-        self.sums = [0.0, *[-1e9] * (n - 1)] * batch  # log-probabilities; at first one beam counts
-        self.found = [[] for _ in range(batch)]  # (score, text) of what has ended, the best first
-        self.open = [True] * batch  # the row may still find a better one
+        # Candidates of a row to look at in each step.
+        self.candidates = max(2, 1 + len(config.eos_token_id)) * n
+        # New ids of each beam, and their log-probabilities. At first only one beam of a row counts.
+        self.texts = [[] for _ in range(batch * n)]
+        self.sums = [0.0, *[-1e9] * (n - 1)] * batch
+        # (score, ids) of each row's finished texts, the best first, and whether it may still find a better one.
+        self.finished = [[] for _ in range(batch)]
+        self.open = [True] * batch
 
     def advance(self, sums: list, places: list, vocab: int) -> list[int]:
-        """Go on with the best of each row's candidates: their sums (batch, candidates), the best first, and places
-        (batch, candidates), beam * vocab + token. Returns which of the old beams (batch * beams,) each new one
-        continues."""
-        going = []
+        """Continue with the best candidates of each row: their sums (batch, candidates), the best first, and places
+        (batch, candidates), beam * vocab + token. Returns which old beam each new one (batch * beams,) continues."""
+        beams = []
         for row, candidates in enumerate(zip(sums, places)):
-            going += self.advance_row(row, *candidates, vocab)
-        beams, self.sums, self.texts = map(list, zip(*going))
-        return beams
+            beams += self.advance_row(row, *candidates, vocab)
+        parents, self.sums, self.texts = map(list, zip(*beams))
+        return parents
 
     def advance_row(self, row: int, sums: list, places: list, vocab: int) -> list:
-        """(beam, sum, text) of the beams that a row goes on with."""
-        config, found, going = self.config, self.found[row], []
+        """(old beam, sum, ids) of the beams that a row continues with."""
+        config, finished, beams = self.config, self.finished[row], []
         length = len(self.texts[0]) + 1
         last = length == config.max_new_tokens
         for rank, (total, place) in enumerate(zip(sums, places)):
             beam, token = row * config.num_beams + place // vocab, place % vocab
-            text = [*self.texts[beam], token]
+            ids = [*self.texts[beam], token]
             ends = token in config.eos_token_id
             if (ends or last) and self.open[row] and rank < config.num_beams:
-                found.append((total / length**config.length_penalty, text))
+                finished.append((total / length**config.length_penalty, ids))
             if not ends:
-                going.append((beam, total, text))
-        while len(going) < config.num_beams:  # nearly every token ends a text: a beam to nowhere
-            going.append((beam, -math.inf, text))
-        found.sort(key=lambda pair: -pair[0])
-        del found[config.num_beams :]
+                beams.append((beam, total, ids))
+        # Where nearly every token ends a text, the remaining beams can never win.
+        while len(beams) < config.num_beams:
+            beams.append((beam, -math.inf, ids))
+        finished.sort(key=lambda pair: -pair[0])
+        del finished[config.num_beams :]
         patient = config.early_stopping == "never" and config.length_penalty > 0
         longest = config.max_new_tokens if patient else length
-        hope = going[0][1] / longest**config.length_penalty
-        if len(found) == config.num_beams:
-            self.open[row] &= config.early_stopping is not True and hope > found[-1][0]
+        best_possible = beams[0][1] / longest**config.length_penalty
+        if len(finished) == config.num_beams:
+            better = best_possible > finished[-1][0]
+            self.open[row] &= config.early_stopping is not True and better
         self.open[row] &= not last
-        return going[: config.num_beams]
+        return beams[: config.num_beams]
 
     def best(self) -> list:
-        """The new ids of each row (batch,), of different lengths."""
-        return [found[0][1] for found in self.found]
+        """The new ids of the num_return_sequences best texts of each row, of different lengths."""
+        count = self.config.num_return_sequences
+        return [ids for finished in self.finished for _, ids in finished[:count]]
 
 
 def choose_beams(
     logits, state: DecodeState, config: GenerationConfig, search: BeamSearch
 ) -> np.ndarray:
-    """The next id of each beam (batch * beams,), in the place of `sample`; the state goes on from the best beams."""
+    """The next id of each beam (batch * beams,), in place of `sample`. The state continues from the best beams."""
     scores = process_logits(log_softmax(logits), state, config)
     if config.renormalize_logits:
         scores = log_softmax(scores)
@@ -1209,15 +1337,15 @@ def choose_beams(
     order = np.argsort(-np.take_along_axis(totals, places, -1), axis=-1, kind="stable")
     places = np.take_along_axis(places, order, -1)
     sums = np.take_along_axis(totals, places, -1)
-    beams = search.advance(sums.tolist(), places.tolist(), logits.shape[-1])
-    state.reorder(beams)
+    parents = search.advance(sums.tolist(), places.tolist(), logits.shape[-1])
+    state.reorder(parents)
     state.done |= not any(search.open)
-    return np.array([text[-1] for text in search.texts])
+    return np.array([ids[-1] for ids in search.texts])
 
 
 class DecodeState:
-    """What changes while a batch is generated: ids of each row, the prompt's included; whether it has ended; the number
-    of tokens written; and where the rows of the next step go on from (beam search)."""
+    """All that changes while a batch is generated: the ids of each row, including the prompt; whether it has ended; the
+    number of tokens written; and which rows the next step continues from (beam search)."""
 
     def __init__(self, prompt, mask, config: GenerationConfig):
         self.texts = [row[real].tolist() for row, real in zip(prompt, mask.astype(bool))]
@@ -1227,24 +1355,24 @@ class DecodeState:
         self.rows = list(range(len(prompt)))
 
     def append(self, token, ends: tuple):
-        """The new ids (batch,) join the text."""
-        for text, id in zip(self.texts, token.tolist()):
-            text.append(id)
+        """Adds the new ids (batch,) to the rows."""
+        for ids, new in zip(self.texts, token.tolist()):
+            ids.append(new)
         self.done |= np.isin(token, ends)
         self.count += 1
 
     def reorder(self, rows: list):
-        """Row i goes on from what row rows[i] held."""
+        """Row i continues from what row rows[i] held."""
         self.texts = [list(self.texts[row]) for row in rows]
         self.rows = rows
 
 
 def start_ids(lm: OnnxLM, input_ids) -> np.ndarray:
-    """What new tokens stand behind: the ids, or behind an encoder the start token (batch, 1)."""
+    """The ids before the new tokens: the prompt's, or behind an encoder the start token (batch, 1)."""
     if lm.encoder is None:
         return np.asarray(input_ids)
-    said = as_ids("decoder_start_token_id", lm.generation_config.get("decoder_start_token_id"))
-    return np.full((len(input_ids), 1), [*said, lm.config["decoder_start_token_id"]][0])
+    ids = as_ids("decoder_start_token_id", lm.generation_config.get("decoder_start_token_id"))
+    return np.full((len(input_ids), 1), [*ids, lm.config["decoder_start_token_id"]][0])
 
 
 NOT_FINITE = (
@@ -1252,9 +1380,20 @@ NOT_FINITE = (
 )
 
 
-def generate_steps(lm: OnnxLM, input_ids, attention_mask, config: GenerationConfig, choose=sample):
-    """Yield, step by step, the new ids (batch,), until all rows have ended. Raises Error where logits are not finite."""
-    (input_ids, mask), source = lm._checked(input_ids, attention_mask), None
+def generate_steps(
+    lm: OnnxLM,
+    input_ids,
+    attention_mask,
+    config: GenerationConfig,
+    choose=sample,
+    with_text=False,
+):
+    """Yields for each step the new ids (batch,), and with stop strings or `with_text` the text that the step adds to
+    each row, until all rows have ended.
+
+    Raises Error where logits are not finite.
+    """
+    (input_ids, mask), source = lm._checked(input_ids, attention_mask), {}
     seq, limit = 1 if lm.encoder else input_ids.shape[1], lm.session.limit
     require(
         seq + config.max_new_tokens <= limit,
@@ -1264,16 +1403,17 @@ def generate_steps(lm: OnnxLM, input_ids, attention_mask, config: GenerationConf
         source = lm.source(input_ids, mask)
         input_ids = start_ids(lm, input_ids)
         mask = np.ones_like(input_ids)
-    if config.num_beams > 1:
-        input_ids, mask = (np.repeat(x, config.num_beams, 0) for x in (input_ids, mask))
-        source = {
-            name: np.repeat(x if isinstance(x, np.ndarray) else x.numpy(), config.num_beams, 0)
-            for name, x in (source or {}).items()
-        }
+    copies = max(config.num_beams, config.num_return_sequences)
+    if copies > 1:
+        input_ids, mask = (np.repeat(x, copies, 0) for x in (input_ids, mask))
+        for name, x in source.items():
+            source[name] = np.repeat(x if isinstance(x, np.ndarray) else x.numpy(), copies, 0)
     state = DecodeState(input_ids, mask, config)
-    starts = [() if lm.encoder else text for text in state.texts]
-    stops = [TextStream(lm.tokenizer, config.stop, start) for start in starts if config.stop]
-    order = mask.argsort(1, kind="stable")  # every row's last token goes to the last column
+    texts = []
+    for ids in state.texts if config.stop or with_text else ():
+        texts.append(TextStream(lm.tokenizer, config, () if lm.encoder else ids))
+    # Move the padding in front of every row, so that the last column is each row's newest token.
+    order = mask.argsort(1, kind="stable")
     input_ids, mask = (np.take_along_axis(x, order, 1) for x in (input_ids, mask))
     written = np.ones((len(mask), config.max_new_tokens), np.int64)
     longest = np.concatenate([mask, written], axis=1)
@@ -1286,10 +1426,11 @@ def generate_steps(lm: OnnxLM, input_ids, attention_mask, config: GenerationConf
         token = np.where(state.done, pad, choose(logits, state, config))
         if config.num_beams > 1:
             past = lm.gather(past, state.rows)
-        yield token
         state.append(token, config.eos_token_id)
-        for row, text in enumerate(stops):
-            text.append(int(token[row]))
+        last = state.count == config.max_new_tokens
+        pieces = [text.append(id, last) for text, id in zip(texts, token.tolist())]
+        yield token, pieces
+        for row, text in enumerate(texts):
             state.done[row] |= text.ended
         if state.done.all():
             return
@@ -1297,31 +1438,51 @@ def generate_steps(lm: OnnxLM, input_ids, attention_mask, config: GenerationConf
 
 
 class TextStream:
-    """The text of ids that come one by one behind those of a prompt: whole characters only, and nothing from a stop
-    string on. Stop strings are looked for in the text with its special tokens written out, which is not shown.
+    """Turns the new ids of a row into text, one by one: whole characters only, and nothing from a stop string on. Stop
+    strings are searched for in the text with its special tokens, which are not shown.
 
-    New text is what a text has more than the same without its newest ids: a decoder may strip the first space of what
-    it is given, so that ids alone do not say their text.
+    New text = decode(all ids) minus decode(all but the newest): a decoder may strip a leading space.
     """
 
-    def __init__(self, tokenizer, stop: tuple = (), prompt=()):
-        self.tokenizer, self.stop, self.ids = tokenizer, stop, list(prompt)
-        self.start, self.known = 0, len(self.ids)  # ids to compare with, and ids whose text is out
-        self.held = []  # (text with special tokens, text to show), which may begin a stop string
-        self.ended = False  # a stop string has come
+    def __init__(self, tokenizer, config: GenerationConfig, prompt=()):
+        self.tokenizer = tokenizer
+        self.ends, self.stop = config.eos_token_id, config.stop
+        self.ids = list(prompt)
+        # Ids from `start` on are decoded; the text of those before `known` is out already.
+        self.start, self.known = 0, len(self.ids)
+        # (text with special tokens, text to show) that may begin a stop string.
+        self.held = []
+        self.ended = False
 
     def new_text(self, special: bool) -> str:
         before = self.tokenizer.decode(self.ids[self.start : self.known], special)
         return self.tokenizer.decode(self.ids[self.start :], special)[len(before) :]
 
-    def append(self, token: int) -> str:
-        """What there is to show once an id has come."""
-        self.ids.append(token)
+    def append(self, token: int, last: bool = False) -> str:
+        """The text to show once an id has come; after the `last` one, all that is left."""
+        if self.ended:
+            return ""
+        text = ""
+        if token in self.ends:
+            last = True
+        else:
+            self.ids.append(token)
+            text = self.known_text()
+        if last and not self.ended:
+            self.ended = True
+            held = "".join(shown for _, shown in self.held)
+            text += held + self.new_text(False)
+        return text
+
+    def known_text(self) -> str:
+        """The new text that is complete and cannot begin a stop string."""
         full = self.new_text(bool(self.stop))
-        if full.endswith("\ufffd"):  # a character whose bytes are not all there
+        # The bytes of the last character are not complete.
+        if full.endswith("\ufffd"):
             return ""
         shown = self.new_text(False) if self.stop else full
-        if shown:  # ids without a text are no beginning to compare with
+        # Ids without text are no context to decode the next ones in.
+        if shown:
             self.start = self.known
         self.known = len(self.ids)
         if not self.stop:
@@ -1330,7 +1491,7 @@ class TextStream:
         text = "".join(full for full, _ in self.held)
         cut = min((text.find(stop) for stop in self.stop if stop in text), default=-1)
         self.ended = cut >= 0
-        if not self.ended:  # keep back what may begin a stop string
+        if not self.ended:
             begins = [
                 n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])
             ]
@@ -1338,7 +1499,7 @@ class TextStream:
         return self.release(cut)
 
     def release(self, cut: int) -> str:
-        """What is shown of the held text before a character; where it has ended, the rest is dropped."""
+        """The held text before a character. Where a stop string has come, the rest is dropped."""
         out = []
         while self.held and (len(self.held[0][0]) <= cut or self.ended):
             full, shown = self.held.pop(0)
@@ -1346,32 +1507,33 @@ class TextStream:
             cut = max(cut - len(full), 0)
         return "".join(out)
 
-    def flush(self) -> str:
-        """The rest, once no more ids come."""
-        return "" if self.ended else "".join(shown for _, shown in self.held) + self.new_text(False)
-
-
-def stream_text(tokenizer, tokens, stop: tuple = (), prompt=()):
-    """The text of a stream of ids behind those of a prompt, piece by piece, as `TextStream` has it."""
-    text = TextStream(tokenizer, stop, prompt)
-    for token in tokens:
-        if piece := text.append(token):
-            yield piece
-        if text.ended:
-            return
-    if rest := text.flush():
-        yield rest
-
 
 # ---------------------------------------------------------------------------------------------------------------------
-# After the logits: what a model's outputs mean, for OnnxLM and, through an adapter, for a model in torch
+# Tasks: from texts to windows of tokens, and from a model's outputs to labels, entities, answers, texts
 # ---------------------------------------------------------------------------------------------------------------------
 #
-# A `model` has forward(ids, mask, types) -> array, generate(ids, mask, **options) -> ids, tokenizer, config (a dict as in
-# config.json), max_length, folder (or None) and task. A task's function takes (model, texts, pairs, **options) and yields
-# a list of dicts for each text, the likeliest first.
+# A `model` (OnnxLM, or an adapter around one in torch) has forward(ids, mask, types) -> array, generate(ids, mask,
+# **options) -> ids, tokenizer, config (a dict as in config.json), max_length, task, folder (or None) and remembered, what
+# tinylm_training.json says (or {}).
 
 LONGEST = 512  # tokens of a text that are read, where nothing says another limit
+SHARED = 128  # tokens that neighbouring windows share, at most
+N_BEST = (
+    20  # likeliest first and last columns of an answer that are paired, as in transformers' run_qa
+)
+MOST_ATTACHED = 2000  # words with punctuation at an end that are remembered of a training
+LONGEST_ANSWER = 30  # tokens of an answer, where training has no longer one
+
+# Letters of scripts that are written without spaces between words: Thai to Tibetan, Myanmar, Khmer, Tai, kana, Han, Yi.
+UNSPACED = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0fbc\u1000-\u109f\u1780-\u17d3\u1950-\u19df\u1a20-\u1aad"
+    "\u3005-\u3007\u3041-\u30ff\u3105-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua4cf"
+    "\ua9e0-\ua9fe\uaa60-\uaadf\uf900-\ufaff\uff66-\uff9f\U00016fe0-\U0001b2ff\U00020000-\U0003ffff"
+)
+ABBREVIATION = re.compile(
+    r"\.\w+\.$|^[^\W\d_]\.$|[-%&/*_]$"
+)  # U.S. and J., and signs that belong to a word
+HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff"
 
 
 class Window(NamedTuple):
@@ -1381,7 +1543,8 @@ class Window(NamedTuple):
     type_ids: list
     sequence_ids: list  # which text it is of, 0 or 1; None of a special one
     offsets: list  # (start, end) in its text
-    cut: bool = False  # is the text longer than what the window has of it?
+    columns: list  # where it stands in the encoding of the whole text
+    cut: bool = False  # is a part of the text in no window?
 
 
 def encode_windows(
@@ -1392,30 +1555,74 @@ def encode_windows(
     stride: int | None = None,
     special: bool = True,
 ) -> list[Window]:
-    """A text, or two, between special tokens (if `special`) in at most `limit` tokens: cut at the end, of two texts
-    first of the longer one; with a stride the second one is divided into windows that share so many tokens."""
+    """A text, or two, between special tokens (if `special`) in at most `limit` tokens: cut on the tokenizer's
+    `truncation_side`, of two texts first the longer one. With a stride nothing is cut: the last text is divided into
+    windows that share so many tokens."""
     encoding = tokenizer.encoding(text, pair, special)
     columns: dict = {None: [], 0: [], 1: []}
     for column, part in enumerate(encoding.sequence_ids):
         columns[part].append(column)
     special, first, second = columns.values()
+    left = getattr(tokenizer, "truncation_side", "right") == "left"
     room = limit - len(special)
+    cut = len(encoding.ids) > limit and stride is None
     if len(encoding.ids) <= limit:
         kept = [range(len(encoding.ids))]
-    elif stride is None:
+    elif cut:
         shorter, longer = sorted((first, second), key=len)
-        shorter = shorter[: max(room, 0) // 2] if len(shorter) > room // 2 else shorter
-        kept = [special + shorter + longer[: max(room - len(shorter), 0)]]
+        shorter = truncate(shorter, room // 2, left)
+        kept = [special + shorter + truncate(longer, room - len(shorter), left)]
     else:
-        room -= len(first)
+        fixed, divided = ([], first) if pair is None else (first, second)
+        room -= len(fixed)
         require(
             room > stride, f"{text[:60]!r}: leaves no room for the text behind it in {limit} tokens"
         )
-        starts = range(0, max(len(second) - stride, 1), room - stride)
-        kept = [special + first + second[start : start + room] for start in starts]
+        starts = range(0, max(len(divided) - stride, 1), room - stride)
+        spans = [(start, min(start + room, len(divided))) for start in starts]
+        if left:  # mirrored: the last window is full, not the first
+            spans = [(len(divided) - end, len(divided) - start) for start, end in reversed(spans)]
+        kept = [special + fixed + divided[start:end] for start, end in spans]
     lists = encoding.ids, encoding.type_ids, encoding.sequence_ids, encoding.offsets
-    windows = [[[values[c] for c in sorted(columns)] for values in lists] for columns in kept]
-    return [Window(*window, cut=len(encoding.ids) > limit) for window in windows]
+    windows = []
+    for columns in map(sorted, kept):
+        values = [[values[column] for column in columns] for values in lists]
+        windows.append(Window(*values, columns, cut))
+    return windows
+
+
+def truncate(columns: list, count: int, left: bool) -> list:
+    """The first columns, or where the text loses its beginning the last."""
+    count = max(count, 0)
+    return columns[max(len(columns) - count, 0) :] if left else columns[:count]
+
+
+def stride_of(tokenizer, limit: int, *texts: str) -> int:
+    """Tokens that windows share, behind one text or none."""
+    return min(SHARED, max(limit - len(tokenizer.encode(*texts)), 0) // 2)
+
+
+def widest_context(windows: list[Window]) -> dict[int, tuple[int, int]]:
+    """Column of a whole text -> (window, column in it), where it has the most context on its shorter side."""
+    best: dict = {}
+    for number, window in enumerate(windows):
+        inside = [c for c, part in enumerate(window.sequence_ids) if part is not None]
+        for i, c in enumerate(inside):
+            context, column = min(i, len(inside) - 1 - i), window.columns[c]
+            if column not in best or context > best[column][0]:
+                best[column] = (context, number, c)
+    return {column: best[column][1:] for column in sorted(best)}
+
+
+def reading_limit(model, most: int = 2**31) -> int:
+    """How many tokens of a text the model reads at once: as many as it was trained on; else as its files say (or
+    LONGEST), but at `most`."""
+    named = (
+        getattr(model.tokenizer, "model_max_length", None),
+        model.config.get("max_position_embeddings"),
+    )
+    known = [n for n in named if is_number_in(n, 1, 2**31 - 1)] or [LONGEST]
+    return min(model.remembered.get("block") or min(*known, most), model.max_length)
 
 
 def pad(windows: list, model) -> tuple:
@@ -1439,21 +1646,69 @@ def batches_by_length(lengths: list[int], batch: int) -> list[list[int]]:
 
 
 def read(model, windows: list, batch: int = 32) -> list:
-    """The model's output for each window, without padding: of a classifier (labels,), else (tokens, ...)."""
+    """The model's output for each window, without padding: of a classifier (labels,), else (tokens, ...). Raises Error
+    where it is not finite."""
     outputs: list = [None] * len(windows)
     for rows in batches_by_length([len(window.ids) for window in windows], batch):
         ids, mask, types = pad([windows[i] for i in rows], model)
         found = model.forward(ids, mask, types)
         for i, output, count in zip(rows, found, mask.sum(1)):
             outputs[i] = output[:count] if found.ndim == 3 else output
+            require(np.isfinite(outputs[i]).all(), NOT_FINITE)
     return outputs
 
 
-def read_texts(model, texts, pairs, limit: int = LONGEST) -> tuple:
-    """Each text (and its pair) as one window, and the model's outputs for them."""
-    limit = min(model.max_length, limit)
-    windows = [encode_windows(model.tokenizer, *both, limit)[0] for both in zip(texts, pairs)]
-    return windows, read(model, windows)
+class Reader:
+    """How a model reads texts for its task, and what its outputs mean. `run` and an evaluation both decide by it.
+
+    limit: tokens that it reads at once (None: see `reading_limit`).
+    """
+
+    most = 2**31  # tokens of a window, where no training says it
+
+    def __init__(self, model, limit: int | None = None):
+        require(
+            limit is None or is_number_in(limit, 1, 2**31, numbers.Integral),
+            f"limit = {limit!r}, expected a positive number",
+        )
+        self.model = model
+        self.limit = min(limit or reading_limit(model, self.most), model.max_length)
+        self.texts = self.cut = 0  # read so far, and those of them that were cut
+
+    def windows(self, text: str, pair: str | None) -> list[Window]:
+        """What the model reads of a text (and its pair)."""
+        return encode_windows(self.model.tokenizer, text, pair, self.limit)
+
+    def outputs(self, windows: list, batch: int) -> list:
+        """What the model says of each window."""
+        return read(self.model, windows, batch)
+
+    def decide(self, text: str, pair: str | None, windows: list, outputs: list) -> list[dict]:
+        """What that means, the likeliest first."""
+        raise NotImplementedError
+
+    def read(self, texts: list, pairs: list, batch: int) -> list[tuple]:
+        """(windows, outputs) of each text and its pair (or None)."""
+        windows = [self.windows(text, pair) for text, pair in zip(texts, pairs)]
+        outputs = iter(self.outputs([one for some in windows for one in some], batch))
+        self.texts += len(texts)
+        self.cut += sum(any(window.cut for window in some) for some in windows)
+        return [(some, [*itertools.islice(outputs, len(some))]) for some in windows]
+
+    def run(self, texts: list, pairs: list, batch: int) -> list[list[dict]]:
+        """A list of dicts for each text and its pair (or None)."""
+        found = self.read(texts, pairs, batch)
+        return [self.decide(*both, *reading) for *both, reading in zip(texts, pairs, found)]
+
+    def notices(self) -> list[str]:
+        """What the results do not say by themselves, a line each."""
+        return [cut_notice(self.cut, self.texts, self.limit, self.model.tokenizer)] * bool(self.cut)
+
+
+def cut_notice(cut: int, texts: int, limit: int, tokenizer) -> str:
+    left = getattr(tokenizer, "truncation_side", "right") == "left"
+    part = "beginning" if left else "end"
+    return f"{cut:,} of {texts:,} texts are longer than {limit:,} tokens: their {part} is not read"
 
 
 def label_names(config: dict, count: int) -> list:
@@ -1472,36 +1727,165 @@ def label_scores(logits, config: dict) -> np.ndarray:
     return softmax(logits)
 
 
-def classify(model, texts, pairs, limit: int = LONGEST):
+class Classifier(Reader):
     """All labels with their scores."""
-    for logits in read_texts(model, texts, pairs, limit)[1]:
-        scores, names = label_scores(logits, model.config), label_names(model.config, len(logits))
-        order = np.argsort(-scores, kind="stable")
-        yield [{"label": names[i], "score": float(scores[i])} for i in order]
+
+    def decide(self, text, pair, windows, outputs):
+        (logits,) = outputs
+        config = self.model.config
+        scores, names = label_scores(logits, config), label_names(config, len(logits))
+        # by the logits: a score of float32 may be 1 for several
+        order = np.argsort(-logits, kind="stable")
+        return [{"label": names[i], "score": float(scores[i])} for i in order]
 
 
-def tag(model, texts, pairs, limit: int = LONGEST):
-    """Entities: neighbouring tokens of one kind, with the mean of their scores."""
-    for text, window, logits in zip(texts, *read_texts(model, texts, pairs, limit)):
-        columns = [c for c, part in enumerate(window.sequence_ids) if part is not None]
-        names, scores = label_names(model.config, logits.shape[-1]), softmax(logits)[columns]
+class Tagger(Reader):
+    """Entities: neighbouring words of one kind, with the mean of their scores. The first token of a word has its tag,
+    as in training."""
+
+    def windows(self, text, pair):
+        words = [text[start:end] for start, end in self.words(text)]
+        return word_windows(self.model.tokenizer, words, self.limit)[0]
+
+    def words(self, text: str) -> list[tuple[int, int]]:
+        return split_words(text, self.model.remembered)
+
+    def word_logits(self, text: str, windows: list, outputs: list) -> dict[int, np.ndarray]:
+        """Where a word starts -> the logits of its tag; without words that the tokenizer makes nothing of."""
+        spans = self.words(text)
+        places = first_tokens([text[start:end] for start, end in spans], windows)
+        return {spans[word][0]: outputs[at][column] for word, (at, column) in places.items()}
+
+    def decide(self, text, pair, windows, outputs):
+        spans, logits = self.words(text), self.word_logits(text, windows, outputs)
+        names = label_names(self.model.config, outputs[0].shape[-1])
+        tags, scores = ["O"] * len(spans), [0.0] * len(spans)
+        for word, (start, _) in enumerate(spans):
+            if start in logits:
+                likely = softmax(logits[start])
+                tags[word], scores[word] = names[likely.argmax()], float(likely.max())
         entities = []
-        for kind, first, end in tag_spans([names[i] for i in scores.argmax(-1)]):
-            start, stop = window.offsets[columns[first]][0], window.offsets[columns[end - 1]][1]
-            entities.append(
-                {
-                    "entity_group": kind,
-                    "word": text[start:stop].strip(),
-                    "score": float(scores[first:end].max(-1).mean()),
-                    "start": start,
-                    "end": stop,
-                }
-            )
-        yield entities
+        for kind, first, last in tag_spans(tags, names):
+            start, end = spans[first][0], spans[last - 1][1]
+            score = sum(scores[first:last]) / (last - first)
+            entity = {"entity_group": kind, "word": text[start:end], "score": score}
+            entities.append(entity | {"start": start, "end": end})
+        return entities
 
 
-def tag_spans(tags: list) -> list:
-    """(kind, first, behind the last) of each run of tags of one kind but O; B- begins another."""
+def word_windows(tokenizer, words: list[str], limit: int) -> tuple[list[Window], dict]:
+    """Windows of the words with spaces between them, and where each word's first token stands: see `first_tokens`."""
+    stride = stride_of(tokenizer, limit, "")
+    windows = encode_windows(tokenizer, " ".join(words), None, limit, stride)
+    return windows, first_tokens(words, windows)
+
+
+def first_tokens(words: list[str], windows: list[Window]) -> dict[int, tuple[int, int]]:
+    """Word -> (window, column) of its first token, where that has most context. A word that the tokenizer makes nothing
+    of is left out."""
+    word_at = [i for i, word in enumerate(words) for _ in word + " "]
+    first: dict = {}
+    for number, column in widest_context(windows).values():
+        start, end = windows[number].offsets[column]
+        if end > start:  # a token may begin with the space before it
+            first.setdefault(word_at[end - 1], (number, column))
+    return first
+
+
+def split_words(text: str, training: dict) -> list[tuple[int, int]]:
+    """(start, end) of each word of a text, divided as the words of the training were (`words_of_training`): at spaces;
+    before and behind punctuation, where that stood alone; into letters, where a script has no spaces."""
+    known = training.get("words") or {}
+    attached, longest = known.get("attached", []), known.get("longest_unspaced", 1)
+    chunks = [match.span() for match in re.finditer(r"\S+", text)]
+    divided = any(text[start:end] in (",", ".") for start, end in chunks)
+    whole = divided or attached is True
+    attached = set() if whole else {*attached}
+    clitics = sorted((word for word in attached if word[0] in "'\u2019"), key=len, reverse=True)
+    words: list = []
+    for start, end in chunks:
+        parts = [(start, end)]
+        if not whole:
+            parts = split_punctuation(text, start, end, attached, clitics)
+        for first, last in parts:
+            if len(re.findall(f"[{UNSPACED}]", text[first:last])) > longest:
+                words += split_letters(text, first, last)
+            else:
+                words.append((first, last))
+    return words
+
+
+def split_letters(text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """A part of a text without spaces in letters, each with the marks on it; words of other scripts stay whole."""
+    pieces: list = []
+    inside = False  # of a word of another script
+    for i, char in enumerate(text[start:end], start):
+        mark, unspaced = unicodedata.category(char)[0] == "M", re.match(f"[{UNSPACED}]", char)
+        other = not unspaced and char.isalnum()
+        if pieces and (mark or other and inside):
+            pieces[-1] = pieces[-1][0], i + 1
+        else:
+            pieces.append((i, i + 1))
+        inside = other or mark and inside
+    return pieces
+
+
+def split_punctuation(
+    text: str, start: int, end: int, attached: set, clitics: list
+) -> list[tuple[int, int]]:
+    """What stands before a word, the word, and what stands behind it. Abbreviations like U.S. and J., and what training
+    has as a word, stay whole."""
+    before, behind = [], []
+    while end - start > 1 and text[start:end] not in attached:
+        clitic = next((x for x in clitics if text[start + 1 : end].endswith(x)), "")
+        if is_mark(text[start]) and text[start] not in "@#&%-":
+            before.append((start, start + 1))
+            start += 1
+        elif clitic:
+            behind.append((end - len(clitic), end))
+            end -= len(clitic)
+        elif is_mark(text[end - 1]) and not ABBREVIATION.search(text[start:end]):
+            behind.append((end - 1, end))
+            end -= 1
+        else:
+            break
+    return [*before, (start, end), *reversed(behind)]
+
+
+def is_mark(char: str) -> bool:
+    return unicodedata.category(char)[0] == "P"
+
+
+def words_of_training(rows: list[list[str]]) -> dict:
+    """What `split_words` has to know of the words of a training. "attached": those that begin or end with punctuation,
+    the most frequent first, or True where commas and full stops do not stand alone; "longest_unspaced": how many letters
+    of a script without spaces a word has at most."""
+    counts = Counter(word for words in rows for word in words)
+    attached = {
+        word for word in counts if len(word) > 1 and (is_mark(word[0]) or is_mark(word[-1]))
+    }
+    apart = sum(counts[mark] for mark in ",.!?")
+    joined = sum(counts[word] for word in attached if word[-1] == ",")
+    joined += sum(words[-1] in attached and words[-1][-1] in ".!?" for words in rows if words)
+    letters = max((len(re.findall(f"[{UNSPACED}]", word)) for word in counts), default=0)
+    frequent = sorted(attached, key=lambda word: (-counts[word], word))[:MOST_ATTACHED]
+    return {"attached": True if joined > apart else frequent, "longest_unspaced": max(letters, 1)}
+
+
+def marks_ends(names) -> bool:
+    """Do the tags of a model mark the end of an entity, or single words, too: IOBES, BILOU, BMES?"""
+    marked = {(name[0], name[2:]) for name in names if re.fullmatch(r"[BIMELSUW]-.+", name)}
+    closed = {kind for mark, kind in marked if mark in "ELSUW"}
+    single = all(name == "O" or name[:2] in ("S-", "U-") for name in names)
+    return bool(closed) and (single or any(("B", kind) in marked for kind in closed))
+
+
+def tag_spans(tags: list, names=None) -> list:
+    """(kind, first, behind the last) of each entity among the tags of a text's words. `names`: all tags of the model,
+    which tell IOBES, BILOU and BMES, where an entity is B I E (or B I L, B M E) or single (S, U, W) and nothing else, as
+    seqeval reads them strictly; other tags are runs of one kind but O, where B- begins another."""
+    if marks_ends(tags if names is None else names):
+        return closed_spans(tags)
     kinds = [tag[2:] if tag[:2] in ("B-", "I-") else tag for tag in tags]
     starts = [
         i for i in range(len(tags)) if i == 0 or kinds[i] != kinds[i - 1] or tags[i][:2] == "B-"
@@ -1510,46 +1894,124 @@ def tag_spans(tags: list) -> list:
     return [(kinds[start], start, end) for start, end in zip(starts, ends) if kinds[start] != "O"]
 
 
-def answer(model, texts, pairs, limit: int = 384):
-    """The likeliest span in any window of the context."""
-    for question, context in zip(texts, pairs):
-        require(context, f"{question[:60]!r}: expected a context, its pair")
-        windows = question_windows(model.tokenizer, question, context, min(model.max_length, limit))
-        yield [best_span(context, windows, read(model, windows))]
+def closed_spans(tags: list) -> list:
+    spans = []
+    begun: tuple = ("", 0)  # kind and first word of what is not yet closed
+    for i, tag in enumerate(tags):
+        mark, kind = tag[:1] if tag[1:2] == "-" else "O", tag[2:]
+        if mark in "SUW":
+            spans.append((kind, i, i + 1))
+        elif mark == "B":
+            begun = (kind, i)
+            continue
+        elif kind == begun[0] and mark in "IM":
+            continue
+        elif kind == begun[0] and mark in "EL":
+            spans.append((kind, begun[1], i + 1))
+        begun = ("", 0)
+    return spans
+
+
+class Answerer(Reader):
+    """The likeliest span in any window of the context, or none.
+
+    max_answer_length: tokens of an answer at most (None: as training has them).
+    """
+
+    most = 384
+
+    def __init__(self, model, limit=None, max_answer_length: int | None = None):
+        super().__init__(model, limit)
+        known = model.remembered.get("max_answer_length")
+        known = known if is_number_in(known, 1, 2**31, int) else LONGEST_ANSWER
+        self.max_answer_length = known if max_answer_length is None else max_answer_length
+        require(
+            is_number_in(self.max_answer_length, 1, 2**31, numbers.Integral),
+            f"max_answer_length = {max_answer_length!r}, expected a positive number",
+        )
+        self.may_be_none = model.remembered.get("handle_impossible_answer", True)
+
+    def windows(self, text, pair):
+        require(pair, f"{text[:60]!r}: expected a context, its pair")
+        return question_windows(self.model.tokenizer, text, pair, self.limit)
+
+    def decide(self, text, pair, windows, outputs):
+        return [best_answer(pair, windows, outputs, self.max_answer_length, self.may_be_none)]
 
 
 def question_windows(tokenizer, question: str, context: str, limit: int) -> list[Window]:
-    """A question before each part of its context; the parts share up to 128 tokens."""
-    room = limit - len(tokenizer.encode(question, ""))
+    """A question before each part of its context."""
+    stride = stride_of(tokenizer, limit, question, "")
     require(
-        room > 1, f"question {question[:60]!r}: leaves no room for the context in {limit} tokens"
+        stride > 0, f"question {question[:60]!r}: leaves no room for the context in {limit} tokens"
     )
-    return encode_windows(tokenizer, question, context, limit, min(128, room // 2))
+    return encode_windows(tokenizer, question, context, limit, stride)
 
 
-def best_span(context: str, windows: list, outputs: list, longest: int = 30) -> dict:
-    """The likeliest span of whole words, of at most `longest` tokens. Its score is the probability of its first column
-    times that of its last, among the context's columns and the first one, which stands for none."""
-    best = {"answer": "", "score": -1.0, "start": 0, "end": 0}
+def best_answer(
+    context: str, windows: list, outputs: list, longest: int, may_be_none: bool = True
+) -> dict:
+    """The span of at most `longest` tokens whose first and last columns have the largest sum of logits; in all windows
+    the N_BEST likeliest of both are paired. It is "" if it `may_be_none` and the first column, which stands for no
+    answer, has a larger sum in every window. So decides transformers' run_qa, and after it SQuAD 2's script.
+
+    The score is the probability of the first column times that of the last, among the columns of the window's context
+    and the one for none. A span is widened to whole words where the script has spaces.
+    """
+    best, none = None, None  # (sum of logits, window, first, last), (sum, window, 0, 0)
     for window, logits in zip(windows, outputs):
+        begins, ends = logits.T.astype(np.float32)
         inside = np.array([part == 1 for part in window.sequence_ids])
-        shown = inside.copy()
-        shown[0] = True
-        begins, ends = softmax(np.where(shown, logits.T, -np.inf)) * inside
-        scores = np.tril(np.triu(np.outer(begins, ends)), longest - 1)
-        first, last = np.unravel_index(scores.argmax(), scores.shape)
-        if scores[first, last] <= best["score"]:
-            continue
-        start, end = (
-            (window.offsets[first][0], window.offsets[last][1]) if inside[first] else (0, 0)
-        )
-        while 0 < start < end and context[start - 1 : start + 1].isalnum():
-            start -= 1
-        while start < end < len(context) and context[end - 1 : end + 1].isalnum():
-            end += 1
-        text, score = context[start:end].strip(), float(scores[first, last])
-        best = {"answer": text, "score": score, "start": start, "end": end}
-    return best
+        found = likeliest_span(begins, ends, inside, longest)
+        if found and (best is None or found[0] > best[0]):
+            best = found[0], window, (begins, ends, inside), *found[1:]
+        total = begins[0] + ends[0]
+        if none is None or total < none[0]:
+            none = total, window, (begins, ends, inside), 0, 0
+    chosen = none if best is None or may_be_none and none[0] > best[0] else best
+    _, window, (begins, ends, inside), first, last = chosen
+    shown = inside.copy()
+    shown[0] = True  # the column for none
+    begins, ends = (softmax(np.where(shown, x, -np.inf)) for x in (begins, ends))
+    start = end = 0
+    if chosen is best:
+        start, end = whole_words(context, window.offsets[first][0], window.offsets[last][1])
+    score = float(begins[first] * ends[last])
+    return {"answer": context[start:end], "score": score, "start": start, "end": end}
+
+
+def likeliest_span(begins, ends, inside, longest: int) -> tuple | None:
+    """(sum, first, last) of the likeliest span inside of the context."""
+    everything = np.arange(len(begins))
+    ranked = np.argsort(begins)[::-1][:N_BEST], np.argsort(ends)[::-1][:N_BEST]
+    for first, last in (ranked, (everything, everything)):
+        first, last = first[:, None], last[None]
+        fits = inside[first] & inside[last] & (last >= first) & (last - first < longest)
+        sums = np.where(fits, begins[first] + ends[last], -np.inf)
+        row, column = np.unravel_index(sums.argmax(), sums.shape)
+        if fits[row, column]:
+            return sums[row, column], int(first[row, 0]), int(last[0, column])
+    return None
+
+
+def whole_words(context: str, start: int, end: int) -> tuple[int, int]:
+    """A span without the spaces at its ends, and with the rest of the words that it begins or ends in."""
+    while start < end and context[start].isspace():
+        start += 1
+    while start < end and context[end - 1].isspace():
+        end -= 1
+    while 0 < start < end and in_a_word(context[start - 1 : start + 1]):
+        start -= 1
+    while start < end < len(context) and in_a_word(context[end - 1 : end + 1]):
+        end += 1
+    return start, end
+
+
+def in_a_word(chars: str) -> bool:
+    """Are two neighbouring characters of one word? Nobody knows in a script without spaces, nor in Hangul, where
+    particles stand behind the word that is the answer."""
+    letters = all(unicodedata.category(char)[0] in "LMN" for char in chars)
+    return letters and not re.search(f"[{UNSPACED}{HANGUL}]", chars)
 
 
 def mask_token(tokenizer) -> tuple[str, int]:
@@ -1563,25 +2025,40 @@ def mask_token(tokenizer) -> tuple[str, int]:
     raise Error("tokenizer_config.json: no mask_token")
 
 
-def fill_mask(model, texts, pairs, top_k: int = 5, limit: int = LONGEST):
-    """The likeliest tokens in the place of each <mask> (or what the tokenizer calls it)."""
-    name, mask = mask_token(model.tokenizer)
-    texts = [text.replace("<mask>", name) for text in texts]
-    for text, window, logits in zip(texts, *read_texts(model, texts, pairs, limit)):
-        require(mask in window.ids, f"{text[:60]!r}: expected {name} or <mask> in it")
+class MaskFiller(Reader):
+    """The likeliest tokens in the place of each <mask> (or what the tokenizer calls it).
+
+    top_k: so many of them.
+    """
+
+    def __init__(self, model, limit=None, top_k: int = 5):
+        super().__init__(model, limit)
+        self.top_k = top_k
+        self.name, self.mask = mask_token(model.tokenizer)
+
+    def windows(self, text, pair):
+        text, tokenizer = text.replace("<mask>", self.name), self.model.tokenizer
+        stride = stride_of(tokenizer, self.limit, "")
+        return encode_windows(tokenizer, text, None, self.limit, stride)
+
+    def decide(self, text, pair, windows, outputs):
         found = []
-        for column in np.flatnonzero(np.array(window.ids) == mask):
-            scores = softmax(logits[column])
-            for token in np.argsort(-scores, kind="stable")[:top_k].tolist():
-                ids = [*window.ids[:column], token, *window.ids[column + 1 :]]
+        for number, column in widest_context(windows).values():
+            ids = windows[number].ids
+            if ids[column] != self.mask:
+                continue
+            scores = softmax(outputs[number][column])
+            for token in np.argsort(-scores, kind="stable")[: self.top_k].tolist():
+                filled = [*ids[:column], token, *ids[column + 1 :]]
                 found.append(
                     {
-                        "token_str": model.tokenizer.decode([token]),
+                        "token_str": self.model.tokenizer.decode([token]),
                         "score": float(scores[token]),
-                        "sequence": model.tokenizer.decode(ids),
+                        "sequence": self.model.tokenizer.decode(filled),
                     }
                 )
-        yield found
+        require(found, f"{text[:60]!r}: expected {self.name} or <mask> in it")
+        return found
 
 
 POOLINGS = {  # of sentence-transformers, in its order: states (tokens, hidden) and weights (tokens, 1) -> a vector
@@ -1603,7 +2080,7 @@ DENSE_ACTIVATIONS = {  # of its Dense: the class of torch -> what it computes
 SENTENCE_CONFIGS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 
 
-class Embedder:
+class SentenceModules:
     """From a text to its vector, as the files of sentence-transformers in the model's folder say it, which are read
     once; without them, the mean of the hidden states.
 
@@ -1659,9 +2136,7 @@ class Embedder:
         require(not unknown, f"{file}: {', '.join(sorted(unknown))} is not supported")
         limit = config.get("max_seq_length") or processor.get("model_max_length")
         if not limit:
-            said = parse_json_file(model.tokenizer.files, "tokenizer_config.json")
-            known = said.get("model_max_length"), model.config.get("max_position_embeddings")
-            limit = min((n for n in known if n and 0 < n < 2**31), default=LONGEST)
+            limit = reading_limit(model)
         self.limit = min(int(limit), model.max_length)
         if config.get("do_lower_case") and hasattr(self.tokenizer, "backend"):
             self.tokenizer = lower_case(self.tokenizer)
@@ -1824,34 +2299,89 @@ def lower_case(tokenizer):
     return tokenizer
 
 
-def embed(model, texts, pairs, prompt: str | None = None, prompt_name: str | None = None):
+class Embedder(Reader):
     """A vector for each text behind a prompt, or the one of that name; as sentence-transformers computes it."""
-    if getattr(model, "embedder", None) is None:
-        model.embedder = Embedder(model)
-    embedder: Embedder = model.embedder
-    prompt = embedder.prompt(prompt, prompt_name)
-    windows = [
-        encode_windows(embedder.tokenizer, prompt + text, None, embedder.limit)[0] for text in texts
-    ]
-    skip = embedder.prompt_tokens(prompt)
-    for states in read(model, windows):
-        yield [{"embedding": embedder.pool(states, skip).tolist()}]
+
+    def __init__(self, model, prompt: str | None = None, prompt_name: str | None = None):
+        if getattr(model, "sentence_modules", None) is None:
+            model.sentence_modules = SentenceModules(model)
+        self.modules: SentenceModules = model.sentence_modules
+        super().__init__(model, self.modules.limit)
+        self.prompt = self.modules.prompt(prompt, prompt_name)
+        self.skip = self.modules.prompt_tokens(self.prompt)
+
+    def windows(self, text, pair):
+        return encode_windows(self.modules.tokenizer, self.prompt + text, None, self.limit)
+
+    def decide(self, text, pair, windows, outputs):
+        (states,) = outputs
+        return [{"embedding": self.modules.pool(states, self.skip).tolist()}]
 
 
-def write(model, texts, pairs, **options):
+class Writer(Reader):
     """What follows a text, or what is written of a source; through a chat template, where there is one, what answers
-    it. Greedy unless the options of `generate` say otherwise."""
-    tokenizer, chat = model.tokenizer, model.task == "lm" and has_chat_template(model.tokenizer)
-    if chat:
-        chats = [[{"role": "user", "content": text}] for text in texts]
-        texts = [tokenizer.apply_chat_template(x, add_generation_prompt=True) for x in chats]
+    it. Greedy unless the options, those of `generate`, say otherwise."""
+
+    def __init__(self, model, limit=None, **options):
+        self.model, self.options = model, options
+        self.texts = self.cut = 0
+        self.unfinished: list = []  # lengths of texts that came to no end
+        tokenizer = model.tokenizer
+        self.behind_source = model.task == "seq2seq"
+        self.chat = not self.behind_source and has_chat_template(tokenizer)
+        self.limit = 2**31
+        if self.behind_source:
+            self.limit = min(limit or model.remembered.get("block") or 2**31, model.max_length)
         ends = as_ids("eos_token_id", model.config.get("eos_token_id"))
-        ends = (*ends, *as_ids("eos_token_id", tokenizer.eos_token_id))
-        options = {"eos_token_id": ends} | options
-    limit = model.max_length if model.task == "seq2seq" else 2**31
-    windows = [encode_windows(tokenizer, x, None, limit, special=not chat)[0] for x in texts]
-    for text in write_windows(model, windows, len(windows), **options):
-        yield [{"generated_text": text}]
+        if self.chat:
+            ends = (*ends, *as_ids("eos_token_id", tokenizer.eos_token_id))
+            self.options = {"eos_token_id": ends} | options
+        ends = self.options.get("eos_token_id", ends)
+        stop = stop_strings(options.get("stop") or model.config.get("stop_strings"))
+        self.ending = GenerationConfig(
+            eos_token_id=[*np.ravel(() if ends is None else ends)], stop=stop
+        )
+
+    def windows(self, text, pair):
+        tokenizer = self.model.tokenizer
+        if self.chat:
+            turns = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+        return encode_windows(tokenizer, text, None, self.limit, special=not self.chat)
+
+    def outputs(self, windows, batch):
+        texts: list = [None] * len(windows)
+        for rows in batches_by_length([len(window.ids) for window in windows], batch):
+            ids, mask, _ = pad([windows[i] for i in rows], self.model)
+            start = 1 if self.behind_source else ids.shape[1]
+            written = self.model.generate(ids, mask, **self.options)[:, start:].tolist()
+            for i, new in zip(rows, written):
+                texts[i] = self.text(windows[i].ids, new)
+        return texts
+
+    def text(self, ids: list, new: list) -> str:
+        """The text of new ids behind those of a prompt, or of a source."""
+        tokenizer, ending = self.model.tokenizer, self.ending
+        stream = TextStream(tokenizer, ending, [] if self.behind_source else ids)
+        pieces = [stream.append(id, n == len(new)) for n, id in enumerate(new, 1)]
+        ended = any(id in ending.eos_token_id for id in new)
+        ended |= bool(ending.stop) and any(x in tokenizer.decode(new, True) for x in ending.stop)
+        if not ended and (self.behind_source or self.chat):
+            self.unfinished.append(len(new))
+        return "".join(pieces)
+
+    def decide(self, text, pair, windows, outputs):
+        return [{"generated_text": written} for written in outputs]
+
+    def notices(self):
+        found = super().notices()
+        if self.unfinished:
+            count, longest = len(self.unfinished), max(self.unfinished)
+            found.append(
+                f"{count:,} of {self.texts:,} texts came to no end within {longest:,} tokens: more may follow "
+                "(max_new_tokens)"
+            )
+        return found
 
 
 def has_chat_template(tokenizer) -> bool:
@@ -1859,33 +2389,16 @@ def has_chat_template(tokenizer) -> bool:
     return bool(config.get("chat_template")) or "chat_template.jinja" in tokenizer.files
 
 
-def write_windows(model, windows: list, batch: int, **options) -> list[str]:
-    """The text that the model writes after each window, or of it."""
-    texts: list = [None] * len(windows)
-    ends = options.get("eos_token_id", model.config.get("eos_token_id"))
-    ends = set(() if ends is None else np.ravel(ends).tolist())
-    stop = stop_strings(options.get("stop") or model.config.get("stop_strings"))
-    for rows in batches_by_length([len(window.ids) for window in windows], batch):
-        ids, mask, _ = pad([windows[i] for i in rows], model)
-        start = 1 if model.task == "seq2seq" else ids.shape[1]
-        for i, new in zip(rows, model.generate(ids, mask, **options)[:, start:].tolist()):
-            new = [*itertools.takewhile(lambda token: token not in ends, new)]
-            prompt = [] if model.task == "seq2seq" else windows[i].ids
-            texts[i] = "".join(stream_text(model.tokenizer, new, stop, prompt))
-    return texts
-
-
 TASKS = {
-    "lm": write,
-    "seq2seq": write,
-    "classify": classify,
-    "tokens": tag,
-    "qa": answer,
-    "mlm": fill_mask,
-    "embed": embed,
+    "lm": Writer,
+    "seq2seq": Writer,
+    "classify": Classifier,
+    "tokens": Tagger,
+    "qa": Answerer,
+    "mlm": MaskFiller,
+    "embed": Embedder,
 }
 PAIRS = ("classify", "qa")  # tasks that read two texts
-CUT = ("classify", "tokens", "qa", "mlm")  # tasks that read no more of a text than was trained on
 TRAINING = "tinylm_training.json"  # what a training leaves beside a model: its task, columns, block
 ARCHITECTURES = {  # end of a class's name in transformers -> task
     "ForSequenceClassification": "classify",
@@ -1913,13 +2426,10 @@ def task_of(config: dict, folder: Path | None = None) -> str:
 
 def remembered(folder: str | Path | None) -> dict:
     """What a training has left beside a model; {} beside another."""
-    return read_json(Path(folder) / TRAINING, {}) if folder else {}
-
-
-def trained_block(folder: str | Path | None) -> int | None:
-    """How many tokens of a text the model was trained on, where that is known."""
-    block = remembered(folder).get("block")
-    return block if is_number_in(block, 1, 2**31, int) else None
+    found = read_json(Path(folder) / TRAINING, {}) if folder else {}
+    if not is_number_in(found.get("block"), 1, 2**31, int):
+        found.pop("block", None)
+    return found
 
 
 def run(
@@ -1927,7 +2437,18 @@ def run(
 ) -> list[list[dict]]:
     """A list of dicts for each text (and its pair: of a question the context), the likeliest first: {"label", "score"},
     {"entity_group", "word", "score", "start", "end"}, {"answer", "score", "start", "end"}, {"token_str", "score",
-    "sequence"}, {"embedding"} or {"generated_text"}. Runs in batches of texts of like length."""
+    "sequence"}, {"embedding"} or {"generated_text"}. Runs in batches of texts of like length. Options: those of the
+    task's reader (`TASKS`). Warns of texts that are cut, and of those that came to no end."""
+    reader = TASKS[model.task](model, **options)
+    results = read_all(reader, texts, pairs, batch)
+    for notice in reader.notices():
+        warnings.warn(notice, stacklevel=3)
+    return results
+
+
+def read_all(reader: Reader, texts: list[str], pairs: list | None, batch: int) -> list[list[dict]]:
+    """What a reader makes of each text and its pair, in batches of like length."""
+    require(not isinstance(texts, str), f"texts = {str(texts)[:60]!r}: expected a list of texts")
     texts = list(texts)
     pairs = [None] * len(texts) if pairs is None else list(pairs)
     require(
@@ -1937,14 +2458,13 @@ def run(
         is_number_in(batch, 1, 2**31, numbers.Integral),
         f"batch = {batch!r}, expected a positive number",
     )
-    if model.task in CUT and model.block:
-        options.setdefault("limit", model.block)
+    for text in (*texts, *(pair for pair in pairs if pair is not None)):
+        require(isinstance(text, str), f"texts: {str(text)[:60]!r}, expected a text")
+    pairs = [pair if pair and pair.strip() else None for pair in pairs]
     results: dict = {}
     lengths = [len(text) + len(pair or "") for text, pair in zip(texts, pairs)]
     for rows in batches_by_length(lengths, batch):
-        found = TASKS[model.task](
-            model, [texts[i] for i in rows], [pairs[i] for i in rows], **options
-        )
+        found = reader.run([texts[i] for i in rows], [pairs[i] for i in rows], batch)
         results.update(zip(rows, found))
     return [results[i] for i in range(len(texts))]
 
@@ -1968,6 +2488,11 @@ def add_run_options(parser: argparse.ArgumentParser):
     parser.add_argument("--batch", type=int, default=32, help="texts at a time (default: 32)")
     parser.add_argument("--json", action="store_true", help="an object per line")
     parser.add_argument("--max-new-tokens", type=int, help="of a model that writes")
+    parser.add_argument(
+        "--max-answer-length",
+        type=int,
+        help="of a model that answers questions: tokens of an answer (default: as in its training)",
+    )
     parser.add_argument("--prompt-name", help="of a model that embeds: which of its prompts")
 
 
@@ -1975,7 +2500,8 @@ def run_lines(model, inputs, context=None, batch: int = 32, json: bool = False, 
     """Print a line for each input: what the model says of it, the likeliest first, with scores."""
     two = model.task in PAIRS
     require(context is None or two, "--context: the model reads one text alone")
-    for name, tasks in (("max_new_tokens", ("lm", "seq2seq")), ("prompt_name", ("embed",))):
+    own = dict(max_new_tokens=("lm", "seq2seq"), prompt_name=("embed",), max_answer_length=("qa",))
+    for name, tasks in own.items():
         if model.task not in tasks or options.get(name) is None:
             options.pop(name, None)
     lines = (line.rstrip("\r\n") for line in sys.stdin)
@@ -1983,13 +2509,16 @@ def run_lines(model, inputs, context=None, batch: int = 32, json: bool = False, 
         (line for line in lines if line.strip()) if text == "-" else [text]
         for text in inputs or ["-"]
     )
+    reader = TASKS[model.task](model, **options)
     while some := list(itertools.islice(inputs, max(batch, 1))):
         parts = [text.partition("\t") if two and not context else (text, "", "") for text in some]
-        pairs = [context or pair or None for *_, pair in parts]
-        results = run(model, [text for text, *_ in parts], pairs, batch, **options)
+        pairs = [context or pair for *_, pair in parts]
+        results = read_all(reader, [text for text, *_ in parts], pairs, batch)
         for text, found in zip(some, results):
             line = "  ".join(map(plain_line, found[:5]))
             print(json_line(input=text, output=found) if json else line, flush=True)
+    for notice in reader.notices():
+        print(notice, file=sys.stderr)
 
 
 def json_line(**values) -> str:
@@ -2009,10 +2538,11 @@ def plain_line(result: dict) -> str:
 def use_utf8():
     """UTF-8 in the standard streams on every platform: through a pipe on Windows they have the encoding of its code
     page. A byte order mark, which PowerShell writes, is no text."""
-    for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8"), (sys.stderr, "utf-8")):
-        # A stream of somebody else's, as of a notebook, or one that has been read from.
+    encodings = {"stdin": "utf-8-sig", "stdout": "utf-8", "stderr": "utf-8"}
+    for name, encoding in encodings.items():
+        # A stream of somebody else's, as of a notebook, or one that has been read from, stays as it is.
         with contextlib.suppress(AttributeError, io.UnsupportedOperation):
-            stream.reconfigure(encoding=encoding, errors="replace")
+            getattr(sys, name).reconfigure(encoding=encoding, errors="replace")
 
 
 def close_stdout():

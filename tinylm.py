@@ -1,18 +1,19 @@
-"""tinylm: a whole language-model library in one file.
+"""tinylm: a language model in one file: the transformer, its training step and its KV-cached sampler.
 
-    from tinylm import Config, TinyLM, train_step
-    lm = TinyLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")    # or a folder; see FAMILIES for what it reads
-    for piece in lm.stream("The capital of France is", max_new_tokens=20): print(piece, end="")
-    lm.save_pretrained("copy")                                     # transformers, vLLM and llama.cpp load it unchanged
-    lm = TinyLM(Config(hidden_size=256, num_hidden_layers=4))      # or start from nothing, with a loop around train_step
+    from tinylm import Config, MuonAdamW, TinyLM, train_step
+    lm = TinyLM(Config(hidden_size=256, num_hidden_layers=4))                  # a decoder over bytes
+    loss = train_step(lm, MuonAdamW(lm), torch.tensor([lm.tokenizer.encode("To be, or not to be")]))
+    for piece in lm.stream("To be", max_new_tokens=20): print(piece, end="")
+    lm.save("mine"); lm = TinyLM.load("mine")                                  # safetensors and config.json
 
-It needs torch, einops and safetensors; `tokenizers` only for checkpoints that bring a tokenizer.json of their own.
-Read it from top to bottom: config, blocks, cache, model, generation, tokenizers, families, checkpoints, training step.
-Every leaf (`rms_norm`, `rotate`, `attend`, `MLP`, ...) is looked up when it is called: replace one in place and train.
+It needs torch, einops and safetensors. With pretrained.py and onnxlm.py beside it, `TinyLM.from_pretrained` opens
+Hugging Face folders and `save_pretrained` writes them. Read it from top to bottom: config, blocks, positions and cache,
+model, saving, training step, generation. Every leaf (`rms_norm`, `rotate`, `attend`, `MLP`, ...) is looked up when it
+is called: replace one in this module, and train.
 
 Sources: Vaswani et al. 2017 (the transformer); Devlin et al. 2019 (BERT); Raffel et al. 2020 (T5); Lewis et al. 2020
 (BART); Su et al. 2021 (rotary positions); Zhang & Sennrich 2019 (RMS norm); Shazeer 2020 (gated MLP); Ainslie et al.
-2023 (grouped queries); Jordan 2024 (Muon). Reference implementation of every family: Hugging Face transformers.
+2023 (grouped queries); Jordan 2024 (Muon). Reference implementation: Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numbers
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -56,7 +58,7 @@ __all__ = [
 
 
 class Error(ValueError):
-    """What the caller gave cannot be used: one line that names it, its value and what was expected."""
+    """Invalid input. One line: the argument or file, its value, what was expected."""
 
     def __init__(self, message: str):
         line = " ".join(str(message).split())
@@ -69,7 +71,7 @@ def require(ok, message: str):
 
 
 def is_number_in(value, low, high, kind=numbers.Real) -> bool:
-    """Is it a number from low to high (not a bool, which Python counts among the ints)?"""
+    """Whether it is a number from low to high; a bool, which Python counts among the ints, is not."""
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -94,28 +96,30 @@ Share = Annotated[float, 0, 1]
 Dropout = Annotated[float, 0, 0.99]
 
 
-def matches_annotation(hint, value) -> tuple[bool, str]:
-    """Does an annotation allow a value, and what does it: a number of a range, choices, or instances of a class."""
-    if get_origin(hint) in (Union, UnionType):
-        parts = [matches_annotation(part, value) for part in get_args(hint)]
-        return any(fine for fine, _ in parts), " or ".join(text for _, text in parts if text)
-    if get_origin(hint) is Annotated:
-        kind, low, high = get_args(hint)
+def matches_annotation(annotation, value) -> tuple[bool, str]:
+    """Returns (whether the value fits the annotation, a phrase for what is allowed)."""
+    if get_origin(annotation) in (Union, UnionType):
+        parts = [matches_annotation(part, value) for part in get_args(annotation)]
+        return any(fits for fits, _ in parts), " or ".join(text for _, text in parts if text)
+    if get_origin(annotation) is Annotated:
+        kind, low, high = get_args(annotation)
         limits = "of 64 bits" if low == -(2**63) else f"from {low:g} to {high:g}"
         if kind is float:
             return is_number_in(value, low, high), f"a number {limits}"
         return is_number_in(value, low, high, numbers.Integral), f"an integer {limits}"
-    if get_origin(hint) is Literal or hint is bool:
-        choices = get_args(hint) or (True, False)
+    if get_origin(annotation) is Literal or annotation is bool:
+        choices = get_args(annotation) or (True, False)
         return value in choices, " or ".join(map(str, choices))
-    return isinstance(value, hint), "" if hint is NoneType else f"a {hint.__name__}"
+    is_none = annotation is NoneType
+    return isinstance(value, annotation), "" if is_none else f"a {annotation.__name__}"
 
 
 def check_fields(owner, spelled: Callable = str):
-    """Refuse a dataclass whose fields are not as annotated; `spelled`: how an error spells a field's name."""
-    for name, hint in get_type_hints(type(owner), include_extras=True).items():
-        fine, expected = matches_annotation(hint, getattr(owner, name))
-        require(fine, f"{spelled(name)} = {getattr(owner, name)!r}, expected {expected}")
+    """Raises Error for a dataclass field that does not fit its annotation; `spelled` turns a field's name into the
+    form that the error shows."""
+    for name, annotation in get_type_hints(type(owner), include_extras=True).items():
+        fits, expected = matches_annotation(annotation, getattr(owner, name))
+        require(fits, f"{spelled(name)} = {getattr(owner, name)!r}, expected {expected}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,23 +137,24 @@ ACTIVATIONS = {
 Act = Literal[tuple(ACTIVATIONS)]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 LAYER_TYPES = ("full_attention", "sliding_attention")
+# rope_type -> keys of rope_scaling that it needs, and optional ones.
 ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}  # rope_type -> keys that it needs
+}
 ORIGINAL = "original_max_position_embeddings"
 ROPE_OPTIONS = {
     "llama3": (ORIGINAL,),
     "yarn": (ORIGINAL, "attention_factor", "beta_fast", "beta_slow")
     + ("mscale", "mscale_all_dim", "truncate"),
-}  # rope_type -> keys that it may have
+}
 
 
 def by_number(names: dict) -> dict:
-    """Names of classes in the order of their numbers, which JSON has as text."""
+    """Class names in the order of their numbers, which are text in JSON."""
     if not all(str(number).isdecimal() for number in names):
         return names
     return dict(sorted((int(number), str(name)) for number, name in names.items()))
@@ -157,7 +162,7 @@ def by_number(names: dict) -> dict:
 
 @dataclass(frozen=True)
 class Config:
-    """What a model is made of, in the names of Hugging Face `config.json`. The defaults are Qwen3's architecture.
+    """A model's architecture, in the names of Hugging Face `config.json`. The defaults are Qwen3's.
 
     Raises Error where a value is out of its range.
     """
@@ -165,25 +170,29 @@ class Config:
     # Sizes
     vocab_size: Size = 320  # rows of the embedding; bytes and two specials, padded to 64
     hidden_size: Width = 256  # width of the residual stream
-    intermediate_size: Size | None = None  # inside the MLP; None: 8/3 of hidden, or 4 times ungated
+    intermediate_size: Size | None = (
+        None  # inside the MLP; None: 8/3 of hidden_size, ungated 4 times
+    )
     num_hidden_layers: Layers = 4  # of the decoder, or of the only stack
-    max_position_embeddings: Size = 1024  # the longest sequence it is made for
+    max_position_embeddings: Size = 1024  # the longest sequence
     num_encoder_layers: Count = 0  # above 0: an encoder-decoder
     encoder_attention_heads: Width | None = None  # None: num_attention_heads
     encoder_intermediate_size: Size | None = None  # None: intermediate_size
 
     # Attention
-    causal: bool = True  # a token sees only what stands before it; False: an encoder
+    causal: bool = True  # a token attends to earlier ones only; False: an encoder
     num_attention_heads: Width = 4  # query heads
     num_key_value_heads: Width | None = None  # None: as many as query heads; fewer: grouped queries
     head_dim: Width | None = None  # None: hidden_size / num_attention_heads
-    qk_norm: Literal["head", "full", None] = "head"  # of q and k: over each head, or over all heads
+    qk_norm: Literal["head", "full", None] = (
+        "head"  # norm of q and k: over each head, or over all heads
+    )
     attention_bias: bool = False  # bias of q, k, v
     attention_output_bias: bool | None = None  # bias of o; None: as attention_bias
     query_pre_attn_scalar: Real | None = None  # scores are q.k / sqrt(this); None: head_dim
     attn_logit_softcapping: Real | None = None  # c: scores become c tanh(scores / c)
-    sliding_window: Size | None = None  # keys seen by a sliding layer, itself included
-    layer_types: tuple | list | None = None  # of LAYER_TYPES, one per layer; None: all alike
+    sliding_window: Size | None = None  # keys that a sliding layer sees, the token's own included
+    layer_types: tuple | list | None = None  # one of LAYER_TYPES per layer; None: all alike
 
     # Norms
     norm: Literal["rms", "layer"] = "rms"
@@ -200,11 +209,11 @@ class Config:
 
     # Positions
     position: Literal["rope", "learned", "sinusoidal", "relative"] = "rope"
-    position_offset: Count = 0  # rows of a learned table before that of position 0
+    position_offset: Count = 0  # unused rows of a learned table before position 0
     rope_theta: Real = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": a key of ROPE_KEYS, "factor": ...}
-    rope_local_base_freq: Real | None = None  # theta of sliding layers, unscaled; None: as the full
-    partial_rotary_factor: Share = 1.0  # the part of each head that rotates
+    rope_local_base_freq: Real | None = None  # theta of sliding layers, unscaled; None: rope_theta
+    partial_rotary_factor: Share = 1.0  # share of each head's channels that rotate
     relative_attention_num_buckets: Annotated[int, 4, 2**20] = 32
     relative_attention_max_distance: Annotated[int, 2, 2**31] = 128
 
@@ -214,7 +223,7 @@ class Config:
     scale_embedding: bool = False  # embeddings times sqrt(hidden_size)
     embedding_norm: bool = False  # a norm after all embeddings are added
     tie_word_embeddings: bool = True  # the head's weight is the embedding
-    initializer_range: Real = 0.02  # standard deviation of weights that begin at random
+    initializer_range: Real = 0.02  # standard deviation of random weights
 
     # Head
     head: Literal["lm", "mlm", "classify", "tokens", "qa", None] = "lm"  # None: hidden states
@@ -224,20 +233,20 @@ class Config:
     scale_logits: bool = False  # the head's input over sqrt(hidden_size) (T5)
     final_logit_softcapping: Real | None = None  # c: logits become c tanh(logits / c)
     id2label: dict | None = None  # classes of a classifying head; None: two
-    problem_type: Problem | None = None  # what classes mean to the loss; None: one of them is right
+    problem_type: Problem | None = None  # what the loss takes labels for; None: a single label
 
     # Dropout, in training
     attention_dropout: Dropout = 0.0  # of attention weights
-    hidden_dropout: Dropout = 0.0  # of what each sub-layer adds
+    hidden_dropout: Dropout = 0.0  # of the output of each sub-layer
     embedding_dropout: Dropout = 0.0
-    # before the output; None: an encoder's classifier as hidden
+    # Before the head's output. None: hidden_dropout in an encoder's classifier, else 0.
     head_dropout: Dropout | None = None
 
     # Special tokens, and the family
     bos_token_id: Id | None = None
     eos_token_id: int | tuple | list | None = None
     pad_token_id: Id | None = None
-    decoder_start_token_id: Id | None = None  # what a decoder behind an encoder begins with
+    decoder_start_token_id: Id | None = None  # first token of a decoder behind an encoder
     model_type: str | None = None  # a family of pretrained.py; None: the first that can express it
 
     def __post_init__(self):
@@ -261,10 +270,10 @@ class Config:
             self._check_rope()
 
     def _defaults(self) -> dict:
-        """Fields whose default follows from others."""
+        """Defaults that follow from other fields."""
         heads, inner = self.num_attention_heads, self.intermediate_size
         if inner is None:
-            # A gated MLP has three matrices, a plain one two: both get as many weights.
+            # A gated MLP has three matrices, a plain one two; both get about as many weights.
             inner = -(-self.hidden_size * 8 // 3 // 64) * 64 if self.gated else 4 * self.hidden_size
         layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
         defaults = dict(
@@ -300,7 +309,7 @@ class Config:
             self._expect(
                 "position",
                 heads == self.num_key_value_heads and self.attn_logit_softcapping is None,
-                "another one with grouped queries or soft-capped scores",
+                "another: relative positions support neither grouped queries nor soft-capping",
             )
         self._expect(
             "encoder_attention_heads",
@@ -342,7 +351,7 @@ class Config:
         self._expect(
             "head_dim",
             self.rotary_dim in range(2, self.head_dim + 1, 2),
-            f"an even number of channels that rotate, not {self.rotary_dim}",
+            f"a size of which an even number of channels rotate, not {self.rotary_dim}",
         )
         scaling = {"rope_type": "default"} if self.rope_scaling is None else self.rope_scaling
         kind = isinstance(scaling, dict) and scaling.get("rope_type")
@@ -372,7 +381,7 @@ class Config:
 
     @property
     def encoder(self) -> Config:
-        """The encoder of an encoder-decoder, as a model of its own."""
+        """The config of an encoder-decoder's encoder."""
         same_heads = self.encoder_attention_heads == self.num_attention_heads
         return replace(
             self,
@@ -395,7 +404,7 @@ class Config:
 
     @property
     def outputs(self) -> int:
-        """Numbers that the head gives for each text or token."""
+        """Outputs of the head for each text or token."""
         if self.head is None:
             return 0
         if self.head in ("lm", "mlm"):
@@ -416,19 +425,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias. A single row on a CPU only waits for memory, and there the compiler's fused sum streams the
-    weights up to twice as fast as the library's matrix product does."""
+    """x weight^T + bias. A single row on a CPU is bound by memory, and there the compiler's fused sum streams the
+    weights up to twice as fast as the library's matrix product."""
     one_row = x.device.type == "cpu" and x.shape[:-1].numel() == 1
     if not (one_row and torch.compiler.is_dynamo_compiling()):
         return F.linear(x, weight, bias)
-    # In memory, by as_strided: otherwise what made the row is computed again in every sum.
+    # as_strided forces the row to be materialised; otherwise its producer is recomputed in every sum.
     row = x.reshape(-1).as_strided((x.shape[-1],), (1,))
     y = (row * weight).sum(-1).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
-    """Rotary positions (Su et al. 2021): turn the pairs (i, i + r/2) of each head's first r channels, pass the others.
+    """Rotary positions (Su et al. 2021). Rotates the pairs (i, i + r/2) of each head's first r channels; the remaining
+    channels pass through.
 
     x (batch, seq, heads * head_dim); cos, sin (batch, seq, r / 2).
     """
@@ -436,11 +446,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
     cos = cos[:, :, None].to(x.dtype)
     sin = sin[:, :, None].to(x.dtype)
     half = cos.shape[-1]
-    # One split, whose gradient is one concatenation.
+    # A single split, so that its gradient is a single concatenation.
     x1, x2, rest = x.split((half, half, head_dim - 2 * half), dim=-1)
-    turned1 = torch.addcmul(x1 * cos, x2, sin, value=-1)
-    turned2 = torch.addcmul(x2 * cos, x1, sin)
-    return rearrange(torch.cat((turned1, turned2, rest), dim=-1), "b s h d -> b s (h d)")
+    rotated1 = torch.addcmul(x1 * cos, x2, sin, value=-1)
+    rotated2 = torch.addcmul(x2 * cos, x1, sin)
+    return rearrange(torch.cat((rotated1, rotated2, rest), dim=-1), "b s h d -> b s (h d)")
 
 
 def attend(
@@ -456,17 +466,17 @@ def attend(
     layer: int = 0,
     causal: bool = True,
 ) -> Tensor:
-    """softmax(q k^T scale) v with grouped queries, (batch, seq, heads * head_dim); scores are soft-capped where
-    `softcap` is given (Gemma 2).
+    """softmax(q k^T scale) v with grouped queries, (batch, seq, heads * head_dim). `softcap` caps the scores (Gemma 2).
 
-    q (batch, seq, heads * head_dim); k, v (batch, keys, kv_heads * head_dim), which join those of the layer in the
-    cache; mask (batch, 1, seq, keys), True where attention is allowed, or (batch, heads, seq, keys) to be added to the
-    scores, or None for the causal square or for all keys, which lets the flash kernels in.
+    q (batch, seq, heads * head_dim); k, v (batch, keys, kv_heads * head_dim), which are appended to the layer's cache;
+    mask (batch, 1, seq, keys), True where attention is allowed, or (batch, heads, seq, keys), added to the scores, or
+    None for the causal triangle or for all keys, so that flash kernels can run.
     """
     q, k, v = (rearrange(x, "b s (h d) -> b h s d", d=head_dim) for x in (q, k, v))
     if cache is not None:
         k, v = cache.update(layer, k, v)
-    groups = q.shape[1] // k.shape[1]  # query heads that share a key head
+    # Query heads that share a key head.
+    groups = q.shape[1] // k.shape[1]
     seq = q.shape[2]
     if softcap is not None:
         if mask is None and causal:
@@ -477,7 +487,8 @@ def attend(
         x = F.scaled_dot_product_attention(
             q, k, v, None, dropout, causal, scale=scale, enable_gqa=groups > 1
         )
-    else:  # the queries of a key head stand below each other: keys are read once, and not expanded
+    else:
+        # The queries that share a key head become rows of one matrix, so keys are read once and not expanded.
         q = rearrange(q, "b (g r) s d -> b g (r s) d", r=groups)
         if min(groups, seq) > 1:
             mask = mask.expand(-1, -1, seq, -1).repeat(1, 1, groups, 1)
@@ -489,7 +500,7 @@ def attend(
 def softcapped_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float, dropout: float
 ) -> Tensor:
-    """softmax(cap tanh(q k^T scale / cap)) v of (batch, heads, seq, head_dim), for which there is no fused kernel."""
+    """softmax(cap tanh(q k^T scale / cap)) v of (batch, heads, seq, head_dim). No fused kernel computes it."""
     scores = cap * torch.tanh(q @ k.transpose(-1, -2) * (scale / cap))
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -498,14 +509,14 @@ def softcapped_attention(
 
 
 class Linear(nn.Linear):
-    """nn.Linear through the leaf `linear`."""
+    """nn.Linear that calls the leaf `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 class Norm(nn.Module):
-    """Root-mean-square norm, or layer norm where the config says so, over the last axis, or each `size` of it."""
+    """RMS norm or layer norm over the last axis, or over each group of `size` channels in it."""
 
     def __init__(self, config: Config, size: int):
         super().__init__()
@@ -526,10 +537,10 @@ class Norm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Angles of positions (batch, seq): their cos and sin, each (batch, seq, dim / 2).
+    """The cos and sin, each (batch, seq, dim / 2), of the angles of positions (batch, seq).
 
-    `limit` is the model's longest sequence. Scalings stretch it: linear (kaiokendev 2023), dynamic (NTK-aware, per row:
-    its own length stretches its base), llama3 (Llama 3.1) and yarn (Peng et al. 2023).
+    `limit` is the model's longest sequence. Scalings stretch it: linear (kaiokendev 2023), dynamic (NTK-aware: each
+    row's length stretches its theta), llama3 (Llama 3.1) and yarn (Peng et al. 2023).
     """
 
     def __init__(self, dim: int, theta: float, limit: int, scaling: dict | None = None):
@@ -540,9 +551,10 @@ class Rotary(nn.Module):
         self.dim = dim
         self.theta = theta
         self.limit = limit
-        self.magnitude = 1.0  # what cos and sin are multiplied by
+        # Multiplies cos and sin.
+        self.magnitude = 1.0
         original = scaling.get("original_max_position_embeddings") or limit
-        # Explicitly on the CPU: a model is made on the meta device before its weights are read.
+        # On the CPU, since a model is built on the meta device before its weights are read.
         inv_freq = inverse_frequencies(dim, theta, "cpu")
         if self.kind == "linear":
             inv_freq = inv_freq / self.factor
@@ -554,7 +566,7 @@ class Rotary(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """Moves with the model, but is never rounded to its dtype."""
+        """Follows the model's device but stays float32."""
         self.inv_freq = self.inv_freq.to(fn(self.inv_freq).device)
         return self
 
@@ -570,25 +582,27 @@ class Rotary(nn.Module):
 
 
 def inverse_frequencies(dim: int, theta: float | Tensor, device) -> Tensor:
-    """The angle by which each pair of channels turns from one position to the next: theta^(-2i / dim), (dim / 2,)."""
+    """The angle by which each pair of channels rotates per position: theta^(-2i / dim), (dim / 2,)."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     return 1.0 / theta**exponents
 
 
 def llama3_frequencies(inv_freq: Tensor, scaling: dict, original: int) -> Tensor:
-    """Long waves are stretched, short ones kept, those between blended."""
+    """Stretches long wavelengths, keeps short ones and blends between."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = original * inv_freq / (2 * math.pi)  # within the original length
+    # Rotations within the original length.
+    turns = original * inv_freq / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
 
 
 def yarn_frequencies(inv_freq: Tensor, scaling: dict, original: int, theta: float) -> Tensor:
-    """Channels that turn less than beta_slow times within the original length are stretched, those that turn more than
-    beta_fast times kept, those between blended."""
+    """Stretches channels that complete less than beta_slow rotations within the original length, keeps those that
+    complete more than beta_fast, and blends between."""
     dim = 2 * len(inv_freq)
 
-    def channel(turns):  # the one that turns so often within the original length
+    def channel(turns):
+        # The channel that completes `turns` rotations within the original length.
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low = channel(scaling.get("beta_fast") or 32)
@@ -604,7 +618,7 @@ def yarn_frequencies(inv_freq: Tensor, scaling: dict, original: int, theta: floa
 
 
 def yarn_magnitude(scaling: dict) -> float:
-    """What yarn multiplies cos and sin by, which makes attention as sharp as it was at the original length."""
+    """The factor of cos and sin that keeps attention as sharp as at the original length."""
     if scaling.get("attention_factor") is not None:
         return scaling["attention_factor"]
 
@@ -614,8 +628,8 @@ def yarn_magnitude(scaling: dict) -> float:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: to the sequence itself by one fused query-key-value projection, or across to another,
-    whose keys and values are made once."""
+    """Grouped-query attention: self-attention with one fused projection, or cross-attention whose keys and values are
+    computed once."""
 
     def __init__(self, config: Config, cross: bool = False):
         super().__init__()
@@ -649,7 +663,7 @@ class Attention(nn.Module):
         layer: int = 0,
         keys_values: tuple | None = None,
     ) -> Tensor:
-        """x (batch, seq, hidden); rope: cos and sin of the positions; keys_values: those of another sequence."""
+        """x (batch, seq, hidden); rope: cos and sin of the positions; keys_values: from `keys_values` of another sequence."""
         if keys_values is None:
             q, k, v = self.qkv(x).split(self.sizes, dim=-1)
             k = self.k_norm(k)
@@ -692,16 +706,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, attention across (in a decoder behind an encoder) and MLP, each added to the residual stream and
-    normed before (pre), after (output), both (sandwich) or after the sum (post)."""
+    """Self-attention, cross-attention (in a decoder behind an encoder) and MLP. Each is added to the residual stream,
+    with a norm before it (pre), after it (output), both (sandwich) or after the sum (post)."""
 
     def __init__(self, config: Config):
         super().__init__()
         before = config.norm_position != "output"
         after = config.norm_position in ("output", "sandwich")
 
-        def norm(there: bool) -> nn.Module:
-            return Norm(config, config.hidden_size) if there else nn.Identity()
+        def norm(present: bool) -> nn.Module:
+            return Norm(config, config.hidden_size) if present else nn.Identity()
 
         self.post = config.norm_position == "post"
         self.attention_norm = norm(before)
@@ -726,8 +740,8 @@ class Block(nn.Module):
         cross_kv: list | None = None,
         encoder_mask: Tensor | None = None,
     ) -> Tensor:
-        """x (batch, seq, hidden); cross_kv: keys and values of a source, (batch, source, kv_heads * head_dim) each, for
-        every layer; encoder_mask (batch, 1, 1, source), True where the source has a token, None without padding."""
+        """x (batch, seq, hidden); cross_kv: for every layer, keys and values (batch, source, kv_heads * head_dim) of the
+        encoder's output; encoder_mask (batch, 1, 1, source), True for tokens, or None without padding."""
         attention = self.attention, self.attention_norm, self.attention_output_norm
         x = self.add(x, *attention, rope, mask, cache, layer)
         if cross_kv is not None:
@@ -739,22 +753,23 @@ class Block(nn.Module):
     def add(
         self, x: Tensor, sublayer, norm: nn.Module, output_norm: nn.Module, *arguments
     ) -> Tensor:
-        """x plus what a sub-layer makes of it, with the norms where they stand."""
+        """x plus the sub-layer's output, normed where norm_position says."""
         y = self.dropout(output_norm(sublayer(x if self.post else norm(x), *arguments)))
         return norm(x + y) if self.post else x + y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Positions and the key-value cache. One rule masks everything: a query sees the keys whose position is not after its
-# own (and, in a sliding layer, less than a window before), or, in an encoder, all keys that are no padding. Padding has
-# a position after all others.
+# Positions and the key-value cache. One rule masks everything: a query sees keys at its own or earlier positions (in a
+# sliding layer, within the window), or in an encoder all keys except padding. Padding has a position after all others.
 # ---------------------------------------------------------------------------------------------------------------------
-LIMITED = ("learned", "sinusoidal")  # kinds of positions that end
-NEVER = 2**30  # the position of padding and of cache columns not written yet
+# Kinds of positions that cannot exceed max_position_embeddings.
+LIMITED = ("learned", "sinusoidal")
+# The position of padding and of cache columns that are not written yet.
+NEVER = 2**30
 
 
 def count_positions(mask: Tensor, start: Tensor | int = 0) -> tuple[Tensor, Tensor]:
-    """Positions of queries and of keys, each (batch, seq), from a mask of real tokens with padding anywhere."""
+    """Positions of queries and of keys, each (batch, seq), from a mask (batch, seq) with padding anywhere."""
     positions = start + mask.long().cumsum(-1) - 1
     return positions.clamp(min=0), torch.where(mask.bool(), positions, NEVER)
 
@@ -762,7 +777,7 @@ def count_positions(mask: Tensor, start: Tensor | int = 0) -> tuple[Tensor, Tens
 def visible(
     positions: Tensor, key_positions: Tensor, window: int | None = None, causal: bool = True
 ) -> Tensor:
-    """The attention mask (batch, 1, seq, keys) of query and key positions, True where a query may look."""
+    """The attention mask (batch, 1, seq, keys) for query and key positions, True where attention is allowed."""
     if not causal:
         return (key_positions < NEVER)[:, None, None, :]
     distance = positions[:, None, :, None] - key_positions[:, None, None, :]
@@ -770,14 +785,14 @@ def visible(
 
 
 def last_column(mask: Tensor) -> Tensor:
-    """The column (batch, 1) of the last real token. In floats, which ONNX Runtime's CUDA kernel takes."""
+    """The column (batch, 1) of the last token. Computed in floats, since ONNX Runtime's CUDA kernel takes no integers."""
     columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return (mask.float() * columns).argmax(-1, keepdim=True)
 
 
 def pooled_column(input_ids: Tensor, mask: Tensor | None, config: Config) -> Tensor:
-    """The column (batch, 1) whose state stands for the text: the first real token's in an encoder, else the last's. As
-    transformers has it, the latter is no pad id, whatever the mask says of it."""
+    """The column (batch, 1) whose state represents the text: the first token in an encoder, else the last one that is
+    not a pad id, even if the mask covers it, as in transformers."""
     real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
     if not config.causal:
         return real.float().argmax(-1, keepdim=True)
@@ -788,8 +803,8 @@ def pooled_column(input_ids: Tensor, mask: Tensor | None, config: Config) -> Ten
 class KVCache:
     """Keys and values of every layer, (batch, kv_heads, length, head_dim), allocated once and written in place.
 
-    All rows write the same columns, each at positions of its own, so that prompts padded on either side batch as they
-    are. The write position is a tensor: a compiled decode step keeps one shape, and nothing waits for the device.
+    Rows share cache columns but keep their own positions, so prompts padded on either side can be batched. The write
+    position is a tensor: a compiled decode step keeps one shape and never waits for the device.
     """
 
     def __init__(self, config: Config, batch: int, length: int, dtype=torch.float32, device=None):
@@ -800,9 +815,10 @@ class KVCache:
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         long = dict(dtype=torch.long, device=device)
         self.key_positions = torch.full((batch, length), NEVER, **long)
-        self.lengths = torch.zeros((batch, 1), **long)  # real tokens of each row
-        self.columns = torch.zeros(0, **long)  # written by the current call
-        self.written = torch.zeros(1, **long)  # columns used so far
+        # Tokens of each row, columns that the current call writes, columns used so far.
+        self.lengths = torch.zeros((batch, 1), **long)
+        self.columns = torch.zeros(0, **long)
+        self.written = torch.zeros(1, **long)
 
     def reset(self) -> KVCache:
         self.key_positions.fill_(NEVER)
@@ -811,7 +827,7 @@ class KVCache:
         return self
 
     def extend(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Make room for a call's tokens: their positions (batch, seq) and those of all keys (batch, length)."""
+        """Makes room for new tokens. Returns their positions (batch, seq) and those of all keys (batch, length)."""
         positions, new = count_positions(mask, self.lengths)
         self.columns = self.written + torch.arange(mask.shape[1], device=mask.device)
         self.key_positions.index_copy_(1, self.columns, new)
@@ -820,13 +836,13 @@ class KVCache:
         return positions, self.key_positions
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (batch, kv_heads, seq, head_dim) of the current call; all keys and values of the layer."""
+        """Writes k and v (batch, kv_heads, seq, head_dim) of the new tokens. Returns all keys and values of the layer."""
         keys = self.k[layer].index_copy_(2, self.columns, k)
         values = self.v[layer].index_copy_(2, self.columns, v)
         return keys, values
 
     def reorder(self, rows: Tensor):
-        """Row i goes on from what row rows[i] held (beam search)."""
+        """Row i continues from what row rows[i] held (beam search)."""
         columns = int(self.written)
         for stored in (*self.k, *self.v):
             stored[:, :, :columns] = stored[rows, :, :columns]
@@ -838,7 +854,7 @@ class KVCache:
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
 class Stack(nn.Module):
-    """An encoder or a decoder: what is added to word embeddings, the blocks, the final norm."""
+    """An encoder or a decoder without its word embeddings: positions and token types, blocks, final norm."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -876,7 +892,8 @@ class Stack(nn.Module):
     ) -> Tensor:
         """Hidden states (batch, seq, hidden) of word embeddings x (batch, seq, embedding_size)."""
         mask = attention_mask
-        if mask is None:  # rows without padding share their positions
+        if mask is None:
+            # Rows without padding share their positions.
             rows = 1 if cache is None else x.shape[0]
             mask = torch.ones(rows, x.shape[1], dtype=torch.long, device=x.device)
         positions, key_positions = count_positions(mask) if cache is None else cache.extend(mask)
@@ -896,13 +913,15 @@ class Stack(nn.Module):
     def embed_positions(
         self, x: Tensor, positions: Tensor, token_type_ids: Tensor | None
     ) -> Tensor:
-        """What the first block reads, (batch, seq, hidden): word embeddings and all that is added to them."""
+        """The first block's input (batch, seq, hidden): word embeddings and everything that is added to them."""
         config = self.config
-        if config.scale_embedding:  # rounded to the dtype, as the reference rounds it
+        if config.scale_embedding:
+            # The factor is rounded to the dtype, as in the reference implementation.
             x = x * x.new_full((), config.hidden_size**0.5)
         if config.position == "learned":
             x = x + self.position_embed(positions + config.position_offset)
-        if config.position == "sinusoidal":  # sines, then cosines, in the order of Marian
+        if config.position == "sinusoidal":
+            # Sines, then cosines, as in Marian.
             cos, sin = self.rotary["full_attention"](positions)
             x = x + torch.cat((sin, cos), dim=-1)[..., : x.shape[-1]].to(x.dtype)
         if self.type_embed is not None:
@@ -913,7 +932,7 @@ class Stack(nn.Module):
     def layer_mask(
         self, kind: str, positions: Tensor, key_positions: Tensor, plain: bool, dtype
     ) -> Tensor | None:
-        """The attention mask of a kind of layer, as `attend` takes it; plain: nothing is cached and nothing padded."""
+        """The attention mask of a layer type, as `attend` takes it; plain: no cache and no padding."""
         config = self.config
         window = config.sliding_window if kind == "sliding_attention" else None
         if config.position == "relative":
@@ -925,8 +944,8 @@ class Stack(nn.Module):
     def relative_mask(
         self, positions: Tensor, key_positions: Tensor, window: int | None, dtype
     ) -> Tensor:
-        """What is added to the scores, (batch, heads, seq, keys): little where masked, else the bias of the distance,
-        which T5 sorts into buckets, the near ones one by one, the far ones by the logarithm."""
+        """T5's relative bias (batch, heads, seq, keys), added to the scores; the lowest number where masked. Distances
+        are sorted into buckets: one each for near ones, logarithmic for far ones."""
         config = self.config
         distance = key_positions[:, None, :] - positions[:, :, None]
         steps = -distance.clamp(max=0) if config.causal else distance.abs()
@@ -935,7 +954,8 @@ class Stack(nn.Module):
         scale = (buckets - near) / math.log(config.relative_attention_max_distance / near)
         far = near + ((steps.float() / near).clamp(min=1).log() * scale).long()
         bucket = torch.where(steps < near, steps, far.clamp(max=buckets - 1))
-        if not config.causal:  # what follows has buckets of its own
+        if not config.causal:
+            # Later keys have their own buckets.
             bucket = bucket + buckets * (distance > 0)
         bias = rearrange(self.relative_bias(bucket).to(dtype), "b s t h -> b h s t")
         allowed = visible(positions, key_positions, window, config.causal)
@@ -943,8 +963,8 @@ class Stack(nn.Module):
 
 
 class Head(nn.Module):
-    """What the model is for, read off its hidden states: a dense layer, an activation and a norm where the config has
-    them, then one output per word or class. Without outputs the rest only travels along (a pooler)."""
+    """Turns hidden states into outputs: an optional dense layer with activation and norm, then one output per word or
+    class. A head without outputs (a pooler) is kept only so that it can be saved again."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -965,7 +985,7 @@ class Head(nn.Module):
             self.out.register_parameter("weight", None)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Outputs (..., outputs) of hidden states (..., hidden); a tied head's weight is the `embedding`."""
+        """Outputs (..., outputs) for hidden states (..., hidden). A tied head's weight is the `embedding`."""
         if self.out is None:
             return x
         if self.act is not None:
@@ -974,7 +994,7 @@ class Head(nn.Module):
         return linear(self.dropout(x), weight, self.out.bias)
 
 
-# What may be replaced, as it stands here: a leaf is looked up in this module when it is called.
+# The stock parts. They are looked up at call time, so replacing one in this module takes effect.
 LEAVES = {
     leaf.__name__: leaf
     for leaf in (rms_norm, linear, rotate, attend, count_positions, visible)
@@ -983,7 +1003,7 @@ LEAVES = {
 
 
 def replaced_leaves() -> dict[str, str]:
-    """The leaves that somebody has replaced in this module, each by what: {"MLP": "package.module.SquaredReLU"}."""
+    """The leaves that were replaced in this module, and their replacements: {"MLP": "package.module.SquaredReLU"}."""
     return {
         name: qualified_name(globals()[name])
         for name, leaf in LEAVES.items()
@@ -992,7 +1012,7 @@ def replaced_leaves() -> dict[str, str]:
 
 
 def qualified_name(leaf) -> str:
-    """Module and name of a function or a class; a program's module is that by which others import it."""
+    """Module and name of a function or class. For a script, the module name under which others would import it."""
     module = leaf.__module__
     if module == "__main__":
         main = sys.modules["__main__"]
@@ -1004,14 +1024,22 @@ def qualified_name(leaf) -> str:
 
 
 def as_ids_tensor(name: str, ids, device: torch.device, optional: bool = False) -> Tensor | None:
-    """Ids or a mask (batch, seq) as a tensor: lists of one length and numpy arrays are taken too."""
+    """Ids or a mask (batch, seq) as a tensor, from a tensor, a numpy array or lists."""
     if isinstance(ids, Tensor) or ids is None and optional:
         return ids
     expected = "token ids (batch, seq): a tensor, an array or lists of one length"
+    require(not isinstance(ids, str), f"{name}: a text, expected {expected}; stream takes a text")
+    if isinstance(ids, (list, tuple)):
+        lengths = {len(row) for row in ids if isinstance(row, (list, tuple))}
+        require(
+            len(lengths) < 2,
+            f"{name}: rows of {min(lengths, default=0)} to {max(lengths, default=0)} tokens, expected "
+            f"{expected}; pad them and give an attention_mask",
+        )
     try:
         tensor = torch.as_tensor(ids, device=device)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise Error(f"{name}: {error}, expected {expected}; stream takes a text") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise Error(f"{name} = {str(ids)[:60]}, expected {expected}; stream takes a text") from None
     return tensor if tensor.is_floating_point() else tensor.long()
 
 
@@ -1023,15 +1051,16 @@ def check_inputs(
     cache=None,
     name: str = "input_ids",
 ):
-    """Refuse ids (batch, seq), a mask and token types of wrong shapes; of ids, `look_up` sees the values."""
+    """Raises Error for ids, a mask or token types that are not (batch, seq). `look_up` checks the values of ids."""
     shape = tuple(ids.shape)
-    mask = mask if cache is None else None  # the cache's own may be longer
-    for what, tensor in ((name, ids), ("token_type_ids", types), ("attention_mask", mask)):
+    # With a cache, the mask may be longer than the ids.
+    mask = mask if cache is None else None
+    for argument, tensor in ((name, ids), ("token_type_ids", types), ("attention_mask", mask)):
         if tensor is not None:
-            fine = len(shape) == 2 and shape[1] and tuple(tensor.shape) == shape
+            same = len(shape) == 2 and shape[1] and tuple(tensor.shape) == shape
             require(
-                fine and (tensor is mask or not tensor.is_floating_point()),
-                f"{what}: {tensor.dtype} of shape {tuple(tensor.shape)}, expected ids (batch, seq), all of one shape",
+                same and (tensor is mask or not tensor.is_floating_point()),
+                f"{argument}: {tensor.dtype} of shape {tuple(tensor.shape)}, expected ids (batch, seq), all of one shape",
             )
     require(types is None or config.type_vocab_size, "token_type_ids: the model has no token types")
     limit = config.max_position_embeddings
@@ -1042,7 +1071,8 @@ def check_inputs(
 
 
 def check_range(name: str, ids: Tensor, limit: int):
-    """Refuse ids outside of a table with `limit` rows. Only on a CPU: elsewhere a look would wait for the device."""
+    """Raises Error for ids outside of a table with `limit` rows, on a CPU; elsewhere the check would wait for the
+    device."""
     if ids.device.type == "cpu" and ids.numel():
         low, high = map(int, ids.aminmax())
         require(
@@ -1051,8 +1081,8 @@ def check_range(name: str, ids: Tensor, limit: int):
 
 
 def look_up(table: nn.Embedding, ids: Tensor, name: str) -> Tensor:
-    """The rows (batch, seq, width) of ids (batch, seq). Raises Error for ids that have none, which costs nothing: on a
-    CPU the embedding looks for itself."""
+    """The rows (batch, seq, width) of ids (batch, seq). Raises Error for ids out of range; on a CPU the embedding itself
+    checks them, so that costs nothing."""
     if torch.compiler.is_compiling():
         return table(ids)
     try:
@@ -1065,15 +1095,16 @@ def look_up(table: nn.Embedding, ids: Tensor, name: str) -> Tensor:
 class TinyLM(Stack):
     """A language model: a decoder, an encoder, or both, and a head.
 
-    One model may be used from many threads at once, but for training and `compile`.
+    Several threads may use one model at once, except for training and `compile`.
     """
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.tokenizer = None
         self.generation_config = {}
-        self.replaced = replaced_leaves()  # what it is made of
-        self._compiled, self._states = None, {}  # of generation: the step, idle states by shape
+        self.replaced = replaced_leaves()
+        # The compiled decode step, and idle decoding states by shape.
+        self._compiled, self._states = None, {}
         self.embed = nn.Embedding(config.vocab_size, config.embedding_size)
         self.encoder = Stack(config.encoder) if config.num_encoder_layers else None
         self.head = Head(config)
@@ -1087,7 +1118,7 @@ class TinyLM(Stack):
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        # What a block adds to the residual stream shrinks with the depth (GPT-2).
+        # The deeper the model, the less each block adds to the residual stream at first (GPT-2).
         for sublayer, output in (("attention", "o"), ("mlp", "down")):
             out = getattr(getattr(module, sublayer, None), output, None)
             if isinstance(out, nn.Linear):
@@ -1233,61 +1264,67 @@ class TinyLM(Stack):
         attention_mask: Tensor | None = None,
         max_new_tokens: int | None = None,
         compile: bool = False,
+        max_length: int | None = None,
         **options,
     ) -> Tensor:
-        """Continue every row of ids (batch, seq): (batch, seq + new), with the pad id after a row's end; behind an
-        encoder (batch, 1 + new), beginning with decoder_start_token_id.
+        """Continues every row of ids (batch, seq). Returns (batch, seq + new), with the pad id after a row's end; behind
+        an encoder (batch, 1 + new), beginning with decoder_start_token_id.
 
         The options are fields of `GenerationConfig`: temperature, top_k, top_p, min_p, repetition_penalty,
-        eos_token_id, stop, seed, num_beams, ...; what is not given is as generation_config.json says, but for
-        temperature, top_k, top_p and min_p: nothing is sampled unless asked for. The same seed gives the same text,
-        whatever stands in the other rows. `compile` compiles the decode step (CUDA graphs on CUDA). Raises Error for
-        arguments out of range and for logits that are not finite.
+        eos_token_id, stop, seed, num_beams, ...; generation_config.json sets the others. Nothing is sampled unless an
+        argument asks for it: `temperature`, or `do_sample=True` with the file's temperature, top_k and top_p. The same
+        seed gives the same text whatever is in the other rows. `compile` compiles the decode step (CUDA graphs on
+        CUDA). `num_return_sequences` gives so many rows for each. Raises Error for arguments out of range and for
+        logits that are not finite.
         """
         input_ids = as_ids_tensor("input_ids", input_ids, self.device)
         attention_mask = as_ids_tensor("attention_mask", attention_mask, self.device, optional=True)
-        config = self.make_generation_config(max_new_tokens=max_new_tokens, **options)
-        search = BeamSearch(config, len(input_ids)) if config.num_beams > 1 else None
-        require(
-            not search or not (config.temperature or config.stop or compile),
-            f"num_beams = {config.num_beams} goes with temperature 0, no stop strings and compile=False",
-        )
-        choose = functools.partial(choose_beams, search=search) if search else sample
+        start = 1 if self.encoder else math.prod(input_ids.shape[1:])
+        options["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, start)
+        config = self.make_generation_config(**options)
+        search = None
+        choose = sample
+        if config.num_beams > 1:
+            require(not compile, f"num_beams = {config.num_beams}, expected 1 with compile=True")
+            search = BeamSearch(config, len(input_ids))
+            choose = functools.partial(choose_beams, search=search)
         steps = list(generate_steps(self, input_ids, attention_mask, config, compile, choose))
         if search:
-            rows = [torch.tensor(text, device=input_ids.device) for text in search.best()]
+            rows = [torch.tensor(ids, device=input_ids.device) for ids in search.best()]
             new = nn.utils.rnn.pad_sequence(rows, True, config.pad_token_id)
         else:
-            tokens, alive = (torch.stack(parts, dim=1) for parts in zip(*steps))
-            new = tokens[:, : int(alive.any(0).sum())]  # until the last row ended
-        return torch.cat((start_ids(self, input_ids), new), dim=1)
+            tokens, alive = (torch.stack(parts, dim=1) for parts in list(zip(*steps))[:2])
+            # Until the last row has ended.
+            new = tokens[:, : int(alive.any(0).sum())]
+        start = start_ids(self, input_ids)
+        return torch.cat((start.repeat_interleave(config.num_return_sequences, 0), new), dim=1)
 
     def stream(
         self,
         text: str | list[int],
         max_new_tokens: int | None = None,
         compile: bool = False,
+        max_length: int | None = None,
         **options,
     ) -> Iterator[str]:
-        """The continuation of a text (or of its ids), piece by piece, whole characters only, up to a stop string; with
-        the options of `generate`, but for beams."""
+        """The continuation of a text (or of its ids) piece by piece: whole characters only, up to a stop string. Takes
+        the options of `generate`, except for beams."""
         require(
             self.tokenizer,
             "stream: the checkpoint has no tokenizer.json; use generate with token ids",
         )
-        options |= {"max_new_tokens": max_new_tokens, "num_beams": 1}
-        config = self.make_generation_config(**options)
         ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
-        ids = ids or [*config.eos_token_id, 0][:1]
-
-        def tokens():
-            row, plain = torch.tensor([ids], device=self.device), replace(config, stop=())
-            for token, _ in generate_steps(self, row, None, plain, compile):
-                if int(token) in config.eos_token_id:
-                    return
-                yield int(token)
-
-        return stream_text(self.tokenizer, tokens(), config.stop, () if self.encoder else ids)
+        # Something has to come before the first token.
+        ids = ids or [*self.ends(), 0][:1]
+        start = 1 if self.encoder else len(ids)
+        options["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, start)
+        config = self.make_generation_config(**options | {"num_beams": 1})
+        require(
+            config.num_return_sequences == 1, "stream: one text, expected num_return_sequences = 1"
+        )
+        row = torch.tensor([ids], device=self.device)
+        steps = generate_steps(self, row, None, config, compile, with_text=True)
+        return (pieces[0] for *_, pieces in steps if pieces[0])
 
     def chat(
         self,
@@ -1728,103 +1765,160 @@ def shard_like(p: Tensor, x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Generation: how a text is written (GenerationConfig), what changes logits, the choice of a token, beam search, the
-# state of a batch, the loop, the text of its ids. What onnxlm.py needs too stands there again under the same name: a
-# test holds the two together.
+# Generation: the options, logits processors, sampling, beam search, the decoding loop, the text of its ids.
+# onnxlm.py defines the same names for arrays; a test holds equal the sources, or the results where they use tensors.
 # ---------------------------------------------------------------------------------------------------------------------
-CACHE_BUCKET = 128  # cache lengths are multiples of it: a compiled step serves many prompt lengths
-KEPT_STATES = 4  # compiled states that a model keeps, one for each shape
-STEPS_BETWEEN_LOOKS = 16  # at whether all rows have ended, on a GPU, where a look waits for it
+# Cache lengths are multiples of this, so that one compiled step serves many prompt lengths.
+CACHE_BUCKET = 128
+# Compiled decoding states that a model keeps, one for each shape.
+KEPT_STATES = 4
+# On a GPU, asking whether all rows have ended waits for it, so it is asked only once in so many steps.
+STEPS_BETWEEN_LOOKS = 16
 
 
 def as_ids(name: str, value) -> tuple:
     """One id, several or None as a tuple."""
     value = value.tolist() if hasattr(value, "tolist") else value
     ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    fine = all(is_number_in(i, -1, 2**31, numbers.Integral) for i in ids)
-    require(fine, f"{name} = {value!r}, expected integers")
+    are_ids = all(is_number_in(i, -1, 2**31, numbers.Integral) for i in ids)
+    require(are_ids, f"{name} = {value!r}, expected integers")
     return tuple(map(int, ids))
 
 
 def stop_strings(stop) -> tuple:
     """One string, several or None as a tuple."""
     stop = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    fine = all(isinstance(text, str) and text for text in stop)
-    require(fine, f"stop = {stop!r}, expected strings that are not empty")
+    are_texts = all(isinstance(text, str) and text for text in stop)
+    require(are_texts, f"stop = {stop!r}, expected strings that are not empty")
     return stop
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How a text is generated, in the words of Hugging Face; what changes logits does so in its order.
+    """Options of `generate`, in Hugging Face's names. `active` names those that are not left at their no-op value.
 
     Raises Error where a value is out of its range.
     """
 
     max_new_tokens: Size = 128
-    temperature: Annotated[float, 0, 1e9] = 0.0  # 0: the likeliest
+    # 0 takes the likeliest token.
+    temperature: Annotated[float, 0, 1e9] = 0.0
     top_k: Count | None = None
     top_p: Share | None = None
     min_p: Share | None = None
     repetition_penalty: Annotated[float, 1e-9, 1e9] = 1.0
-    eos_token_id: int | str | tuple | list = ()  # ids that end a row; none: it never ends
-    pad_token_id: Id | None = None  # stands after a row's end; None: the first that ends it, or 0
-    stop: str | tuple | list = ()  # strings: a row ends once its new text has one
+    # The ids that end a row; without any it never ends.
+    eos_token_id: int | str | tuple | list | None = ()
+    # Fills a row after its end. None: the first id that ends it, or 0.
+    pad_token_id: Id | None = None
+    # A row ends once its new text contains one of these strings.
+    stop: str | tuple | list = ()
     seed: Annotated[int, -(2**63), 2**63 - 1] | None = None
     no_repeat_ngram_size: Count = 0
-    min_length: Count = 0  # tokens before a row may end, the prompt's included
-    bad_words_ids: tuple | list = ()  # sequences of ids that must not come
-    forced_bos_token_id: Count | None = None  # what a decoder says after its start token
-    forced_eos_token_id: Count | None = None  # what it says last
-    num_beams: Annotated[int, 1, 2**16] = 1  # above 1: the likeliest text that such a search finds
-    length_penalty: Annotated[float, -1e3, 1e3] = 1.0  # score: log-probability / length**this
-    # of a row, once it has num_beams finds: at once; unless a better one is likely; or possible
+    # Tokens before a row may end, including the prompt.
+    min_length: Count = 0
+    # Sequences of ids that must not be written.
+    bad_words_ids: tuple | list = ()
+    # The first token after a decoder's start token, and the last one.
+    forced_bos_token_id: Count | None = None
+    forced_eos_token_id: Count | None = None
+    # Above 1: beam search.
+    num_beams: Annotated[int, 1, 2**16] = 1
+    # A finished beam's score is its log-probability / length**length_penalty.
+    length_penalty: Annotated[float, -1e3, 1e3] = 1.0
+    # When to stop a row that has num_beams finished texts: True at once, False unless a better one is likely,
+    # "never" unless one is possible.
     early_stopping: Literal[True, False, "never"] = False
-    renormalize_logits: bool = False  # of beams, after what changes logits
+    # Beam search: normalize scores again after the logits processors.
+    renormalize_logits: bool = False
+    # Texts for each row: so many samples, or the best of its beams.
+    num_return_sequences: Annotated[int, 1, 2**16] = 1
 
     def __post_init__(self):
         check_fields(self)
         ends = as_ids("eos_token_id", self.eos_token_id)
         words = self.bad_words_ids
-        fine = all(isinstance(word, (list, tuple)) and word for word in words)
-        require(fine, f"bad_words_ids = {words!r}, expected lists of ids that are not empty")
+        are_lists = all(isinstance(word, (list, tuple)) and word for word in words)
+        require(are_lists, f"bad_words_ids = {words!r}, expected lists of ids that are not empty")
         words = [as_ids("bad_words_ids", word) for word in words]
         pads = (self.pad_token_id, *ends, 0)
+        count = self.num_return_sequences
         vars(self).update(
             eos_token_id=ends,
             stop=stop_strings(self.stop),
             bad_words_ids=tuple(word for word in words if word not in [(end,) for end in ends]),
             pad_token_id=next(id for id in pads if id is not None and id >= 0),
-            # below, a division would overflow, and the draw is the likeliest anyway
+            # Below this, dividing by it would overflow, and the draw is the likeliest token anyway.
             temperature=self.temperature if self.temperature >= 1e-5 else 0.0,
+            top_k=self.top_k or None,
+            top_p=None if self.top_p == 1 else self.top_p,
+            min_p=self.min_p or None,
         )
+        active = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        vars(self).update(active=frozenset(active))
+        require(
+            count == 1 or self.temperature or count <= self.num_beams,
+            f"num_return_sequences = {count}, expected 1 without sampling, or at most num_beams",
+        )
+        if self.num_beams > 1:
+            plain = not (self.temperature or self.stop)
+            require(plain, f"num_beams = {self.num_beams}, expected 1 with a temperature or stop")
+
+
+# The options that sampling needs. generation_config.json sets them, but only an argument asks for sampling.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 def make_generation_config(given: dict, defaults: dict, config: dict) -> GenerationConfig:
-    """The arguments `given`, else the `defaults` (fields of GenerationConfig), else the ids of config.json. An
-    `eos_token_id` of None among the arguments: a row never ends."""
+    """The arguments `given`, else the `defaults` of generation_config.json, else the ids of config.json.
+
+    An `eos_token_id` of None among the arguments means that a row never ends. `do_sample` is as in transformers: True
+    samples with the defaults' temperature, top_k and top_p, False does not sample.
+    """
     options = {name: config.get(name) for name in ("eos_token_id", "pad_token_id")} | defaults
+    sampling = {name: options.pop(name) for name in SAMPLING if name in options}
     if given.get("eos_token_id", 0) is None:
         options["eos_token_id"] = None
-    # transformers' name of `stop`
-    given = {"stop": given.get("stop_strings")} | given
-    given.pop("stop_strings", None)
-    options |= {name: value for name, value in given.items() if value is not None}
-    unknown = sorted(options.keys() - {f.name for f in fields(GenerationConfig)})
+    given = {name: value for name, value in given.items() if value is not None}
+    do_sample = given.pop("do_sample", None)
+    require(do_sample in (None, True, False), f"do_sample = {do_sample!r}, expected True or False")
+    if do_sample:
+        options |= {"temperature": 1.0, "top_k": 50} | sampling
+    if "stop_strings" in given:
+        given = {"stop": given.pop("stop_strings")} | given
+    unknown = sorted((options | given).keys() - {f.name for f in fields(GenerationConfig)})
     require(not unknown, f"{', '.join(unknown)}: no such option of a generation")
-    options["eos_token_id"] = as_ids("eos_token_id", options["eos_token_id"])
-    made = GenerationConfig(**options)
+    made = GenerationConfig(
+        **options | given | ({"temperature": 0.0} if do_sample is False else {})
+    )
+    unused = [name for name in (*SAMPLING, "seed") if given.get(name) and not made.temperature]
+    if unused:
+        names = ", ".join(unused)
+        text = f"{names}: no effect, as nothing is sampled without a temperature or do_sample=True"
+        warnings.warn(text, stacklevel=4)
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         token, vocab = getattr(made, name), config["vocab_size"]
         require(token is None or token < vocab, f"{name} = {token}, expected less than {vocab}")
     return made
 
 
-def uniform(seed: Tensor, step: Tensor, batch: int, vocab: int) -> Tensor:
-    """Numbers in (0, 1), (batch, vocab), a function of seed, row, step and column alone: the same on every device and
-    in every batch size (Salmon et al. 2011, counter-based random numbers)."""
+def count_new_tokens(max_new_tokens, max_length, prompt: int) -> int | None:
+    """max_new_tokens, else as many as `max_length` leaves after a prompt of so many tokens."""
+    if max_length is None or max_new_tokens is not None:
+        return max_new_tokens
+    fits = is_number_in(max_length, prompt + 1, 2**31, numbers.Integral)
+    require(
+        fits, f"max_length = {max_length!r}, expected more than the {prompt} tokens of the prompt"
+    )
+    return max_length - prompt
 
-    def hash32(x):  # full avalanche of the lowest 32 bits (Wellons' two-round prospector)
+
+def uniform(seed: Tensor, step: Tensor, batch: int, vocab: int) -> Tensor:
+    """Random numbers in (0, 1), (batch, vocab), that depend on seed, row, step and column alone: the same on every
+    device and in every batch size (Salmon et al. 2011, counter-based random numbers)."""
+
+    def hash32(x):
+        # Wellons' two-round prospector mixes all of the lowest 32 bits.
         x = x & 0xFFFFFFFF
         for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
             x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
@@ -1837,13 +1931,11 @@ def uniform(seed: Tensor, step: Tensor, batch: int, vocab: int) -> Tensor:
     return ((bits >> 9).float() + 0.5) / 2**23
 
 
-# Logits processors: logits or log-probabilities (batch, vocab), the state after the ids so far, the config -> the same,
-# less what the config forbids. Numbers are tensors of the state: a compiled step is the same for others.
+# Logits processors take logits or log-probabilities (batch, vocab) and the state after the ids so far, and return
+# logits. They read numbers from tensors of the state, so that new values do not recompile the step.
 
 
 def penalize_repetition(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
-    if "repetition_penalty" not in state.numbers:
-        return logits
     penalty = state.numbers["repetition_penalty"]
     penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(state.seen, penalized, logits)
@@ -1851,15 +1943,16 @@ def penalize_repetition(logits: Tensor, state: DecodeState, config: GenerationCo
 
 def forbid_repeated_ngrams(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
     n, vocab = config.no_repeat_ngram_size, logits.shape[-1]
-    if not 0 < n <= state.ids.shape[1]:
+    if n > state.ids.shape[1]:
         return logits
-    windows = state.ids.unfold(1, n, 1)  # (batch, windows, n)
+    # (batch, windows, n)
+    windows = state.ids.unfold(1, n, 1)
     written = torch.arange(windows.shape[1], device=logits.device) + n <= state.lengths
-    again = (windows[..., :-1] == state.newest(n - 1)[:, None]).all(-1) & written
-    # what does not repeat goes to a column to spare
-    banned = torch.where(again, windows[..., -1], vocab)
-    spare = torch.zeros(len(logits), vocab + 1, dtype=torch.bool, device=logits.device)
-    return logits.masked_fill(spare.scatter_(1, banned, True)[:, :-1], -math.inf)
+    repeats = (windows[..., :-1] == state.newest(n - 1)[:, None]).all(-1) & written
+    # Windows that do not repeat point to a spare column.
+    banned = torch.where(repeats, windows[..., -1], vocab)
+    forbidden = torch.zeros(len(logits), vocab + 1, dtype=torch.bool, device=logits.device)
+    return logits.masked_fill(forbidden.scatter_(1, banned, True)[:, :-1], -math.inf)
 
 
 def forbid_bad_words(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
@@ -1872,142 +1965,167 @@ def forbid_bad_words(logits: Tensor, state: DecodeState, config: GenerationConfi
 
 
 def forbid_early_end(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
-    if not config.min_length:
-        return logits
     column = torch.arange(logits.shape[-1], device=logits.device)
     ends = (column[:, None] == state.ends).any(-1)
     return torch.where(ends & (state.lengths < config.min_length), -math.inf, logits)
 
 
-def force_tokens(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
+def force_token(logits: Tensor, token: int, when: Tensor) -> Tensor:
     column = torch.arange(logits.shape[-1], device=logits.device)
-    for token, when in (
-        (config.forced_bos_token_id, state.lengths == 1),
-        (config.forced_eos_token_id, state.count == state.last),
-    ):
-        if token is not None:
-            logits = torch.where(when, torch.where(column == token, 0.0, -math.inf), logits)
-    return logits
+    return torch.where(when, torch.where(column == token, 0.0, -math.inf), logits)
 
 
-def process_logits(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
-    """Logits or log-probabilities (batch, vocab), less what the config forbids after the ids so far."""
-    logits = penalize_repetition(logits, state, config)
-    logits = forbid_repeated_ngrams(logits, state, config)
-    logits = forbid_bad_words(logits, state, config)
-    logits = forbid_early_end(logits, state, config)
-    return force_tokens(logits, state, config)
+def force_first(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
+    return force_token(logits, config.forced_bos_token_id, state.lengths == 1)
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    least = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
+def force_last(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
+    return force_token(logits, config.forced_eos_token_id, state.count == state.last)
+
+
+def scale_by_temperature(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
+    return logits / state.numbers["temperature"]
+
+
+def keep_top_k(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
+    least = logits.topk(min(config.top_k, logits.shape[-1])).values[:, -1:]
     return logits.masked_fill(logits < least, -math.inf)
 
 
-def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
+def keep_top_p(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
     ordered, order = logits.sort(descending=True)
     p = ordered.softmax(-1)
-    outside = p.cumsum(-1) - p >= top_p  # what stands before it is enough already
+    # Drop a token where the likelier ones reach top_p without it.
+    outside = p.cumsum(-1) - p >= state.numbers["top_p"]
     outside[:, 0] = False
     return logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
 
 
-def keep_min_p(logits: Tensor, min_p: Tensor) -> Tensor:
+def keep_min_p(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
     p = logits.softmax(-1)
-    return logits.masked_fill(p < min_p * p.amax(-1, keepdim=True), -math.inf)
+    least = state.numbers["min_p"] * p.amax(-1, keepdim=True)
+    return logits.masked_fill(p < least, -math.inf)
+
+
+# Option -> its processor, in transformers' order: those that always apply, and those of sampling.
+PROCESSORS = {
+    "repetition_penalty": penalize_repetition,
+    "no_repeat_ngram_size": forbid_repeated_ngrams,
+    "bad_words_ids": forbid_bad_words,
+    "min_length": forbid_early_end,
+    "forced_bos_token_id": force_first,
+    "forced_eos_token_id": force_last,
+}
+SAMPLERS = {
+    "temperature": scale_by_temperature,
+    "top_k": keep_top_k,
+    "top_p": keep_top_p,
+    "min_p": keep_min_p,
+}
+
+
+def process_logits(logits, state: DecodeState, config: GenerationConfig, processors=PROCESSORS):
+    """Logits or log-probabilities (batch, vocab) after the processors of all active options."""
+    for option, process in processors.items():
+        if option in config.active:
+            logits = process(logits, state, config)
+    return logits
 
 
 def sample(logits: Tensor, state: DecodeState, config: GenerationConfig) -> Tensor:
-    """The next id (batch,) of each row of logits (batch, vocab), drawn by the Gumbel trick; at temperature 0 the
-    likeliest."""
+    """The next id (batch,) of each row of logits (batch, vocab): the likeliest, or at a temperature one drawn by the
+    Gumbel trick."""
     logits = process_logits(logits, state, config)
-    if "temperature" not in state.numbers:
+    if "temperature" not in config.active:
         return logits.argmax(-1)
-    logits = logits / state.numbers["temperature"]
-    if config.top_k:
-        logits = keep_top_k(logits, config.top_k)
-    if "top_p" in state.numbers:
-        logits = keep_top_p(logits, state.numbers["top_p"])
-    if "min_p" in state.numbers:
-        logits = keep_min_p(logits, state.numbers["min_p"])
+    logits = process_logits(logits, state, config, SAMPLERS)
     noise = uniform(state.seed, state.count, *logits.shape)
     return (logits - (-noise.log()).log()).argmax(-1)
 
 
 class BeamSearch:
-    """The likeliest continuation of each row that a search finds, step by step as transformers does it: candidates that
-    end in a step compete, by their score, for as many places as there are beams."""
+    """Beam search as transformers does it: candidates that end in a step compete by their score for as many places as
+    there are beams."""
 
     def __init__(self, config: GenerationConfig, batch: int):
         n = config.num_beams
         self.config = config
-        self.candidates = max(2, 1 + len(config.eos_token_id)) * n  # of a row, looked at in a step
-        self.texts = [[] for _ in range(batch * n)]  # new ids of each beam
-        self.sums = [0.0, *[-1e9] * (n - 1)] * batch  # log-probabilities; at first one beam counts
-        self.found = [[] for _ in range(batch)]  # (score, text) of what has ended, the best first
-        self.open = [True] * batch  # the row may still find a better one
+        # Candidates of a row to look at in each step.
+        self.candidates = max(2, 1 + len(config.eos_token_id)) * n
+        # New ids of each beam, and their log-probabilities. At first only one beam of a row counts.
+        self.texts = [[] for _ in range(batch * n)]
+        self.sums = [0.0, *[-1e9] * (n - 1)] * batch
+        # (score, ids) of each row's finished texts, the best first, and whether it may still find a better one.
+        self.finished = [[] for _ in range(batch)]
+        self.open = [True] * batch
 
     def advance(self, sums: list, places: list, vocab: int) -> list[int]:
-        """Go on with the best of each row's candidates: their sums (batch, candidates), the best first, and places
-        (batch, candidates), beam * vocab + token. Returns which of the old beams (batch * beams,) each new one
-        continues."""
-        going = []
+        """Continue with the best candidates of each row: their sums (batch, candidates), the best first, and places
+        (batch, candidates), beam * vocab + token. Returns which old beam each new one (batch * beams,) continues."""
+        beams = []
         for row, candidates in enumerate(zip(sums, places)):
-            going += self.advance_row(row, *candidates, vocab)
-        beams, self.sums, self.texts = map(list, zip(*going))
-        return beams
+            beams += self.advance_row(row, *candidates, vocab)
+        parents, self.sums, self.texts = map(list, zip(*beams))
+        return parents
 
     def advance_row(self, row: int, sums: list, places: list, vocab: int) -> list:
-        """(beam, sum, text) of the beams that a row goes on with."""
-        config, found, going = self.config, self.found[row], []
+        """(old beam, sum, ids) of the beams that a row continues with."""
+        config, finished, beams = self.config, self.finished[row], []
         length = len(self.texts[0]) + 1
         last = length == config.max_new_tokens
         for rank, (total, place) in enumerate(zip(sums, places)):
             beam, token = row * config.num_beams + place // vocab, place % vocab
-            text = [*self.texts[beam], token]
+            ids = [*self.texts[beam], token]
             ends = token in config.eos_token_id
             if (ends or last) and self.open[row] and rank < config.num_beams:
-                found.append((total / length**config.length_penalty, text))
+                finished.append((total / length**config.length_penalty, ids))
             if not ends:
-                going.append((beam, total, text))
-        while len(going) < config.num_beams:  # nearly every token ends a text: a beam to nowhere
-            going.append((beam, -math.inf, text))
-        found.sort(key=lambda pair: -pair[0])
-        del found[config.num_beams :]
+                beams.append((beam, total, ids))
+        # Where nearly every token ends a text, the remaining beams can never win.
+        while len(beams) < config.num_beams:
+            beams.append((beam, -math.inf, ids))
+        finished.sort(key=lambda pair: -pair[0])
+        del finished[config.num_beams :]
         patient = config.early_stopping == "never" and config.length_penalty > 0
         longest = config.max_new_tokens if patient else length
-        hope = going[0][1] / longest**config.length_penalty
-        if len(found) == config.num_beams:
-            self.open[row] &= config.early_stopping is not True and hope > found[-1][0]
+        best_possible = beams[0][1] / longest**config.length_penalty
+        if len(finished) == config.num_beams:
+            better = best_possible > finished[-1][0]
+            self.open[row] &= config.early_stopping is not True and better
         self.open[row] &= not last
-        return going[: config.num_beams]
+        return beams[: config.num_beams]
 
     def best(self) -> list:
-        """The new ids of each row (batch,), of different lengths."""
-        return [found[0][1] for found in self.found]
+        """The new ids of the num_return_sequences best texts of each row, of different lengths."""
+        count = self.config.num_return_sequences
+        return [ids for finished in self.finished for _, ids in finished[:count]]
 
 
 def choose_beams(
     logits: Tensor, state: DecodeState, config: GenerationConfig, search: BeamSearch
 ) -> Tensor:
-    """The next id of each beam (batch * beams,), in the place of `sample`; the state goes on from the best beams."""
+    """The next id of each beam (batch * beams,), in place of `sample`. The state continues from the best beams."""
     scores = process_logits(logits.log_softmax(-1), state, config)
     if config.renormalize_logits:
         scores = scores.log_softmax(-1)
     totals = (scores + scores.new_tensor(search.sums)[:, None]).view(len(search.open), -1)
     sums, places = totals.topk(min(search.candidates, totals.shape[1]))
-    beams = search.advance(sums.tolist(), places.tolist(), logits.shape[-1])
-    state.reorder(torch.tensor(beams, device=logits.device))
+    parents = search.advance(sums.tolist(), places.tolist(), logits.shape[-1])
+    state.reorder(torch.tensor(parents, device=logits.device))
     state.done |= not any(search.open)
-    return torch.tensor([text[-1] for text in search.texts], device=logits.device)
+    return torch.tensor([ids[-1] for ids in search.texts], device=logits.device)
+
+
+# Options that a step reads from tensors.
+TENSOR_OPTIONS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 
 class DecodeState:
     """All that changes while a batch is generated: tensors of fixed shape and, in a compiled step, fixed address.
 
-    cache: its keys and values; cross_kv, encoder_mask: what `encode` gave; ids (batch, length + 1): the prompt and what
-    came after it, by position; seen (batch, vocab): ids that a row has had; token, one (batch, 1): the newest, and its
-    mask; done (batch,): the row has ended; alive (batch,): it had not before its newest token; finite: all logits were.
+    cache: keys and values; cross_kv, encoder_mask: from `encode`; ids (batch, length + 1): prompt and new ids by
+    position; seen (batch, vocab): ids that occur in a row; token, one (batch, 1): the newest id and its mask; done
+    (batch,): the row has ended; alive (batch,): it had not ended before its newest token; finite: all logits were.
     """
 
     def __init__(self, lm: TinyLM, prompt: Tensor, source: tuple, config: GenerationConfig):
@@ -2027,26 +2145,28 @@ class DecodeState:
         self.finite = new(dtype=torch.bool)
         self.ends = new(len(config.eos_token_id))
         self.pad, self.seed = new(), new()
-        self.count, self.last = new(), new()  # tokens written, and before the last one
-        self.numbers = {name: new(dtype=torch.float32) for name in active_numbers(config)}
+        # Tokens written so far, and before the last one.
+        self.count, self.last = new(), new()
+        active = [name for name in TENSOR_OPTIONS if name in config.active]
+        self.numbers = {name: new(dtype=torch.float32) for name in active}
 
     @staticmethod
     def signature(lm: TinyLM, prompt: Tensor, source: tuple, config: GenerationConfig) -> tuple:
-        """What the shapes of a state follow from."""
+        """Determines the shapes of a state."""
         shapes = [x.shape for x in tree_leaves(source) if isinstance(x, Tensor)]
+        active = config.active.intersection(TENSOR_OPTIONS)
         size = (len(prompt), cache_length(prompt, config), lm.dtype, lm.device)
-        return (*size, len(config.eos_token_id), *active_numbers(config), *shapes)
+        return (*size, len(config.eos_token_id), active, *shapes)
 
     def begin(self, prompt: Tensor, mask: Tensor, source: tuple, config: GenerationConfig):
-        """Everything as it is before the first token of a prompt (batch, seq), in place."""
+        """Resets everything, in place, to the moment before the first token after a prompt (batch, seq)."""
         real = mask.bool()
         rows = torch.arange(len(prompt), device=prompt.device)[:, None].expand_as(real)[real]
         self.cache.reset()
-        for kept, given in zip(
-            tree_leaves((self.cross_kv, self.encoder_mask)), tree_leaves(source)
-        ):
-            if kept is not None:
-                kept.copy_(given)
+        kept = tree_leaves((self.cross_kv, self.encoder_mask))
+        for stored, given in zip(kept, tree_leaves(source)):
+            if stored is not None:
+                stored.copy_(given)
         self.ids.fill_(-1)
         self.ids[rows, count_positions(mask)[0][real]] = prompt[real]
         self.seen.fill_(False)
@@ -2055,17 +2175,16 @@ class DecodeState:
         self.finite.fill_(True)
         self.ends.copy_(torch.tensor(config.eos_token_id))
         self.pad.fill_(min(config.pad_token_id, self.seen.shape[1] - 1))
-        self.seed.copy_(
-            torch.randint(2**31, ()) if config.seed is None else torch.tensor(config.seed)
-        )
+        seed = torch.randint(2**31, ()) if config.seed is None else torch.tensor(config.seed)
+        self.seed.copy_(seed)
         self.count.fill_(0)
         self.last.fill_(config.max_new_tokens - 1)
-        for name, value in active_numbers(config).items():
-            self.numbers[name].fill_(value)
+        for name, number in self.numbers.items():
+            number.fill_(getattr(config, name))
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each row (batch, 1), the prompt's included."""
+        """Tokens of each row (batch, 1), including the prompt."""
         return self.cache.lengths
 
     def newest(self, n: int) -> Tensor:
@@ -2074,7 +2193,7 @@ class DecodeState:
         return self.ids.gather(1, columns.clamp(min=0))
 
     def append(self, token: Tensor):
-        """The new ids (batch,) join the text."""
+        """Adds the new ids (batch,) to the rows."""
         self.ids.scatter_(1, self.lengths, token[:, None])
         self.alive.copy_(~self.done)
         self.done |= (token[:, None] == self.ends).any(-1)
@@ -2083,7 +2202,7 @@ class DecodeState:
         self.count += 1
 
     def reorder(self, rows: Tensor):
-        """Row i goes on from what row rows[i] held (beam search)."""
+        """Row i continues from what row rows[i] held (beam search)."""
         self.cache.reorder(rows)
         self.ids.copy_(self.ids[rows])
         self.seen.copy_(self.seen[rows])
@@ -2096,15 +2215,8 @@ def cache_length(prompt: Tensor, config: GenerationConfig) -> int:
     return -(-(prompt.shape[1] + config.max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
 
 
-def active_numbers(config: GenerationConfig) -> dict:
-    """The numbers that do something: a compiled step takes them as tensors, and is the same for others."""
-    idle = dict(temperature=0, top_p=1, min_p=0, repetition_penalty=1)
-    given = {name: getattr(config, name) for name in idle}
-    return {name: value for name, value in given.items() if value not in (None, idle[name])}
-
-
 def write_token(lm, state: DecodeState, ids, mask, columns, config, choose):
-    """Read ids (batch, seq), write one token: nothing here waits for the device."""
+    """Reads ids (batch, seq) and writes one token. Nothing here waits for the device."""
     logits = lm(
         ids,
         mask,
@@ -2114,22 +2226,23 @@ def write_token(lm, state: DecodeState, ids, mask, columns, config, choose):
         encoder_mask=state.encoder_mask,
     )
     logits = logits[:, -1].float()
-    state.finite &= (logits.amax(-1).isfinite() | state.done).all()  # NaN is the largest, too
+    # amax returns NaN if there is one.
+    state.finite &= (logits.amax(-1).isfinite() | state.done).all()
     state.append(torch.where(state.done, state.pad, choose(logits, state, config)))
 
 
 def prefill(lm: TinyLM, state: DecodeState, prompt: Tensor, mask: Tensor, config, choose=sample):
-    """Read the prompt (batch, seq) and write the first token."""
+    """Reads the prompt (batch, seq) and writes the first token."""
     write_token(lm, state, prompt, mask, last_column(mask), config, choose)
 
 
 def decode_one_token(lm: TinyLM, state: DecodeState, config: GenerationConfig, choose=sample):
-    """Write the token after the newest. It can be compiled: shapes and addresses are the same in every step."""
+    """Writes the token after the newest. Shapes and addresses are the same in every step, so it can be compiled."""
     write_token(lm, state, state.token, state.one, None, config, choose)
 
 
 def compiled_step(lm: TinyLM) -> Callable:
-    """`decode_one_token`, compiled once for a model; CUDA graphs on CUDA."""
+    """`decode_one_token`, compiled once for a model, with CUDA graphs on CUDA."""
     if lm._compiled is None:
         torch.compiler.allow_in_graph(rearrange)
         mode = "reduce-overhead" if lm.device.type == "cuda" else None
@@ -2140,12 +2253,12 @@ def compiled_step(lm: TinyLM) -> Callable:
 
 
 def make_state(lm: TinyLM, prompt, mask, source, config: GenerationConfig, compile: bool):
-    """A state for a generation. A compiled step finds the one that an earlier generation of its shape left, at the same
-    addresses; while that is still running, it gets one of its own."""
+    """A state for a generation. A compiled step takes the one that an earlier generation of its shape has left, at the
+    same addresses; while that one is still running, it gets another."""
     key = DecodeState.signature(lm, prompt, source, config)
     state = lm._states.pop(key, None) if compile else None
     if state is None:
-        # what is made in inference mode can be written there alone
+        # Tensors made in inference mode could only be written in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             state = DecodeState(lm, prompt, source, config)
         state.key = key
@@ -2156,13 +2269,15 @@ def make_state(lm: TinyLM, prompt, mask, source, config: GenerationConfig, compi
 
 
 def prepare(lm: TinyLM, input_ids, attention_mask, config: GenerationConfig, compile: bool):
-    """What a generation begins with, checked: prompt and mask (batch * beams, seq), what `encode` gave."""
+    """Checks the input and returns the prompt and its mask, one row for each beam or sample, and what `encode` gives."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     head = lm.config.head
-    fine = head == "lm" and lm.config.causal
-    require(fine, f"generate: the checkpoint's head is {head!r}, expected a language model's, 'lm'")
-    fine = not config.stop or lm.tokenizer
-    require(fine, f"stop = {config.stop} needs a tokenizer.json, which the checkpoint lacks")
+    writes = head == "lm" and lm.config.causal
+    require(
+        writes, f"generate: the checkpoint's head is {head!r}, expected a language model's, 'lm'"
+    )
+    can_stop = not config.stop or lm.tokenizer
+    require(can_stop, f"stop = {config.stop} needs a tokenizer.json, which the checkpoint lacks")
     check_inputs(lm.config, input_ids, mask)
     check_range("input_ids", input_ids, lm.config.vocab_size)
     require(bool(mask.any(-1).all()), "attention_mask: a row has no token")
@@ -2173,21 +2288,21 @@ def prepare(lm: TinyLM, input_ids, attention_mask, config: GenerationConfig, com
         f"max_new_tokens = {config.max_new_tokens} after {seq} tokens, expected at most {limit} in all",
     )
     if lm.encoder is not None:
-        if compile:  # a compiled step serves many lengths of the source
+        if compile:
+            # Padded, so that a compiled step serves many lengths of the source.
             more = min(-input_ids.shape[1] % CACHE_BUCKET, max(limit - input_ids.shape[1], 0))
             input_ids, attention_mask = F.pad(input_ids, (0, more)), F.pad(mask, (0, more))
         source = lm.encode(input_ids, attention_mask)
         input_ids = start_ids(lm, input_ids)
         mask = torch.ones_like(input_ids)
+    copies = max(config.num_beams, config.num_return_sequences)
+    repeat = functools.partial(torch.repeat_interleave, repeats=copies, dim=0)
+    inputs = input_ids, mask, source
+    return inputs if copies == 1 else tree_map_only(Tensor, repeat, inputs)
 
-    def for_each_beam(x):
-        return x.repeat_interleave(config.num_beams, 0) if config.num_beams > 1 else x
 
-    return tree_map_only(Tensor, for_each_beam, (input_ids, mask, source))
-
-
-def start_ids(lm: TinyLM, input_ids: Tensor) -> Tensor:
-    """What new tokens stand behind: the ids, or behind an encoder the start token (batch, 1)."""
+def start_ids(lm: TinyLM, input_ids) -> Tensor:
+    """The ids before the new tokens: the prompt's, or behind an encoder the start token (batch, 1)."""
     if lm.encoder is None:
         return input_ids
     ids = as_ids("decoder_start_token_id", lm.special_token_id("decoder_start_token_id"))
@@ -2196,38 +2311,48 @@ def start_ids(lm: TinyLM, input_ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate_steps(
-    lm: TinyLM, input_ids, attention_mask, config: GenerationConfig, compile=False, choose=sample
+    lm: TinyLM,
+    input_ids,
+    attention_mask,
+    config: GenerationConfig,
+    compile=False,
+    choose=sample,
+    with_text=False,
 ):
-    """Yield, step by step, the new ids (batch,) and which rows (batch,) had not ended before it, until all rows have.
-    Raises Error where logits are not finite."""
+    """Yields for each step the new ids (batch,), which rows (batch,) had not ended before it, and with stop strings or
+    `with_text` the text that the step adds to each row, until all rows have ended.
+
+    Raises Error where logits are not finite.
+    """
     prompt, mask, source = prepare(lm, input_ids, attention_mask, config, compile)
     state = make_state(lm, prompt, mask, source, config, compile)
     step = compiled_step(lm) if compile else decode_one_token
     texts = []
-    for row, real in zip(prompt, mask.bool()) if config.stop else ():
-        start = () if lm.encoder else row[real].tolist()
-        texts.append(TextStream(lm.tokenizer, config.stop, start))
+    for row, real in zip(prompt, mask.bool()) if config.stop or with_text else ():
+        texts.append(TextStream(lm.tokenizer, config, () if lm.encoder else row[real].tolist()))
     on_gpu = prompt.device.type == "cuda"
     look_every = STEPS_BETWEEN_LOOKS if on_gpu and not texts else 1
     try:
         prefill(lm, state, prompt, mask, config, choose)
         for i in range(1, config.max_new_tokens + 1):
-            look = i % look_every == 0 or i == config.max_new_tokens
+            last = i == config.max_new_tokens
+            look = last or i % look_every == 0
             if look:
                 require(bool(state.finite), NOT_FINITE)
             token, alive = state.token[:, 0].clone(), state.alive.clone()
-            yield token, alive
+            pieces = [text.append(int(id), last) for text, id in zip(texts, token)]
+            yield token, alive, pieces
             for row, text in enumerate(texts):
-                text.append(int(token[row]))
                 if text.ended:
                     state.done[row] = True
-            if i == config.max_new_tokens or look and bool(state.done.all()):
+            if last or look and bool(state.done.all()):
                 return
             if compile and on_gpu:
                 torch.compiler.cudagraph_mark_step_begin()
             step(lm, state, config, choose)
     finally:
-        if compile and bool(state.finite):  # keys that are not would spoil the next text
+        # A state with keys that are not finite would spoil the next text.
+        if compile and bool(state.finite):
             lm._states[state.key] = state
             for old in list(lm._states)[:-KEPT_STATES]:
                 lm._states.pop(old, None)
@@ -2239,31 +2364,51 @@ NOT_FINITE = (
 
 
 class TextStream:
-    """The text of ids that come one by one behind those of a prompt: whole characters only, and nothing from a stop
-    string on. Stop strings are looked for in the text with its special tokens written out, which is not shown.
+    """Turns the new ids of a row into text, one by one: whole characters only, and nothing from a stop string on. Stop
+    strings are searched for in the text with its special tokens, which are not shown.
 
-    New text is what a text has more than the same without its newest ids: a decoder may strip the first space of what
-    it is given, so that ids alone do not say their text.
+    New text = decode(all ids) minus decode(all but the newest): a decoder may strip a leading space.
     """
 
-    def __init__(self, tokenizer, stop: tuple = (), prompt=()):
-        self.tokenizer, self.stop, self.ids = tokenizer, stop, list(prompt)
-        self.start, self.known = 0, len(self.ids)  # ids to compare with, and ids whose text is out
-        self.held = []  # (text with special tokens, text to show), which may begin a stop string
-        self.ended = False  # a stop string has come
+    def __init__(self, tokenizer, config: GenerationConfig, prompt=()):
+        self.tokenizer = tokenizer
+        self.ends, self.stop = config.eos_token_id, config.stop
+        self.ids = list(prompt)
+        # Ids from `start` on are decoded; the text of those before `known` is out already.
+        self.start, self.known = 0, len(self.ids)
+        # (text with special tokens, text to show) that may begin a stop string.
+        self.held = []
+        self.ended = False
 
     def new_text(self, special: bool) -> str:
         before = self.tokenizer.decode(self.ids[self.start : self.known], special)
         return self.tokenizer.decode(self.ids[self.start :], special)[len(before) :]
 
-    def append(self, token: int) -> str:
-        """What there is to show once an id has come."""
-        self.ids.append(token)
+    def append(self, token: int, last: bool = False) -> str:
+        """The text to show once an id has come; after the `last` one, all that is left."""
+        if self.ended:
+            return ""
+        text = ""
+        if token in self.ends:
+            last = True
+        else:
+            self.ids.append(token)
+            text = self.known_text()
+        if last and not self.ended:
+            self.ended = True
+            held = "".join(shown for _, shown in self.held)
+            text += held + self.new_text(False)
+        return text
+
+    def known_text(self) -> str:
+        """The new text that is complete and cannot begin a stop string."""
         full = self.new_text(bool(self.stop))
-        if full.endswith("\ufffd"):  # a character whose bytes are not all there
+        # The bytes of the last character are not complete.
+        if full.endswith("\ufffd"):
             return ""
         shown = self.new_text(False) if self.stop else full
-        if shown:  # ids without a text are no beginning to compare with
+        # Ids without text are no context to decode the next ones in.
+        if shown:
             self.start = self.known
         self.known = len(self.ids)
         if not self.stop:
@@ -2272,7 +2417,7 @@ class TextStream:
         text = "".join(full for full, _ in self.held)
         cut = min((text.find(stop) for stop in self.stop if stop in text), default=-1)
         self.ended = cut >= 0
-        if not self.ended:  # keep back what may begin a stop string
+        if not self.ended:
             begins = [
                 n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])
             ]
@@ -2280,29 +2425,13 @@ class TextStream:
         return self.release(cut)
 
     def release(self, cut: int) -> str:
-        """What is shown of the held text before a character; where it has ended, the rest is dropped."""
+        """The held text before a character. Where a stop string has come, the rest is dropped."""
         out = []
         while self.held and (len(self.held[0][0]) <= cut or self.ended):
             full, shown = self.held.pop(0)
             out.append(shown if len(full) <= cut else os.path.commonprefix([shown, full[:cut]]))
             cut = max(cut - len(full), 0)
         return "".join(out)
-
-    def flush(self) -> str:
-        """The rest, once no more ids come."""
-        return "" if self.ended else "".join(shown for _, shown in self.held) + self.new_text(False)
-
-
-def stream_text(tokenizer, tokens, stop: tuple = (), prompt=()):
-    """The text of a stream of ids behind those of a prompt, piece by piece, as `TextStream` has it."""
-    text = TextStream(tokenizer, stop, prompt)
-    for token in tokens:
-        if piece := text.append(token):
-            yield piece
-        if text.ended:
-            return
-    if rest := text.flush():
-        yield rest
 
 
 # ---------------------------------------------------------------------------------------------------------------------

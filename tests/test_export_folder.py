@@ -245,7 +245,10 @@ def test_the_speed_counts_tokens(small_export, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         export.time, "monotonic", lambda: next(clock)
     )  # one second from token to token
-    monkeypatch.setattr(lm, "tokens", lambda *_, **__: iter("\U0001f600".encode() * 9))
+    emoji = [
+        (byte, "\U0001f600" * (i % 4 == 3)) for i, byte in enumerate("\U0001f600".encode() * 9)
+    ]
+    monkeypatch.setattr(lm, "steps", lambda *_, **__: iter(emoji))
     export.show(lm, "hi", 36)
     assert "\U0001f600" in (text := capsys.readouterr().out) and text.endswith(", 1 tokens/s\n")
 

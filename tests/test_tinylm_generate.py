@@ -25,7 +25,7 @@ from transformers.generation import (
 )
 
 import tinylm
-from tinylm import ByteTokenizer, Config, TinyLM, stream_text
+from tinylm import ByteTokenizer, Config, GenerationConfig, TextStream, TinyLM
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 DRAWS = 8192
@@ -512,10 +512,15 @@ def test_a_stop_string_that_begins_in_a_special_token(special):
     """A stop string may reach over the end of a special token into the text behind it."""
     tokenizer = TinyLM.from_pretrained(special).tokenizer
     ids = [97, 300, 98, 99, 300, 98]
+
+    def shown(*stop):
+        text = TextStream(tokenizer, GenerationConfig(stop=stop))
+        return "".join(text.append(id, i == len(ids)) for i, id in enumerate(ids, 1))
+
     for stop, text in (("0|>bc", "a"), ("<|s300|>b", "a"), ("c<", "ab"), ("bc<|s300|>", "a")):
-        assert "".join(stream_text(tokenizer, ids, (stop,))) == text, stop
-    assert "".join(stream_text(tokenizer, ids, ("<|s301|>", "cb"))) == "abcb"
-    assert "".join(stream_text(tokenizer, ids)) == "abcb"
+        assert shown(stop) == text, stop
+    assert shown("<|s301|>", "cb") == "abcb"
+    assert shown() == "abcb"
 
 
 def test_stop_strings_of_the_file(reciter, tmp_path):
@@ -680,3 +685,63 @@ def test_generation_takes_ids_of_32_bits_and_the_penalty_of_its_file():
     assert lm.generate(ids, no_repeat_ngram_size=1000, **options).tolist() == penalised
     with pytest.raises(tinylm.Error, match="^bad_words_ids = "):
         lm.generate(ids, bad_words_ids=[[]], **options)
+
+
+# ---- the arguments of transformers' generate ------------------------------------------------------------------------
+
+
+def test_max_length_counts_the_prompt(lm, folder):
+    """As in transformers: max_new_tokens goes before it, and a prompt that is as long is an error."""
+    ids = prompts(LLAMA, 5)[None]
+    plain = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+    theirs = load_oracle(folder(LLAMA)).generate(ids, max_length=9, **plain)
+    options = dict(eos_token_id=())
+    assert lm.generate(ids, max_length=9, **options).tolist() == theirs.tolist()
+    assert lm.generate(ids, max_length=9, max_new_tokens=2, **options).shape == (1, 7)
+    refuses(lambda: lm.generate(ids, max_length=5, **options), "max_length", "5")
+
+
+def test_do_sample_takes_what_the_file_says(lm):
+    """Guards options of generation_config.json that `do_sample=True` left out: top_k 1 makes the draw greedy."""
+    ids = prompts(LLAMA, 5)[None].repeat(32, 1)
+    options = dict(max_new_tokens=3, seed=3, eos_token_id=())
+    sampled = lm.generate(ids, do_sample=True, **options)
+    assert torch.equal(sampled, lm.generate(ids, temperature=1.0, top_k=50, **options))
+    lm.generation_config = lm.generation_config | dict(top_k=1, temperature=0.7, do_sample=True)
+    greedy = lm.generate(ids, max_new_tokens=3, eos_token_id=())
+    assert torch.equal(lm.generate(ids, do_sample=True, **options), greedy)
+    with pytest.warns(UserWarning, match="no effect"):
+        assert torch.equal(lm.generate(ids, temperature=0.7, do_sample=False, **options), greedy)
+
+
+@pytest.mark.parametrize("option", ["top_k", "top_p", "min_p", "seed"])
+def test_options_of_sampling_need_sampling(option, lm):
+    """Guards options without a temperature that were greedy without a word."""
+    with pytest.warns(UserWarning, match=f"^{option}: no effect"):
+        lm.generate(
+            prompts(LLAMA, 5)[None],
+            max_new_tokens=1,
+            **{option: 1 if "p" not in option[-1] else 0.5},
+        )
+
+
+def test_several_texts_for_each_row(lm, folder):
+    """num_return_sequences: the best beams, as transformers has them; different samples; not the same text twice."""
+    ids = torch.stack([prompts(LLAMA, 5, seed=n) for n in (1, 2)])
+    beams = dict(num_beams=4, num_return_sequences=3, max_new_tokens=5)
+    plain = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+    theirs = load_oracle(folder(LLAMA)).generate(ids, **beams, **plain)
+    assert lm.generate(ids, **beams, eos_token_id=()).tolist() == theirs.tolist()
+    samples = lm.generate(ids, temperature=1.0, seed=1, num_return_sequences=3, max_new_tokens=5)
+    assert samples.shape == (6, 10) and len({tuple(row) for row in samples.tolist()}) == 6
+    assert torch.equal(samples[:, :5], ids.repeat_interleave(3, 0))
+    refuses(lambda: lm.generate(ids, num_return_sequences=2), "num_return_sequences", "2")
+    refuses(lambda: [*lm.stream("a", temperature=1.0, num_return_sequences=2)], "stream")
+
+
+@pytest.mark.parametrize(
+    "ids", ["a text", ["a"], [["a"]], [[1, 2], [3]], [1, 2], 3, [], [[]], [[1.5]]]
+)
+def test_ids_that_are_none_are_one_line(ids, lm):
+    """Guards torch's own words for a text or for rows of different lengths."""
+    refuses(lambda: lm.generate(ids, max_new_tokens=1), "input_ids", "ids (batch, seq)")

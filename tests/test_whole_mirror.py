@@ -13,8 +13,8 @@ from tinylm import Config, TinyLM
 
 # The one computes with tensors, the other with arrays: tests below hold their results equal.
 OTHER_BY_PURPOSE = """Error DecodeState choose_beams forbid_bad_words forbid_early_end forbid_repeated_ngrams
-    force_tokens generate_steps keep_min_p keep_top_k keep_top_p penalize_repetition process_logits sample
-    start_ids uniform""".split()
+    force_first force_last force_token generate_steps keep_min_p keep_top_k keep_top_p penalize_repetition
+    sample scale_by_temperature start_ids uniform""".split()
 
 
 def definitions(module):

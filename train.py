@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import array
 import codecs
+import collections
 import contextlib
 import contextvars
 import ctypes
@@ -239,6 +240,12 @@ SIZES = {
 # Examples: dicts of a model's inputs and labels, one text's, without padding; and batches of them
 # ---------------------------------------------------------------------------------------------------------------------
 PIECE = 2**17  # characters, or bytes, of a text that are tokenised at once
+LONGEST_PIECE = 2**21  # a text that has no seam in so many characters is cut anywhere
+# Characters before a seam with which it is tried: of different parity, as runs of one have tokens of 2, 4, 8, ...
+NEAR, FAR = 61, 151
+BEFORE_SEAM = (NEAR, 98, FAR)
+# Where to look for one: before a word, behind punctuation, anywhere.
+SEAMS = (r"(?<=\w)(?=\s\w)", r"(?<=[^\w\s])(?=\w)", r"(?s)(?=.)")
 
 
 def mapped_tokens(text: MappedText, tokenizer) -> Tensor:
@@ -246,7 +253,8 @@ def mapped_tokens(text: MappedText, tokenizer) -> Tensor:
     if isinstance(tokenizer, ByteTokenizer):
         ids = torch.from_file(str(text.path), False, text.size, dtype=torch.uint8)
         return ids[text.first : text.last]
-    key = hashlib.sha256(tokenizer.files["tokenizer.json"] + repr(text).encode()).hexdigest()[:16]
+    made_of = tokenizer.files["tokenizer.json"] + repr(text).encode() + b"seamless"
+    key = hashlib.sha256(made_of).hexdigest()[:16]
     cache = text.path.with_name(f".{text.path.name}.{key}.tokens")
 
     def stored() -> Tensor | None:
@@ -282,12 +290,54 @@ def tokenise(text: MappedText, tokenizer, path: Path):
         file.write(array.array("i", [count]).tobytes())
 
 
-def piecewise(tokenizer, pieces):
-    """Ids of a long text, an array for each of its pieces: of a whole one at once the library takes 200 bytes for each
-    of the text's."""
-    pieces = iter(pieces)
+def piecewise(tokenizer, parts):
+    """Ids of a long text, which comes in parts, as arrays: the same as of the whole text at once, for which the library
+    takes 200 bytes for each of the text's."""
+    pieces = overlapping(tokenizer, parts)
     while some := list(itertools.islice(pieces, 16)):
-        yield from (array.array("i", ids) for ids in tokenizer.batch(some))
+        for (_, known), ids in zip(some, tokenizer.batch([text for text, _ in some])):
+            yield array.array("i", ids[known:])
+
+
+def overlapping(tokenizer, parts):
+    """Yield (piece, known): a piece of the text, which begins with the end of the one before, and how many of its ids
+    belong to that end."""
+    text = ""
+    known = 0
+    for part in parts:
+        text += part
+        cut = find_seam(tokenizer, text)
+        if cut is None and len(text) > LONGEST_PIECE:
+            cut = len(text)
+        if cut:
+            yield text[:cut], known
+            known = len(tokenizer.encode(text[cut - NEAR : cut], special=False))
+            text = text[cut - NEAR :]
+    if text:
+        yield text, known
+
+
+def find_seam(tokenizer, text: str) -> int | None:
+    """A position near the end where the text can be cut: the ids before it do not depend on what follows, nor those
+    behind it on how much of the text is before them."""
+
+    def fits(cut: int) -> bool:
+        following = []
+        for count in BEFORE_SEAM:
+            before = tokenizer.encode(text[cut - count : cut], special=False)
+            whole = tokenizer.encode(text[cut - count : cut + NEAR], special=False)
+            if whole[: len(before)] != before:
+                return False
+            following.append(whole[len(before) :])
+        return all(ids == following[0] for ids in following)
+
+    last = len(text) - NEAR
+    for pattern in SEAMS:
+        found = re.compile(pattern).finditer(text, max(FAR, last - 2**14), max(last, 0))
+        for match in reversed(collections.deque(found, 64)):
+            if fits(match.start()):
+                return match.start()
+    return None
 
 
 def sliced(text: str):
@@ -944,7 +994,9 @@ def build_model(rows: list, options: TrainOptions, resume: bool, notices: list) 
     return lm
 
 
-def load_for_finetuning(name, rows: list, options: TrainOptions, notices: list) -> TinyLM:
+def load_for_finetuning(
+    name, rows: list, options: TrainOptions, notices: list | None = None
+) -> TinyLM:
     """A checkpoint in fp32, a folder's or the hub's, with the task's head and the rows' labels."""
     folder = pretrained.find_checkpoint(name)
     file = folder / "config.json"
@@ -955,7 +1007,9 @@ def load_for_finetuning(name, rows: list, options: TrainOptions, notices: list) 
     torch.manual_seed(options.seed)  # of a new head
     changes = dropouts(config, options.dropout)
     lm = TinyLM.from_pretrained(folder, torch.float32, head=head, **changes)
-    notices += fit_head(lm, name, onnxlm.task_of(read_json(file)), rows, options)
+    line = fit_head(lm, name, onnxlm.task_of(read_json(file)), rows, options)
+    if line and notices is not None:
+        notices.append(line)
     require(
         task_of(lm.config) == options.task,
         f"{folder}: a model for {task_of(lm.config)}, expected one for --task {options.task}",
@@ -969,9 +1023,9 @@ def load_for_finetuning(name, rows: list, options: TrainOptions, notices: list) 
     return lm
 
 
-def fit_head(lm: TinyLM, name, task: str, rows: list, options: TrainOptions) -> list[str]:
+def fit_head(lm: TinyLM, name, task: str, rows: list, options: TrainOptions) -> str:
     """Give a model the labels of the rows: its head stays where it is one for the same labels, else the last layer of
-    it is a new one. `name` is the checkpoint's, `task` what it is for. Returns a line that says it."""
+    it is a new one. `name` is the checkpoint's, `task` is its own. Returns a line that says it."""
     kept = task == options.task
     reason = f"{name} is a model for {task}"
     if changes := label_changes(rows, options.names):
@@ -990,10 +1044,9 @@ def fit_head(lm: TinyLM, name, task: str, rows: list, options: TrainOptions) -> 
             torch.manual_seed(options.seed)
             lm.head.out = type(lm.head)(lm.config).apply(lm._init).out
     if lm.config.head not in NEW_HEADS:
-        return []
-    if kept:
-        return [f"{options.task}: the head of {name} goes on"]
-    return [f"{options.task}: a new head ({reason})"]
+        return ""
+    said = f"the head of {name} stays" if kept else f"a new head ({reason})"
+    return f"{options.task}: {said}"
 
 
 def dropouts(config: Config, p: float | None) -> dict:
@@ -1560,6 +1613,8 @@ def save(
             lm.state_dict()  # in which all processes take part
         if options.lora:
             save_adapter(folder / "adapter", lm, options)
+        elif (folder / "adapter" / "adapter_config.json").exists():  # of a former run
+            shutil.rmtree(folder / "adapter", ignore_errors=True)
         if optimizer and rank_and_world_size()[0] == 0:
             write_tensors(
                 folder / "training.safetensors", tensors, {"training": json.dumps(run_state)}

@@ -1,10 +1,10 @@
-"""Hugging Face folders in both directions: families as rows of data, config.json, checkpoints, the hub, tokenizers.
+"""Hugging Face folders in both directions: tokenizers, families as rows of data, config.json, checkpoints, the hub.
 
     from pretrained import config_from_hf, load_tokenizer
     lm = TinyLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")    # calls load_model here
     lm.save_pretrained("copy")                                            # calls save_model here
 
-Copy it beside tinylm.py and onnxlm.py. Reference implementation of every family: Hugging Face transformers.
+Copy it beside tinylm.py and onnxlm.py. The reference implementation of every family is Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ except ImportError:  # beside each other, or installed
     import onnxlm
     import tinylm
 
-Config, require = tinylm.Config, tinylm.require
+Config = tinylm.Config
+require = tinylm.require
+is_number_in = tinylm.is_number_in
+read_json = tinylm.read_json
+added_token = tinylm.added_token
 
 
 class Error(tinylm.Error, onnxlm.Error):
@@ -39,20 +43,22 @@ onnxlm.Error = Error  # type: ignore[misc]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers: the one tokenizer.json that a folder's files mean
+# Tokenizers: one complete tokenizer.json from all files of a folder
 # ---------------------------------------------------------------------------------------------------------------------
 def load_tokenizer(folder: str | Path) -> onnxlm.Tokenizer | tinylm.ByteTokenizer | None:
-    """The tokenizer of a checkpoint folder as transformers' AutoTokenizer reads it, or None if it has none. Where that is
-    not what tokenizer.json says alone, the tokenizer's `files` have one that says it. A byte tokenizer of ours needs no
-    library."""
+    """The tokenizer of a checkpoint folder as transformers' AutoTokenizer reads it, or None where there is none.
+
+    Its `files` hold a tokenizer.json that describes it completely, even if the folder's own does not. Our own byte
+    tokenizer needs no library. Raises Error for files that cannot be read.
+    """
     folder = Path(folder)
     files = onnxlm.read_tokenizer_files(folder)
     if files.get("tokenizer.json") == tinylm.ByteTokenizer().files["tokenizer.json"]:
         del files["tokenizer.json"]
         return tinylm.ByteTokenizer(files)
     names = ("tokenizer.json", "vocab.txt", "merges.txt")
-    source = next((name for name in names if name in files), None)
-    if source is None or source == "merges.txt" and "vocab.json" not in files:
+    vocabulary = next((name for name in names if name in files), None)
+    if vocabulary is None or vocabulary == "merges.txt" and "vocab.json" not in files:
         for name in files:
             require(
                 not name.endswith((".model", ".spm")),
@@ -61,54 +67,59 @@ def load_tokenizer(folder: str | Path) -> onnxlm.Tokenizer | tinylm.ByteTokenize
             )
         return None
     try:
-        hf_config = tinylm.read_json(folder / "config.json", {})
-        return onnxlm.Tokenizer(resolve_tokenizer(files, hf_config), hf_config)
+        hf_config = read_json(folder / "config.json", {})
+        return onnxlm.Tokenizer(complete_tokenizer_json(files, hf_config), hf_config)
     except ImportError:
-        raise Error(f"{folder / source}: reading it needs `pip install tokenizers`") from None
+        raise Error(f"{folder / vocabulary}: reading it needs `pip install tokenizers`") from None
     except tinylm.Error as error:
         raise Error(f"{folder}: {error}") from None
     except Exception as error:  # the library raises plain Exception
-        raise Error(f"{folder / source}: not a readable tokenizer ({error})") from None
+        raise Error(f"{folder / vocabulary}: not a readable tokenizer ({error})") from None
 
 
-def resolve_tokenizer(files: dict[str, bytes], hf_config: dict) -> dict[str, bytes]:
-    """The files, with a tokenizer.json that says all that transformers' AutoTokenizer reads from them: the tokens that
-    only other files name; of some classes, the flags of tokenizer_config.json in place of what tokenizer.json says."""
+def complete_tokenizer_json(files: dict[str, bytes], hf_config: dict) -> dict[str, bytes]:
+    """Returns the files with a tokenizer.json that says everything AutoTokenizer takes from all of them: tokens that only
+    other files name and, for some tokenizer classes, options of tokenizer_config.json that override tokenizer.json."""
     from tokenizers import Tokenizer as Backend
 
     config = onnxlm.parse_json_file(files, "tokenizer_config.json")
-    kind = onnxlm.tokenizer_class(files, hf_config)
+    tokenizer_class = onnxlm.tokenizer_class(files, hf_config)
     if "tokenizer.json" in files:
         config = {k: v for k, v in config.items() if k not in ("add_bos_token", "add_eos_token")}
     else:
-        kind, files = kind_of_vocabulary(files, kind, config)
+        tokenizer_class, files = convert_vocabulary(files, tokenizer_class, config)
     spec = json.loads(files["tokenizer.json"])
-    model, before = spec["model"], spec.get("added_tokens") or []
-    model_type, pipeline = CLASS_PIPELINES.get(kind, ("", None))
+    model = spec["model"]
+    stored_tokens = spec.get("added_tokens") or []
+    model_type, pipeline = CLASS_PIPELINES.get(tokenizer_class, ("", None))
     if model_type != model.get("type"):
-        kind, pipeline = "", None
-    tokens = onnxlm.special_tokens(files, hf_config, spec.get("padding"))
-    added = find_added_tokens(files, tokens, before, kind)
-    ids = token_ids(model["vocab"], added)
-    # All but the words, as the library itself writes it.
+        tokenizer_class = ""
+        pipeline = None
+    special = onnxlm.special_tokens(files, hf_config, spec.get("padding"))
+    added = find_added_tokens(files, special, stored_tokens, tokenizer_class)
+    ids = assign_ids(model["vocab"], added)
+    # Without its words the tokenizer is cheap to load and to compare.
     empty = {"type": "BPE", "vocab": {}, "merges": []}
     backend = Backend.from_str(json.dumps(spec | {"model": empty, "added_tokens": []}))
-    written = backend.to_str()
+    before = backend.to_str()
     if pipeline:
-        model = model | pipeline(backend, kind, config, tokens)
-        backend.post_processor = around_texts(kind, config, tokens, ids) or backend.post_processor
-    same = added == {token["content"]: tinylm.added_token(token) for token in before}
-    # What is null, empty or false need not be there.
-    same &= all((spec["model"].get(name) or None) == (model[name] or None) for name in model)
-    if same and backend.to_str() == written:
+        model = model | pipeline(backend, tokenizer_class, config, special)
+        template = post_processor(tokenizer_class, config, special, ids)
+        backend.post_processor = template or backend.post_processor
+    unchanged = added == {token["content"]: added_token(token) for token in stored_tokens}
+    # A key that is null, empty or false may as well be missing.
+    unchanged &= all((spec["model"].get(key) or None) == (model[key] or None) for key in model)
+    if unchanged and backend.to_str() == before:
         return files
     spec = json.loads(backend.to_str()) | {"model": model}
     spec["added_tokens"] = [{"id": ids[text]} | token for text, token in added.items()]
     return files | {"tokenizer.json": json.dumps(spec, ensure_ascii=False).encode("utf-8")}
 
 
-def kind_of_vocabulary(files: dict[str, bytes], kind: str, config: dict) -> tuple[str, dict]:
-    """(tokenizer class, files with a tokenizer.json) of a folder that has a vocabulary in other files."""
+def convert_vocabulary(
+    files: dict[str, bytes], tokenizer_class: str, config: dict
+) -> tuple[str, dict]:
+    """(tokenizer class, files with a tokenizer.json) of a folder with vocab.txt, or vocab.json and merges.txt."""
     declared = config.get("tokenizer_class")
     if "vocab.txt" in files:
         default = "BertTokenizer"
@@ -119,67 +130,74 @@ def kind_of_vocabulary(files: dict[str, bytes], kind: str, config: dict) -> tupl
         lines = files["merges.txt"].decode("utf-8").split("\n")
         merges = [line.rstrip("\r") for line in lines if line.strip() and line[:8] != "#version"]
         model = {"type": "BPE", "vocab": json.loads(files["vocab.json"]), "merges": merges}
-    kind = kind or ("" if declared else default)
+    tokenizer_class = tokenizer_class or ("" if declared else default)
     require(
-        CLASS_PIPELINES.get(kind, (None,))[0] == model["type"],
-        f"tokenizer_class = {declared or kind!r} without a tokenizer.json is not supported",
+        CLASS_PIPELINES.get(tokenizer_class, (None,))[0] == model["type"],
+        f"tokenizer_class = {declared or tokenizer_class!r} without a tokenizer.json is not supported",
     )
-    files = {"tokenizer_config.json": json.dumps({"tokenizer_class": kind}).encode()} | files
-    return kind, files | {"tokenizer.json": json.dumps({"model": model}).encode()}
+    named = {"tokenizer_config.json": json.dumps({"tokenizer_class": tokenizer_class}).encode()}
+    return tokenizer_class, named | files | {
+        "tokenizer.json": json.dumps({"model": model}).encode()
+    }
 
 
 def find_added_tokens(
-    files: dict[str, bytes], tokens: dict[str, str], before: list, kind: str
+    files: dict[str, bytes], special: dict[str, str], stored_tokens: list, tokenizer_class: str
 ) -> dict[str, dict]:
-    """Text -> `added_token` of what stands beside the vocabulary, in transformers' order: what tokenizer.json has, unless
-    the class makes its own (`kind`), what other files have by id, the special tokens."""
+    """Text -> `added_token` of the tokens beside the vocabulary, in transformers' order: those of tokenizer.json (unless
+    a tokenizer class rebuilds them), those that other files list by id, the special tokens."""
     config = onnxlm.parse_json_file(files, "tokenizer_config.json")
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    by_id = {
-        int(i): tinylm.added_token(v) for i, v in (config.get("added_tokens_decoder") or {}).items()
-    }
-    if "added_tokens_decoder" not in config:  # older files, else ignored
+    listed = config.get("added_tokens_decoder") or {}
+    by_id = {int(i): added_token(token) for i, token in listed.items()}
+    # Without an added_tokens_decoder the older files count too.
+    if "added_tokens_decoder" not in config:
         named = onnxlm.parse_json_file(files, "special_tokens_map.json")
         config = config | named
         extra = extra or named.get("additional_special_tokens") or []
         if isinstance(extra, list):
             extra = [*extra, *(named.get("extra_special_tokens") or [])]
-        special = {*tokens.values(), *map(str, extra)}
+        texts = {*special.values(), *map(str, extra)}
         for text, i in onnxlm.parse_json_file(files, "added_tokens.json").items():
-            by_id[i] = tinylm.added_token(text, special=text in special)
-        by_id |= {token["id"]: tinylm.added_token(token) for token in before}
-    if isinstance(extra, dict):  # names of their own, which are among the tokens already
+            by_id[i] = added_token(text, special=text in texts)
+        by_id |= {token["id"]: added_token(token) for token in stored_tokens}
+    # Extra tokens with names of their own are among the special tokens already.
+    if isinstance(extra, dict):
         extra = []
-    if kind == "T5Tokenizer" and not config.get("additional_special_tokens"):
+    if tokenizer_class == "T5Tokenizer" and not config.get("additional_special_tokens"):
         extra = [*extra, *(f"<extra_id_{i}>" for i in range(config.get("extra_ids", 100)))]
-    found = {} if kind else {token["content"]: tinylm.added_token(token) for token in before}
+    found = {}
+    if not tokenizer_class:
+        found = {token["content"]: added_token(token) for token in stored_tokens}
     found |= {by_id[i]["content"]: by_id[i] for i in sorted(by_id)}
-    named = [config[n] if isinstance(config.get(n), dict) else text for n, text in tokens.items()]
+    named = [config[n] if isinstance(config.get(n), dict) else text for n, text in special.items()]
     for value in filter(None, [*named, *extra]):
-        token = tinylm.added_token(value, special=True)
+        token = added_token(value, special=True)
         found.setdefault(token["content"], token)
-    special = {*tokens.values(), *(token["content"] for token in before if token["special"])}
+    marked = {token["content"] for token in stored_tokens if token["special"]}
     for text, token in found.items():
-        token["special"] |= text in special
+        token["special"] |= text in special.values() or text in marked
     return found
 
 
-def token_ids(vocabulary: dict | list, added: dict) -> dict[str, int]:
-    """Token -> id, where the library numbers what is added."""
+def assign_ids(vocabulary: dict | list, added: dict) -> dict[str, int]:
+    """Token -> id. The library appends added tokens that the vocabulary lacks."""
     if isinstance(vocabulary, list):
         vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
-    ids, free = dict(vocabulary), len(vocabulary)
+    ids = dict(vocabulary)
+    free = len(vocabulary)
     for text in added:
         free = max(free, ids.setdefault(text, free) + 1)
     return ids
 
 
-# Classes of transformers go by tokenizer_config.json where tokenizer.json says otherwise. Their pipelines (the library's
-# tokenizer, class, config, special tokens) set what stands before and behind the model and return what they change of it.
+# Some tokenizer classes of transformers follow tokenizer_config.json where tokenizer.json says otherwise. A pipeline
+# (backend: the library's tokenizer, tokenizer_class, config, special tokens) sets the backend's steps before and after
+# the model, and returns the options that it changes in the model.
 QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def bert_pipeline(backend, kind, config, tokens) -> dict:
+def bert_pipeline(backend, tokenizer_class: str, config: dict, special: dict) -> dict:
     from tokenizers import decoders, normalizers, pre_tokenizers
 
     backend.normalizer = normalizers.BertNormalizer(
@@ -189,14 +207,17 @@ def bert_pipeline(backend, kind, config, tokens) -> dict:
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    model = {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
-    return model | {"unk_token": tokens["unk_token"]}
+    return {
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+        "unk_token": special["unk_token"],
+    }
 
 
-def byte_level_pipeline(backend, kind, config, tokens) -> dict:
+def byte_level_pipeline(backend, tokenizer_class: str, config: dict, special: dict) -> dict:
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
-    qwen = kind == "Qwen2Tokenizer"
+    qwen = tokenizer_class == "Qwen2Tokenizer"
     prefix = bool(config.get("add_prefix_space"))
     words = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not qwen)
     if qwen:
@@ -208,12 +229,14 @@ def byte_level_pipeline(backend, kind, config, tokens) -> dict:
     return tinylm.BPE_OPTIONS
 
 
-def sentencepiece_pipeline(backend, kind, config, tokens) -> dict:
+def sentencepiece_pipeline(backend, tokenizer_class: str, config: dict, special: dict) -> dict:
     from tokenizers import decoders, normalizers, pre_tokenizers
 
-    gemma = kind == "GemmaTokenizer"
+    gemma = tokenizer_class == "GemmaTokenizer"
     prefix = not gemma and config.get("add_prefix_space") in (None, True)
-    scheme = "never" if not prefix else "always" if config.get("legacy") else "first"
+    scheme = "never"
+    if prefix:
+        scheme = "always" if config.get("legacy") else "first"
     words = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
@@ -223,18 +246,18 @@ def sentencepiece_pipeline(backend, kind, config, tokens) -> dict:
     backend.normalizer = normalizers.Replace(" ", "▁") if gemma else None
     backend.pre_tokenizer = words
     backend.decoder = decoders.Sequence(steps)
-    unknown = tokens.get("unk_token") if gemma else None
+    unknown = special.get("unk_token") if gemma else None
     return tinylm.BPE_OPTIONS | {"fuse_unk": True, "byte_fallback": True, "unk_token": unknown}
 
 
-def unigram_pipeline(backend, kind, config, tokens) -> dict:
-    """A normalizer that comes from SentencePiece stays."""
+def unigram_pipeline(backend, tokenizer_class: str, config: dict, special: dict) -> dict:
+    """Keeps the character map that was converted from SentencePiece."""
     from tokenizers import decoders, normalizers, pre_tokenizers
 
-    parts = backend.normalizer
-    parts = parts if isinstance(parts, normalizers.Sequence) else [parts]
-    charsmaps = [part for part in parts if isinstance(part, normalizers.Precompiled)]
-    t5 = kind == "T5Tokenizer"
+    steps = backend.normalizer
+    steps = steps if isinstance(steps, normalizers.Sequence) else [steps]
+    charsmaps = [step for step in steps if isinstance(step, normalizers.Precompiled)]
+    t5 = tokenizer_class == "T5Tokenizer"
     scheme = "always" if t5 or config.get("add_prefix_space", True) else "never"
     words = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     backend.normalizer = next(iter(charsmaps), None)
@@ -243,7 +266,8 @@ def unigram_pipeline(backend, kind, config, tokens) -> dict:
     return {"byte_fallback": False, "unk_id": 2 if t5 else 3}
 
 
-CLASS_PIPELINES = {  # class -> (type of its model in tokenizer.json, its pipeline)
+# tokenizer class -> (type of its model in tokenizer.json, its pipeline)
+CLASS_PIPELINES = {
     "BertTokenizer": ("WordPiece", bert_pipeline),
     "RobertaTokenizer": ("BPE", byte_level_pipeline),
     "GPT2Tokenizer": ("BPE", byte_level_pipeline),
@@ -255,77 +279,107 @@ CLASS_PIPELINES = {  # class -> (type of its model in tokenizer.json, its pipeli
 }
 
 
-def around_texts(kind: str, config: dict, tokens: dict[str, str], ids: dict[str, int]):
-    """The post-processor that puts a class's special tokens around texts; None: tokenizer.json's. ids: text -> id."""
+def post_processor(tokenizer_class: str, config: dict, special: dict, ids: dict[str, int]):
+    """The step that puts a tokenizer class's special tokens around texts; None: keep that of tokenizer.json."""
     from tokenizers import processors
 
-    bos, eos, cls, sep = (tokens.get(f"{name}_token") for name in ("bos", "eos", "cls", "sep"))
+    bos, eos, cls, sep = (special.get(f"{name}_token") for name in ("bos", "eos", "cls", "sep"))
     start = [bos] if bos and config.get("add_bos_token") else []
     end = [eos] if eos and config.get("add_eos_token") else []
-    if kind == "RobertaTokenizer":
-        trim, prefix = config.get("trim_offsets", True), bool(config.get("add_prefix_space"))
+    if tokenizer_class == "RobertaTokenizer":
+        trim = config.get("trim_offsets", True)
+        prefix = bool(config.get("add_prefix_space"))
         return processors.RobertaProcessing((sep, ids[sep]), (cls, ids[cls]), trim, prefix)
-    if kind == "BertTokenizer":
+    if tokenizer_class == "BertTokenizer":
         pair = [cls, "$A", sep, "$B:1", f"{sep}:1"]
-    elif kind == "XLMRobertaTokenizer":
+    elif tokenizer_class == "XLMRobertaTokenizer":
         pair = [bos, "$A", eos, eos, "$B", eos]
-    elif kind == "T5Tokenizer":
+    elif tokenizer_class == "T5Tokenizer":
         pair = ["$A", eos, "$B", eos]
     elif start or end:
         pair = [*start, "$A", *end, *(f"{piece}:1" for piece in (*start, "$B", *end))]
     else:
         return None
-    single = pair[: (len(pair) + 1) // 2]  # a text alone has what stands around the first
-    special = [(text, ids[text]) for text in (bos, eos, cls, sep) if text in single]
-    return processors.TemplateProcessing(single, pair, special)
+    # A single text gets what a pair has around its first text.
+    single = pair[: (len(pair) + 1) // 2]
+    around = [(text, ids[text]) for text in (bos, eos, cls, sep) if text in single]
+    return processors.TemplateProcessing(single, pair, around)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Families: rows of data. How a config.json reads as a Config, and which tensors are ours under which names.
+# Families: how a config.json reads as a Config, and under which names our tensors are stored
 # ---------------------------------------------------------------------------------------------------------------------
-class Name(str):
-    """Of a module or a tensor in a family's checkpoints; how ours reads from it, and is written to it."""
+class StoredName(str):
+    """Name of a module or tensor in a checkpoint. `load` turns a stored tensor into ours, `save` turns ours back."""
 
-    read = write = staticmethod(lambda x: x)
-
-
-class Transposed(Name):
-    """Of a module whose weight is stored (in, out), as GPT-2's Conv1D does."""
-
-    read = write = staticmethod(lambda x: x.t() if x.ndim == 2 else x)
+    load = save = staticmethod(lambda x: x)
+    # A checkpoint may lack it; it is zero then.
+    optional = False
 
 
-class Row(Name):
-    """Of a vector that is stored (1, n), or not at all where it is zero."""
+class Transposed(StoredName):
+    """A module whose weight is stored (in, out), as GPT-2's Conv1D does."""
 
-    read, write = staticmethod(lambda x: x[0]), staticmethod(lambda x: x[None])
-
-
-class Unused(Name):
-    """Of a module that only travels along, and is zero where it is not stored."""
+    load = save = staticmethod(lambda x: x.t() if x.ndim == 2 else x)
 
 
-def name_map(*texts: str) -> dict[str, str]:
-    """Our names -> theirs, of words `ours=theirs`, or of one word where both are the same. The last one counts."""
-    words = (word.partition("=") for text in texts for word in text.split())
-    return {ours: theirs if sign else ours for ours, sign, theirs in words}
+class RowVector(StoredName):
+    """A vector that is stored as a matrix (1, n)."""
+
+    load = staticmethod(lambda x: x[0])
+    save = staticmethod(lambda x: x[None])
+    optional = True
 
 
-def tensor_map(prefix: str, layer: str, *texts: str, inside: type = Name) -> dict:
-    """Our modules -> a tuple of theirs, fused along the rows in ours, of words `ours=theirs+theirs`.
+class Unused(StoredName):
+    """A module that is kept only so that it can be saved again."""
 
-    Theirs stand behind the prefix, and those of a layer behind `layer` too, with {} for its number.
+    optional = True
+
+
+def name_map(text: str) -> dict[str, str]:
+    """Our names -> theirs, from words `ours=theirs`, or single words where both are the same."""
+    words = (word.partition("=") for word in text.split())
+    return {ours: theirs or ours for ours, _, theirs in words}
+
+
+def tensor_map(prefix: str, layer: str, modules: dict, in_layer: type = StoredName) -> dict:
+    """Our modules -> tuples of StoredName. Several, written `theirs+theirs`, are the rows of one module of ours.
+
+    All stored names begin with `prefix`; those in a layer go on with `layer` ({} is its number) and have the class
+    `in_layer`.
     """
     table = {}
-    for ours, theirs in name_map(*texts).items():
-        kind, place = Name, prefix
+    for ours, theirs in modules.items():
         if ours.startswith("layers."):
-            ours, kind, place = ours.replace("layers", "layers.{}", 1), inside, prefix + layer
-        table[ours] = tuple(kind(place + name) for name in theirs.split("+") if name)
+            ours = ours.replace("layers", "layers.{}", 1)
+            names = [in_layer(prefix + layer + name) for name in theirs.split("+")]
+        else:
+            names = [StoredName(prefix + name) for name in theirs.split("+")]
+        table[ours] = tuple(names)
     return table
 
 
-CLASS = {  # head -> end of its class's name
+@dataclass(frozen=True)
+class HeadTable:
+    """A head of a family."""
+
+    # Our module -> a tuple of one StoredName
+    tensors: dict = field(default_factory=dict)
+    # Config fields that come with the head
+    config: dict = field(default_factory=dict)
+
+
+def head_table(modules: str = "", name_type: type = StoredName, **config) -> HeadTable:
+    """A HeadTable from words `ours=theirs` and Config fields."""
+    tensors = {ours: (name_type(theirs),) for ours, theirs in name_map(modules).items()}
+    return HeadTable(tensors, config)
+
+
+LM_ONLY = {"lm": head_table("head.out=lm_head")}
+DECODER_HEADS = LM_ONLY | {"classify": head_table("head.out=score"), None: head_table()}
+# head -> end of the class name in transformers
+CLASS_ENDINGS = {
     "lm": "ForCausalLM",
     "mlm": "ForMaskedLM",
     "classify": "ForSequenceClassification",
@@ -335,49 +389,49 @@ CLASS = {  # head -> end of its class's name
 }
 
 
-def head_row(*texts: str, kind: type = Name, **config_fields) -> tuple[dict, dict]:
-    """A head's tensors, of words `ours=theirs`, and the config fields that it has."""
-    return {ours: (kind(theirs),) for ours, theirs in name_map(*texts).items()}, config_fields
-
-
-LM_ONLY = {"lm": head_row("head.out=lm_head")}
-DECODER_HEADS = LM_ONLY | {"classify": head_row("head.out=score"), None: head_row()}
-
-
-def nothing(_) -> dict:
-    """What most families read, and write, beside their table of fields."""
-    return {}
-
-
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`. Tables are read one way to load and the other way to save."""
+    """One `model_type`. Its tables are read one way to load and the other way to save.
 
-    stem: str  # of its classes' names
-    tensors: dict  # as from tensor_map
-    fields: dict  # our config field -> their key
-    heads: dict = field(default_factory=lambda: DECODER_HEADS)  # as from head_row
-    prefix: str = "model."  # of the body's tensors, where there is a head
-    fixed: dict = field(default_factory=dict)  # our config fields which the family always has
-    defaults: dict = field(default_factory=dict)  # their key -> what transformers takes without it
-    only: dict = field(default_factory=dict)  # their key -> the one value that is supported
-    read: Callable[[dict], dict] = (
-        nothing  # a config.json with defaults -> more of our config fields
-    )
-    write: Callable[[Config], dict] = nothing  # and back
-    drop: str = (
-        "model.layers.*.self_attn.rotary_emb.inv_freq"  # patterns of tensors that carry nothing
-    )
-    copies: dict = field(default_factory=dict)  # a tensor -> the one that it repeats, if stored
-    aliases: dict = field(default_factory=dict)  # a second name of a key -> the key
-    unstored_head_is_tied: bool = False  # whatever config.json says of it
-    classes: dict = field(default_factory=dict)  # head -> end of its class's name, if not CLASS's
+    A key is a field of config.json. Each key of transformers' config class must stand in `fields`, `aliases`,
+    `defaults`, `only` or NO_EFFECT: all others are ignored with a warning.
+    """
+
+    # Start of the class names in transformers
+    stem: str
+    # Our modules -> stored names, from tensor_map
+    tensors: dict
+    # Config field -> key
+    fields: dict
+    # head -> HeadTable
+    heads: dict = field(default_factory=lambda: DECODER_HEADS)
+    # Start of the body's stored names, left out where a body is stored without a head
+    prefix: str = "model."
+    # Config fields that are the same in every checkpoint
+    fixed: dict = field(default_factory=dict)
+    # key -> its value where config.json lacks it, if that is not None or Config's own default
+    defaults: dict = field(default_factory=dict)
+    # key that is not read -> the only supported value
+    only: dict = field(default_factory=dict)
+    # Second name of a key -> the key (transformers' attribute_map)
+    aliases: dict = field(default_factory=dict)
+    # What the tables cannot say: config.json with its defaults -> Config fields, and a Config -> keys
+    read: Callable[[dict], dict] = lambda raw: {}
+    write: Callable[[Config], dict] = lambda config: {}
+    # Patterns of stored tensors that may be dropped
+    drop: str = "model.layers.*.self_attn.rotary_emb.inv_freq"
+    # Stored tensor -> the tensor that it repeats, in checkpoints that have both
+    copies: dict = field(default_factory=dict)
+    # An output that is not stored is the embedding, even if config.json says tie_word_embeddings = false.
+    unstored_head_is_tied: bool = False
+    # head -> end of the class name, where it is not that of CLASS_ENDINGS
+    class_endings: dict = field(default_factory=dict)
 
     def architecture(self, head) -> str:
-        return self.stem + (CLASS | self.classes)[head]
+        return self.stem + (CLASS_ENDINGS | self.class_endings)[head]
 
     def head_of(self, architecture: str | None):
-        """The head of a class of transformers. One we do not know counts as the language model, where there is one."""
+        """The head of a transformers class. An unknown class counts as the language model if the family has one."""
         for head in self.heads:
             if self.architecture(head) == architecture:
                 return head
@@ -391,11 +445,16 @@ class Family:
 
 
 # ---- Decoders ----
-FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings hidden_act
-    tie_word_embeddings attention_dropout bos_token_id eos_token_id pad_token_id problem_type """
-ROTARY = FIELDS + "num_key_value_heads head_dim rope_theta rope_scaling norm_eps=rms_norm_eps "
-BIASES = "attention_bias attention_output_bias=attention_bias "
-LLAMA = """
+COMMON = name_map("""
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings
+    hidden_act tie_word_embeddings attention_dropout bos_token_id eos_token_id pad_token_id problem_type
+""")
+ROTARY = COMMON | name_map("""
+    num_key_value_heads head_dim rope_theta rope_scaling norm_eps=rms_norm_eps
+""")
+BIASES = name_map("attention_bias attention_output_bias=attention_bias")
+SLIDING = name_map("sliding_window layer_types")
+LLAMA = name_map("""
     embed=embed_tokens
     norm=norm
     layers.attention_norm=input_layernorm
@@ -406,12 +465,13 @@ LLAMA = """
     layers.mlp_norm=post_attention_layernorm
     layers.mlp.gate_up=mlp.gate_proj+mlp.up_proj
     layers.mlp.down=mlp.down_proj
-"""
-SANDWICH = """
+""")
+# Norms of what attention and MLP put out
+OUTPUT_NORMS = name_map("""
     layers.attention_output_norm=post_attention_layernorm
     layers.mlp_output_norm=post_feedforward_layernorm
-"""
-GPT2 = """
+""")
+GPT2 = name_map("""
     embed=wte
     position_embed=wpe
     norm=ln_f
@@ -421,7 +481,7 @@ GPT2 = """
     layers.mlp_norm=ln_2
     layers.mlp.up=mlp.c_fc
     layers.mlp.down=mlp.c_proj
-"""
+""")
 LLAMA_DEFAULTS = dict(tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
 QWEN_DEFAULTS = dict(
     tie_word_embeddings=False,
@@ -432,12 +492,44 @@ QWEN_DEFAULTS = dict(
     num_key_value_heads=32,
 )
 GEMMA_DEFAULTS = dict(head_dim=256, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+GEMMA2_DEFAULTS = GEMMA_DEFAULTS | dict(
+    hidden_activation="gelu_pytorch_tanh",
+    query_pre_attn_scalar=256,
+    sliding_window=4096,
+    num_key_value_heads=4,
+)
 GEMMA_FIXED = dict(norm_offset=1.0, scale_embedding=True)
+GEMMA2_FIELDS = name_map("""
+    hidden_act=hidden_activation query_pre_attn_scalar final_logit_softcapping
+""")
+CAUSAL_ATTENTION = dict(use_bidirectional_attention=False)
 
 
-def llama_like(*changes: str) -> dict:
-    """Llama's tensors, but for some."""
-    return tensor_map("model.", "layers.{}.", LLAMA, *changes)
+def llama_like(changes: dict | None = None) -> dict:
+    """Llama's tensors, with changes."""
+    return tensor_map("model.", "layers.{}.", LLAMA | (changes or {}))
+
+
+def layer_types(raw: dict, slides: Callable[[int], bool]) -> list | None:
+    """The layer_types of config.json; where it has none, those of the family's rule (layer number -> does it slide?)."""
+    layers = raw.get("num_hidden_layers")
+    by_rule = raw.get("layer_types") is None and raw["sliding_window"] is not None
+    if not by_rule or not is_number_in(layers, 1, 9999, int):
+        return raw.get("layer_types")
+    return [tinylm.LAYER_TYPES[bool(slides(i))] for i in range(layers)]
+
+
+def read_qwen(raw: dict) -> dict:
+    """The window counts only with use_sliding_window, and for the layers from max_window_layers on."""
+    if not raw["use_sliding_window"]:
+        raw = raw | {"sliding_window": None}
+    first = raw["max_window_layers"] or 0
+    types = layer_types(raw, lambda i: i >= first)
+    return dict(sliding_window=raw["sliding_window"], layer_types=types)
+
+
+def write_qwen(config: Config) -> dict:
+    return {"use_sliding_window": config.sliding_window is not None}
 
 
 def read_gemma(raw: dict) -> dict:
@@ -445,103 +537,103 @@ def read_gemma(raw: dict) -> dict:
     return {"hidden_act": "gelu_pytorch_tanh"} if raw["hidden_act"] == "gelu" else {}
 
 
-def gemma(stem: str, fields: str, defaults: dict, **rest) -> Family:
-    """Gemma 2 and later."""
-    usual = dict(
-        hidden_activation="gelu_pytorch_tanh",
-        query_pre_attn_scalar=256,
-        sliding_window=4096,
-        num_key_value_heads=4,
-    )
-    common = "hidden_act=hidden_activation sliding_window layer_types query_pre_attn_scalar final_logit_softcapping"
-    return Family(
-        stem,
-        llama_like("layers.mlp_norm=pre_feedforward_layernorm", SANDWICH),
-        name_map(ROTARY, BIASES, common, fields),
-        defaults=GEMMA_DEFAULTS | usual | defaults,
-        only=dict(hidden_act="gelu_pytorch_tanh"),
-        **rest,
-    )
+def read_gemma2(raw: dict) -> dict:
+    """Every second layer is a full one."""
+    return {"layer_types": layer_types(raw, lambda i: (i + 1) % 2)}
+
+
+def read_gemma3(raw: dict) -> dict:
+    """Every sixth layer is a full one, or as sliding_window_pattern says."""
+    return {"layer_types": layer_types(raw, lambda i: (i + 1) % raw["sliding_window_pattern"])}
 
 
 FAMILIES = {
+    # The first family that can express a config is the one that an unnamed architecture is saved as.
     "qwen3": Family(
         "Qwen3",
-        llama_like(),
-        name_map(ROTARY, BIASES, "sliding_window layer_types"),
+        tensors=llama_like(),
+        fields=ROTARY | BIASES | SLIDING,
         fixed=dict(qk_norm="head"),
         defaults=QWEN_DEFAULTS | dict(head_dim=128),
+        read=read_qwen,
+        write=write_qwen,
     ),
     "llama": Family(
         "Llama",
-        llama_like(),
-        name_map(ROTARY, BIASES, "mlp_bias"),
+        tensors=llama_like(),
+        fields=ROTARY | BIASES | name_map("mlp_bias"),
         defaults=LLAMA_DEFAULTS | dict(max_position_embeddings=2048),
     ),
     "mistral": Family(
         "Mistral",
-        llama_like(),
-        name_map(ROTARY, "sliding_window"),
+        tensors=llama_like(),
+        fields=ROTARY | name_map("sliding_window"),
         defaults=LLAMA_DEFAULTS
         | dict(max_position_embeddings=131072, sliding_window=4096, num_key_value_heads=8),
     ),
     "qwen2": Family(
         "Qwen2",
-        llama_like(),
-        name_map(ROTARY, "sliding_window layer_types"),
+        tensors=llama_like(),
+        fields=ROTARY | SLIDING,
         fixed=dict(attention_bias=True, attention_output_bias=False),
         defaults=QWEN_DEFAULTS,
+        read=read_qwen,
+        write=write_qwen,
     ),
     "gemma": Family(
         "Gemma",
-        llama_like(),
-        name_map(ROTARY, BIASES),
+        tensors=llama_like(),
+        fields=ROTARY | BIASES,
         fixed=GEMMA_FIXED,
         defaults=GEMMA_DEFAULTS
         | dict(
             hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192, num_key_value_heads=16
         ),
-        only=dict(hidden_activation="gelu_pytorch_tanh"),
+        only=CAUSAL_ATTENTION,
         read=read_gemma,
     ),
-    "gemma2": gemma(
+    "gemma2": Family(
         "Gemma2",
-        "attn_logit_softcapping",
-        fixed=GEMMA_FIXED | dict(norm_position="sandwich"),
-        defaults=dict(
-            attn_logit_softcapping=50.0,
-            final_logit_softcapping=30.0,
-            max_position_embeddings=8192,
-            sliding_window_pattern=2,
+        tensors=llama_like(
+            OUTPUT_NORMS | name_map("layers.mlp_norm=pre_feedforward_layernorm"),
         ),
+        fields=ROTARY | BIASES | SLIDING | GEMMA2_FIELDS | name_map("attn_logit_softcapping"),
+        fixed=GEMMA_FIXED | dict(norm_position="sandwich"),
+        defaults=GEMMA2_DEFAULTS
+        | dict(
+            attn_logit_softcapping=50.0, final_logit_softcapping=30.0, max_position_embeddings=8192
+        ),
+        only=CAUSAL_ATTENTION,
+        read=read_gemma2,
     ),
-    "gemma3_text": gemma(
+    "gemma3_text": Family(
         "Gemma3",
-        "rope_local_base_freq",
-        fixed=GEMMA_FIXED | dict(norm_position="sandwich", qk_norm="head"),
+        tensors=llama_like(
+            OUTPUT_NORMS | name_map("layers.mlp_norm=pre_feedforward_layernorm"),
+        ),
+        fields=ROTARY | BIASES | SLIDING | GEMMA2_FIELDS | name_map("rope_local_base_freq"),
         heads=LM_ONLY,
-        defaults=dict(
+        fixed=GEMMA_FIXED | dict(norm_position="sandwich", qk_norm="head"),
+        defaults=GEMMA2_DEFAULTS
+        | dict(
             max_position_embeddings=131072,
             rope_theta=1e6,
             rope_local_base_freq=1e4,
             sliding_window_pattern=6,
         ),
+        only=CAUSAL_ATTENTION | dict(attn_logit_softcapping=None),
+        read=read_gemma3,
     ),
     "gpt2": Family(
         "GPT2",
-        tensor_map("transformer.", "h.{}.", GPT2, inside=Transposed),
-        name_map(
-            FIELDS,
-            """hidden_size=n_embd num_hidden_layers=n_layer num_attention_heads=n_head intermediate_size=n_inner
+        tensors=tensor_map("transformer.", "h.{}.", GPT2, in_layer=Transposed),
+        fields=COMMON
+        | name_map("""
+            hidden_size=n_embd num_hidden_layers=n_layer num_attention_heads=n_head intermediate_size=n_inner
             norm_eps=layer_norm_epsilon max_position_embeddings=n_positions hidden_act=activation_function
-            attention_dropout=attn_pdrop hidden_dropout=resid_pdrop embedding_dropout=embd_pdrop""",
-        ),
+            attention_dropout=attn_pdrop hidden_dropout=resid_pdrop embedding_dropout=embd_pdrop
+        """),
         prefix="transformer.",
-        aliases=name_map(
-            """hidden_size=n_embd max_position_embeddings=n_positions num_attention_heads=n_head
-            num_hidden_layers=n_layer"""
-        ),
-        classes={"lm": "LMHeadModel"},
         fixed=dict(
             norm="layer", position="learned", gated=False, attention_bias=True, mlp_bias=True
         ),
@@ -555,17 +647,30 @@ FAMILIES = {
             bos_token_id=50256,
             eos_token_id=50256,
         ),
-        only=dict(scale_attn_weights=True),
+        only=dict(
+            scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False,
+            add_cross_attention=False,
+        ),
+        aliases=name_map("""
+            hidden_size=n_embd max_position_embeddings=n_positions num_attention_heads=n_head
+            num_hidden_layers=n_layer
+        """),
         drop="transformer.h.*.attn.bias transformer.h.*.attn.masked_bias",
+        class_endings={"lm": "LMHeadModel"},
     ),
     "phi3": Family(
         "Phi3",
-        llama_like("layers.attention.qkv=self_attn.qkv_proj layers.mlp.gate_up=mlp.gate_up_proj"),
-        name_map(
-            ROTARY,
-            """sliding_window partial_rotary_factor hidden_dropout=resid_pdrop
-            embedding_dropout=embd_pdrop""",
+        tensors=llama_like(
+            name_map("""
+                layers.attention.qkv=self_attn.qkv_proj
+                layers.mlp.gate_up=mlp.gate_up_proj
+            """)
         ),
+        fields=ROTARY
+        | name_map("""
+            sliding_window partial_rotary_factor hidden_dropout=resid_pdrop embedding_dropout=embd_pdrop
+        """),
         defaults=LLAMA_DEFAULTS
         | dict(
             rms_norm_eps=1e-5, max_position_embeddings=4096, eos_token_id=32000, pad_token_id=32000
@@ -574,9 +679,9 @@ FAMILIES = {
     ),
     "olmo2": Family(
         "Olmo2",
-        llama_like("layers.attention_norm= layers.mlp_norm=", SANDWICH),
-        name_map(ROTARY, BIASES),
-        LM_ONLY,
+        tensors=llama_like(OUTPUT_NORMS),
+        fields=ROTARY | BIASES,
+        heads=LM_ONLY,
         fixed=dict(norm_position="output", qk_norm="full"),
         defaults=dict(
             rms_norm_eps=1e-5,
@@ -588,12 +693,12 @@ FAMILIES = {
     ),
     "starcoder2": Family(
         "Starcoder2",
-        llama_like("layers.mlp.up=mlp.c_fc layers.mlp.down=mlp.c_proj"),
-        name_map(
-            ROTARY,
-            """sliding_window norm_eps=norm_epsilon attention_bias=use_bias attention_output_bias=use_bias
-            mlp_bias=use_bias hidden_dropout=residual_dropout embedding_dropout""",
-        ),
+        tensors=llama_like(name_map("layers.mlp.up=mlp.c_fc layers.mlp.down=mlp.c_proj")),
+        fields=ROTARY
+        | name_map("""
+            sliding_window norm_eps=norm_epsilon attention_bias=use_bias attention_output_bias=use_bias
+            mlp_bias=use_bias hidden_dropout=residual_dropout embedding_dropout
+        """),
         fixed=dict(norm="layer", gated=False),
         defaults=dict(
             use_bias=True,
@@ -603,13 +708,6 @@ FAMILIES = {
             max_position_embeddings=4096,
             bos_token_id=50256,
             eos_token_id=50256,
-        ),
-        only=dict(
-            activation_function="gelu",
-            layer_norm_epsilon=1e-5,
-            mlp_type="default",
-            norm_type="layer_norm",
-            scale_attn_weights=True,
         ),
     ),
 }
@@ -626,34 +724,33 @@ ENCODER = dict(
     attention_bias=True,
     mlp_bias=True,
 )
-EMBEDDINGS = """
+EMBEDDINGS = name_map("""
     embed=embeddings.word_embeddings
     position_embed=embeddings.position_embeddings
     type_embed=embeddings.token_type_embeddings
     embedding_norm=embeddings.LayerNorm
     embedding_project=embeddings_project
-"""
-BERT = """
+""")
+BERT = EMBEDDINGS | name_map("""
     layers.attention.qkv=attention.self.query+attention.self.key+attention.self.value
     layers.attention.o=attention.output.dense
     layers.attention_norm=attention.output.LayerNorm
     layers.mlp.up=intermediate.dense
     layers.mlp.down=output.dense
     layers.mlp_norm=output.LayerNorm
-"""
-DISTILBERT = """
+""")
+DISTILBERT = EMBEDDINGS | name_map("""
     layers.attention.qkv=attention.q_lin+attention.k_lin+attention.v_lin
     layers.attention.o=attention.out_lin
     layers.attention_norm=sa_layer_norm
     layers.mlp.up=ffn.lin1
     layers.mlp.down=ffn.lin2
     layers.mlp_norm=output_layer_norm
-"""
-BERT_FIELDS = name_map(
-    FIELDS,
-    """type_vocab_size norm_eps=layer_norm_eps attention_dropout=attention_probs_dropout_prob
-    hidden_dropout=hidden_dropout_prob embedding_dropout=hidden_dropout_prob head_dropout=classifier_dropout""",
-)
+""")
+BERT_FIELDS = COMMON | name_map("""
+    type_vocab_size norm_eps=layer_norm_eps attention_dropout=attention_probs_dropout_prob
+    hidden_dropout=hidden_dropout_prob embedding_dropout=hidden_dropout_prob head_dropout=classifier_dropout
+""")
 BERT_DEFAULTS = dict(
     hidden_act="gelu",
     max_position_embeddings=512,
@@ -663,24 +760,28 @@ BERT_DEFAULTS = dict(
     hidden_dropout_prob=0.1,
     attention_probs_dropout_prob=0.1,
 )
+# position_embedding_type: transformers 4 could do more than "absolute", transformers 5 no longer reads it.
+BERT_ONLY = dict(is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
 TIED = dict(tie_word_embeddings=True)
-ABSOLUTE = dict(position_embedding_type="absolute")
-SAME = "hidden_act"  # the activation of a head that has the layers' own
+# As head_act: the head has the activation of the layers.
+LAYERS_ACT = "hidden_act"
 
 
-def encoder_heads(mlm: tuple, classify: tuple, bare: tuple = ({}, {})) -> dict:
+def encoder_heads(mlm: HeadTable, classify: HeadTable, bare: HeadTable | None = None) -> dict:
+    """All of an encoder's heads: the output of each has a bias."""
     heads = {
         "mlm": mlm,
         "classify": classify,
-        "tokens": head_row("head.out=classifier"),
-        "qa": head_row("head.out=qa_outputs"),
+        "tokens": head_table("head.out=classifier"),
+        "qa": head_table("head.out=qa_outputs"),
     }
-    biased = {head: (rows, fields | {"head_bias": True}) for head, (rows, fields) in heads.items()}
-    return {None: bare} | biased
+    for head, table in heads.items():
+        heads[head] = replace(table, config=table.config | {"head_bias": True})
+    return {None: bare or head_table()} | heads
 
 
 def read_roberta(raw: dict) -> dict:
-    """Its table of positions begins with unused rows, up to that of the pad id."""
+    """The table of positions begins with unused rows, up to and including that of the pad id."""
     offset = raw["pad_token_id"] + 1
     positions = raw["max_position_embeddings"] - offset
     return dict(position_offset=offset, max_position_embeddings=positions)
@@ -693,71 +794,78 @@ def write_roberta(config: Config) -> dict:
 def roberta(stem: str) -> Family:
     return Family(
         stem,
-        tensor_map("roberta.", "encoder.layer.{}.", EMBEDDINGS, BERT),
-        BERT_FIELDS,
-        encoder_heads(
-            head_row(
-                """head.dense=lm_head.dense head.norm=lm_head.layer_norm head.out=lm_head.decoder
-                head.out.bias=lm_head.bias""",
+        tensors=tensor_map("roberta.", "encoder.layer.{}.", BERT),
+        fields=BERT_FIELDS,
+        heads=encoder_heads(
+            mlm=head_table(
+                """
+                head.dense=lm_head.dense head.norm=lm_head.layer_norm head.out=lm_head.decoder
+                head.out.bias=lm_head.bias
+                """,
                 head_act="gelu",
                 head_norm=True,
             ),
-            head_row("head.dense=classifier.dense head.out=classifier.out_proj", head_act="tanh"),
-            head_row("head.dense=roberta.pooler.dense", kind=Unused, head_act="tanh"),
+            classify=head_table(
+                "head.dense=classifier.dense head.out=classifier.out_proj", head_act="tanh"
+            ),
+            bare=head_table("head.dense=roberta.pooler.dense", Unused, head_act="tanh"),
         ),
-        "roberta.",
+        prefix="roberta.",
         fixed=ENCODER,
         defaults=BERT_DEFAULTS | dict(pad_token_id=1, bos_token_id=0, eos_token_id=2),
-        only=TIED | ABSOLUTE,
+        only=BERT_ONLY | TIED,
         read=read_roberta,
         write=write_roberta,
-        copies={"lm_head.decoder.bias": "lm_head.bias"},
         drop="roberta.embeddings.position_ids",
+        copies={"lm_head.decoder.bias": "lm_head.bias"},
     )
 
 
 FAMILIES |= {
     "bert": Family(
         "Bert",
-        tensor_map("bert.", "encoder.layer.{}.", EMBEDDINGS, BERT),
-        BERT_FIELDS,
-        encoder_heads(
-            head_row(
-                """head.dense=cls.predictions.transform.dense head.norm=cls.predictions.transform.LayerNorm
-                head.out=cls.predictions.decoder head.out.bias=cls.predictions.bias""",
-                head_act=SAME,
+        tensors=tensor_map("bert.", "encoder.layer.{}.", BERT),
+        fields=BERT_FIELDS,
+        heads=encoder_heads(
+            mlm=head_table(
+                """
+                head.dense=cls.predictions.transform.dense head.norm=cls.predictions.transform.LayerNorm
+                head.out=cls.predictions.decoder head.out.bias=cls.predictions.bias
+                """,
+                head_act=LAYERS_ACT,
                 head_norm=True,
             ),
-            head_row("head.dense=bert.pooler.dense head.out=classifier", head_act="tanh"),
-            head_row("head.dense=bert.pooler.dense", kind=Unused, head_act="tanh"),
+            classify=head_table(
+                "head.dense=bert.pooler.dense head.out=classifier", head_act="tanh"
+            ),
+            bare=head_table("head.dense=bert.pooler.dense", Unused, head_act="tanh"),
         ),
-        "bert.",
+        prefix="bert.",
         fixed=ENCODER,
         defaults=BERT_DEFAULTS,
-        only=TIED | ABSOLUTE,
-        copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
+        only=BERT_ONLY | TIED,
         drop="bert.embeddings.position_ids cls.seq_relationship.*",
+        copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
     ),
     "roberta": roberta("Roberta"),
     "xlm-roberta": roberta("XLMRoberta"),
     "distilbert": Family(
         "DistilBert",
-        tensor_map("distilbert.", "transformer.layer.{}.", EMBEDDINGS, DISTILBERT),
-        name_map(
-            FIELDS,
-            """hidden_size=dim num_hidden_layers=n_layers num_attention_heads=n_heads intermediate_size=hidden_dim
-            hidden_act=activation hidden_dropout=dropout embedding_dropout=dropout head_dropout=seq_classif_dropout""",
-        ),
-        encoder_heads(
-            head_row(
+        tensors=tensor_map("distilbert.", "transformer.layer.{}.", DISTILBERT),
+        fields=COMMON
+        | name_map("""
+            hidden_size=dim num_hidden_layers=n_layers num_attention_heads=n_heads intermediate_size=hidden_dim
+            hidden_act=activation hidden_dropout=dropout embedding_dropout=dropout head_dropout=seq_classif_dropout
+        """),
+        heads=encoder_heads(
+            mlm=head_table(
                 "head.dense=vocab_transform head.norm=vocab_layer_norm head.out=vocab_projector",
-                head_act=SAME,
+                head_act=LAYERS_ACT,
                 head_norm=True,
             ),
-            head_row("head.dense=pre_classifier head.out=classifier", head_act="relu"),
+            classify=head_table("head.dense=pre_classifier head.out=classifier", head_act="relu"),
         ),
-        "distilbert.",
-        aliases=name_map("hidden_size=dim num_attention_heads=n_heads num_hidden_layers=n_layers"),
+        prefix="distilbert.",
         fixed=ENCODER | dict(norm_eps=1e-12),
         defaults=dict(
             activation="gelu",
@@ -767,32 +875,36 @@ FAMILIES |= {
             attention_dropout=0.1,
             seq_classif_dropout=0.2,
         ),
-        only=ABSOLUTE,
+        aliases=name_map("hidden_size=dim num_attention_heads=n_heads num_hidden_layers=n_layers"),
         drop="distilbert.embeddings.position_ids",
     ),
     "electra": Family(
         "Electra",
-        tensor_map("electra.", "encoder.layer.{}.", EMBEDDINGS, BERT),
-        BERT_FIELDS | name_map("embedding_size"),
-        encoder_heads(
-            head_row(
-                """head.dense=generator_predictions.dense head.norm=generator_predictions.LayerNorm
-                head.out=generator_lm_head""",
+        tensors=tensor_map("electra.", "encoder.layer.{}.", BERT),
+        fields=BERT_FIELDS | name_map("embedding_size"),
+        heads=encoder_heads(
+            mlm=head_table(
+                """
+                head.dense=generator_predictions.dense head.norm=generator_predictions.LayerNorm
+                head.out=generator_lm_head
+                """,
                 head_act="gelu",
                 head_norm=True,
             ),
-            head_row("head.dense=classifier.dense head.out=classifier.out_proj", head_act="gelu"),
+            classify=head_table(
+                "head.dense=classifier.dense head.out=classifier.out_proj", head_act="gelu"
+            ),
         ),
-        "electra.",
+        prefix="electra.",
         fixed=ENCODER,
         defaults=BERT_DEFAULTS | dict(embedding_size=128),
-        only=ABSOLUTE,
+        only=BERT_ONLY,
         drop="electra.embeddings.position_ids discriminator_predictions.*",
     ),
 }
 
 # ---- Encoder-decoders ----
-BART = """
+BART = name_map("""
     position_embed=embed_positions
     embedding_norm=layernorm_embedding
     norm=layer_norm
@@ -806,8 +918,8 @@ BART = """
     layers.mlp.up=fc1
     layers.mlp.down=fc2
     layers.mlp_norm=final_layer_norm
-"""
-T5 = """
+""")
+T5_ATTENTION = name_map("""
     relative_bias=block.0.layer.0.SelfAttention.relative_attention_bias
     norm=final_layer_norm
     layers.attention.qkv=0.SelfAttention.q+0.SelfAttention.k+0.SelfAttention.v
@@ -817,25 +929,34 @@ T5 = """
     layers.cross_attention.kv=1.EncDecAttention.k+1.EncDecAttention.v
     layers.cross_attention.o=1.EncDecAttention.o
     layers.cross_attention_norm=1.layer_norm
-    layers.mlp.up=MLP.DenseReluDense.wi
-    layers.mlp.gate_up=MLP.DenseReluDense.wi_0+MLP.DenseReluDense.wi_1
-    layers.mlp.down=MLP.DenseReluDense.wo
-    layers.mlp_norm=MLP.layer_norm
-"""
-T5_ACTIVATIONS = {  # feed_forward_proj -> gated, hidden_act
+""")
+# feed_forward_proj -> (gated, hidden_act)
+T5_ACTIVATIONS = {
     **{name: (False, name) for name in tinylm.ACTIVATIONS},
     **{f"gated-{name}": (True, name) for name in tinylm.ACTIVATIONS},
     "gated-gelu": (True, "gelu_new"),
 }
 
 
-def two_stacks(embed: str, encoder: dict, decoder: dict) -> dict:
+def encoder_decoder(embedding: str, encoder: dict, decoder: dict) -> dict:
+    """The tensors of two stacks with one embedding."""
     encoder = {f"encoder.{ours}": theirs for ours, theirs in encoder.items()}
-    return {"embed": (Name(embed),)} | encoder | decoder
+    return {"embed": (StoredName(embedding),)} | encoder | decoder
+
+
+def t5_stack(side: str, mlp: int) -> dict:
+    """Encoder or decoder of T5, whose sub-layers are numbered: the MLP has the number `mlp`."""
+    modules = name_map(f"""
+        layers.mlp.up={mlp}.DenseReluDense.wi
+        layers.mlp.gate_up={mlp}.DenseReluDense.wi_0+{mlp}.DenseReluDense.wi_1
+        layers.mlp.down={mlp}.DenseReluDense.wo
+        layers.mlp_norm={mlp}.layer_norm
+    """)
+    return tensor_map(f"{side}.", "block.{}.layer.", T5_ATTENTION | modules)
 
 
 def read_t5(raw: dict) -> dict:
-    """Its activation says whether the MLP is gated; the logits are scaled unless it says that they are not tied."""
+    """feed_forward_proj says whether the MLP is gated. The logits are scaled unless tie_word_embeddings is false."""
     name = raw["feed_forward_proj"]
     require(
         name in T5_ACTIVATIONS,
@@ -844,14 +965,12 @@ def read_t5(raw: dict) -> dict:
     gated, act = T5_ACTIVATIONS[name]
     for key, value in (("is_gated_act", gated), ("dense_act_fn", act)):
         require(raw[key] in (None, value), f"{key} = {raw[key]!r}, expected {value} with {name}")
-    scaled = raw.get("tie_word_embeddings") is not False
-    if raw["scale_decoder_outputs"] is not None:
-        scaled = raw["scale_decoder_outputs"]
+    scaled = raw["scale_decoder_outputs"]
     layers = raw["num_decoder_layers"]
     return dict(
         gated=gated,
         hidden_act=act,
-        scale_logits=scaled,
+        scale_logits=raw.get("tie_word_embeddings") is not False if scaled is None else scaled,
         num_hidden_layers=raw.get("num_layers") if layers is None else layers,
     )
 
@@ -863,38 +982,43 @@ def write_t5(config: Config) -> dict:
 
 
 def read_marian(raw: dict) -> dict:
-    size, expected = raw["decoder_vocab_size"], raw.get("vocab_size")
+    size = raw["decoder_vocab_size"]
+    expected = raw.get("vocab_size")
     require(size in (None, expected), f"decoder_vocab_size = {size!r}, expected {expected}")
     return {}
 
 
-def bart_like(stem: str, end="ForConditionalGeneration", **rest) -> Family:
-    stacks = (tensor_map(f"model.{side}.", "layers.{}.", BART) for side in ("encoder", "decoder"))
-    copies = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
-    head = {"head.out": (Name("lm_head"),), "head.out.bias": (Row("final_logits_bias"),)}
+def bart_like(stem: str, lm_ending: str = "ForConditionalGeneration", **rest) -> Family:
+    sides = "model.encoder.", "model.decoder."
+    head = {
+        "head.out": (StoredName("lm_head"),),
+        "head.out.bias": (RowVector("final_logits_bias"),),
+    }
     return Family(
         stem,
-        two_stacks("model.shared", *stacks),
-        name_map(
-            FIELDS,
-            """scale_embedding decoder_start_token_id hidden_size=d_model hidden_act=activation_function
+        tensors=encoder_decoder(
+            "model.shared", *(tensor_map(side, "layers.{}.", BART) for side in sides)
+        ),
+        fields=COMMON
+        | name_map("""
+            scale_embedding decoder_start_token_id hidden_size=d_model hidden_act=activation_function
             num_hidden_layers=decoder_layers num_encoder_layers=encoder_layers
             num_attention_heads=decoder_attention_heads encoder_attention_heads
             intermediate_size=decoder_ffn_dim encoder_intermediate_size=encoder_ffn_dim
-            hidden_dropout=dropout embedding_dropout=dropout""",
-        ),
-        {"lm": (head, {})},
-        copies=dict.fromkeys(copies, "model.shared.weight"),
-        aliases=name_map(
-            """hidden_size=d_model num_attention_heads=encoder_attention_heads
-            num_hidden_layers=encoder_layers"""
-        ),
-        classes={"lm": end},
+            hidden_dropout=dropout embedding_dropout=dropout
+        """),
+        heads={"lm": HeadTable(head)},
+        aliases=name_map("""
+            hidden_size=d_model num_attention_heads=encoder_attention_heads num_hidden_layers=encoder_layers
+        """),
+        copies={f"{side}embed_tokens.weight": "model.shared.weight" for side in sides},
+        class_endings={"lm": lm_ending},
         **rest,
     )
 
 
 SEQ2SEQ = ENCODER | dict(causal=True, norm_eps=1e-5, head_bias=True, position_offset=2)
+SEQ2SEQ_ONLY = dict(is_decoder=False)
 BART_DEFAULTS = dict(
     activation_function="gelu",
     dropout=0.1,
@@ -908,13 +1032,13 @@ FAMILIES |= {
         "Bart",
         fixed=SEQ2SEQ,
         defaults=BART_DEFAULTS | dict(decoder_start_token_id=2),
-        only=dict(normalize_embedding=True),
+        only=SEQ2SEQ_ONLY,
     ),
     "mbart": bart_like(
         "MBart",
         fixed=SEQ2SEQ | dict(norm_position="pre", final_norm=True),
         defaults=BART_DEFAULTS,
-        only=dict(normalize_embedding=True, normalize_before=True, add_final_layer_norm=True),
+        only=SEQ2SEQ_ONLY,
     ),
     "marian": bart_like(
         "Marian",
@@ -929,27 +1053,23 @@ FAMILIES |= {
             bos_token_id=None,
             decoder_vocab_size=None,
         ),
-        only=dict(share_encoder_decoder_embeddings=True, static_position_embeddings=True),
+        only=SEQ2SEQ_ONLY | dict(share_encoder_decoder_embeddings=True),
         read=read_marian,
         drop="model.encoder.embed_positions.weight model.decoder.embed_positions.weight",
     ),
     "t5": Family(
         "T5",
-        two_stacks(
-            "shared",
-            tensor_map("encoder.", "block.{}.layer.", T5.replace("MLP", "1")),
-            tensor_map("decoder.", "block.{}.layer.", T5.replace("MLP", "2")),
-        ),
-        name_map(
-            FIELDS,
-            """decoder_start_token_id relative_attention_num_buckets relative_attention_max_distance hidden_size=d_model
-            head_dim=d_kv intermediate_size=d_ff num_encoder_layers=num_layers num_hidden_layers=num_decoder_layers
-            num_attention_heads=num_heads norm_eps=layer_norm_epsilon head_dropout=dropout_rate
-            hidden_dropout=dropout_rate embedding_dropout=dropout_rate attention_dropout=dropout_rate
-            scale_logits=scale_decoder_outputs hidden_act=feed_forward_proj""",
-        ),
-        LM_ONLY,
-        "",
+        tensors=encoder_decoder("shared", t5_stack("encoder", mlp=1), t5_stack("decoder", mlp=2)),
+        fields=COMMON
+        | name_map("""
+            decoder_start_token_id relative_attention_num_buckets relative_attention_max_distance
+            hidden_size=d_model head_dim=d_kv intermediate_size=d_ff num_encoder_layers=num_layers
+            num_hidden_layers=num_decoder_layers num_attention_heads=num_heads norm_eps=layer_norm_epsilon
+            head_dropout=dropout_rate hidden_dropout=dropout_rate embedding_dropout=dropout_rate
+            attention_dropout=dropout_rate scale_logits=scale_decoder_outputs hidden_act=feed_forward_proj
+        """),
+        heads=LM_ONLY,
+        prefix="",
         fixed=dict(position="relative", query_pre_attn_scalar=1),
         defaults=dict(
             num_decoder_layers=None,
@@ -962,166 +1082,138 @@ FAMILIES |= {
             eos_token_id=1,
             scale_decoder_outputs=None,
         ),
+        only=SEQ2SEQ_ONLY,
+        aliases=name_map("""
+            hidden_size=d_model head_dim=d_kv num_attention_heads=num_heads num_hidden_layers=num_layers
+        """),
         read=read_t5,
         write=write_t5,
-        copies=dict.fromkeys(
-            ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight"
-        ),
-        aliases=name_map(
-            """hidden_size=d_model head_dim=d_kv num_attention_heads=num_heads
-            num_hidden_layers=num_layers"""
-        ),
-        unstored_head_is_tied=True,
-        classes={"lm": "ForConditionalGeneration"},
         drop="decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+        copies={
+            "encoder.embed_tokens.weight": "shared.weight",
+            "decoder.embed_tokens.weight": "shared.weight",
+        },
+        unstored_head_is_tied=True,
+        class_endings={"lm": "ForConditionalGeneration"},
     ),
-    # What no other family can express (an architecture changed on the fly) keeps our own names; only tinylm loads it.
+    # An architecture that no other family can express keeps our own names; only tinylm loads it.
     "tinylm": Family(
         "TinyLM",
-        {},
-        {f.name: f.name for f in fields(Config) if f.name not in ("model_type", "id2label")},
-        dict.fromkeys(CLASS, ({}, {})),
-        "",
-        classes=dict.fromkeys(CLASS, ""),
+        tensors={},
+        fields={f.name: f.name for f in fields(Config) if f.name not in ("model_type", "id2label")},
+        heads=dict.fromkeys(CLASS_ENDINGS, head_table()),
+        prefix="",
+        class_endings=dict.fromkeys(CLASS_ENDINGS, ""),
     ),
 }
 
 # ---- config.json ----
-# Fields that no class of transformers computes with, or none of those of the rows above.
-INERT = set(
-    """adapters architectures attention_softmax_in_fp32 attn_implementation auto_map cache_implementation
-    chunk_size_feed_forward directionality dtype extra_pos_embeddings finetuning_task gradient_checkpointing id2label
-    init_std initializer_factor initializer_range is_llama_config label2id max_window_layers model_type n_ctx n_positions
-    num_labels original_max_position_embeddings prefix pretraining_tp reorder_and_upcast_attn return_dict
-    scale_attention_softmax_in_fp32 sep_token_id sinusoidal_pos_embds task_specific_params tie_weights_ tokenizer_class
-    tinylm_replaced torch_dtype transformers.js_config transformers_version unk_token_id use_cache use_sliding_window""".split()
-)
-INERT_NAMES = "_[!r]* *dropout *dropout_* *pdrop *layerdrop output_past output_hidden_states output_attentions pooler_* summary_*"
-# Fields by which a model of transformers computes something else: refused where a row does not read them.
-MECHANISMS = """
-    alibi rope_* *_rope *_rope_* *mrope* *rotary* *dynamic_ntk* *logn_attn* position_embedding* position_bias* pos_att_type
-    static_position_embeddings sinusoidal_embeddings *learned_position* relative_* max_relative_positions
-    sliding_* [!_]*_sliding_* layer_types layers_block_type *bidirectional* causal is_causal is_decoder is_encoder_decoder
-    prefix_lm *cross_attention* attention_type attn_type attention_chunk* attention_window* window_size local_att* global_att*
-    num_random_blocks num_landmarks keep_window_size *kv_shar* *attention_sink* learnable_sink*
-    *head_dim *key_value_heads *kv_heads n_head_kv multi_query kv_channels *_lora_rank clip_qkv swa_* *softcap* *soft_cap
-    bias *_bias add_bias_* attn_scale attn_config attn_temperature* attention_*multiplier attention_value_scale attention_k_*
-    query_pre_attn_scalar scale_attn* lambda_std_dev enable_shape enable_pronunciation *heads_per_layer *_groups pruned_heads gating new_decoder_architecture num_ln_*
-    *qk_norm* *qk_layernorm* query_norm key_norm *norm_before* pre_norm post_norm *use_*_norm norm_type normalization_type
-    normalize_before normalize_embedding layernorm_embedding add_final_layer_norm _remove_* apply_residual* gated_norm_rank
-    *_multiplier *_multipliers *mup_* logit_scale logits_scaling residual_scale* embedding_scale scale_emb* scale_depth
-    *rescale_* *parallel_attn* *parallel_residual* feed_forward_proj mlp_type mlp_only_layers mlp_layer_types swiglu_*
-    *sparsity* altup_* laurel_* *per_layer* ffn_config text_config vision_config audio_config encoder_config decoder_config
-    *embedding_size embedding_rank word_embed_proj_dim *type_vocab_size* use_task_id use_lang_emb num_hidden_groups tie_encoder_*
-    *expert* moe_* *_moe* router_* topk_group mamba_* ssm_* linear_*_dim linear_num_* linear_att* conv_* *_conv_* state_size
-    lru_width encoder decoder *_2d_position* index_head* index_n* index_topk* indexer_* entity_* hash_* num_hash ngram* *_ngram* hc_* token_dropout quantization* compression_config
-"""
-INERT_NAMES, MECHANISMS = (
-    re.compile("|".join(map(fnmatch.translate, names.split())))
-    for names in (INERT_NAMES, MECHANISMS)
-)
-# Of these, numbers that change nothing where they are one.
-NEUTRAL_AT_ONE = """partial_rotary_factor rotary_pct attention_value_scale residual_scale embedding_multiplier
-    embedding_scale logit_scale logits_scaling residual_multiplier scale_emb""".split()
-
-
-def normalize_hf_config(row: Family, raw: dict, source: str) -> dict:
-    """A config.json with the family's defaults, in today's words, and nothing in it that is not supported.
-
-    Warns once of all fields that nobody gives a meaning; raises Error for one that has another meaning than ours.
+# Keys that change no output. First those of transformers' classes, then those of older files and other tools.
+NO_EFFECT = set(
     """
-    raw, ignored = row.defaults | raw, []
-    for name, key in row.aliases.items():
-        value, known = raw.pop(name, None), raw.get(key)
-        if known is None or known == row.defaults.get(key):
-            raw[key] = known if value is None else value
-        require(
-            value in (None, raw[key]) or name == "num_hidden_layers",  # which the tensors tell
-            f"{source}: {name} = {value!r} and {key} = {known!r}, expected the same",
-        )
-    if "rope_scaling" in row.fields:
-        flat_rope(row, raw, source, ignored)
-    if "use_sliding_window" in row.defaults and not raw["use_sliding_window"]:
-        raw["sliding_window"] = None
-    if "layer_types" in row.fields and raw.get("layer_types") is None:
-        raw["layer_types"] = layer_types(raw)
-    if tinylm.is_number_in(raw.get("num_labels"), 1, 2**16, int) and not raw.get("id2label"):
+    activation_dropout architectures attn_implementation chunk_size_feed_forward classifier_dropout
+    decoder_layerdrop dtype encoder_layerdrop id2label init_std initializer_factor initializer_range
+    label2id model_type num_labels output_attentions output_hidden_states pretraining_tp qa_dropout
+    reorder_and_upcast_attn return_dict sinusoidal_pos_embds summary_activation summary_first_dropout
+    summary_last_dropout summary_proj_to_labels summary_type summary_use_proj torch_dtype
+    transformers_version use_cache
+
+    auto_map cache_implementation directionality extra_pos_embeddings finetuning_task
+    gradient_checkpointing is_llama_config n_ctx n_positions output_past pooler_fc_size
+    pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type prefix sep_token_id
+    task_specific_params tie_weights_ tinylm_replaced tokenizer_class transformers.js_config unk_token_id
+    """.split()
+)
+# Keys that transformers reads in any family -> the only supported value: other weights, configs inside of the config.
+COMMON_ONLY = dict.fromkeys(
+    """quantization quantization_config compression_config transformers_weights per_layer_config
+    text_config decoder generator""".split()
+)
+# Keys that it reads in any family with a causal mask and a cache.
+CAUSAL_ONLY = dict(
+    is_causal=True, attention_chunk_size=None, kv_sharing_modes=None, sliding_window=None
+)
+
+
+def normalize_hf_config(family: Family, raw: dict, place: str) -> dict:
+    """A config.json with the family's defaults and one name and one form of everything.
+
+    Warns once of all keys that are ignored. Raises Error, beginning with `place`, for a value that is not supported.
+    """
+    raw = family.defaults | raw
+    merge_aliases(family, raw, place)
+    ignored = []
+    if "rope_scaling" in family.fields:
+        ignored += flatten_rope(family, raw, place)
+    if is_number_in(raw.get("num_labels"), 1, 2**16, int) and not raw.get("id2label"):
         raw["id2label"] = {i: f"LABEL_{i}" for i in range(raw["num_labels"])}
-    refuse_unsupported(row, raw, source, ignored)
+    only = supported_values(family, raw)
+    known = NO_EFFECT | onnxlm.GENERATION | {*family.fields.values(), *family.defaults, *only}
+    for key, value in raw.items():
+        if key in only:
+            require(
+                value in (None, only[key]),
+                f"{place}: {key} = {value!r} is not supported (supported: {only[key]!r})",
+            )
+        elif key not in known and key[:1] != "_" and value not in (None, False, "", [], {}):
+            ignored.append(key)
+    refuse_remote_code(family, raw, place)
     if ignored:
         names = ", ".join(ignored)[:1000]
-        warnings.warn(f"{source}: ignored, as it means nothing here: {names}", stacklevel=4)
+        warnings.warn(f"{place}: ignored, as it changes nothing here: {names}", stacklevel=3)
     return raw
 
 
-def layer_types(raw: dict) -> list | None:
-    """Which layers slide, of the rules that stood for the list in older files: from one on (Qwen), all but every n-th
-    (Gemma)."""
-    if raw.get("sliding_window") is None or raw.get("num_hidden_layers") is None:
-        return None
-    first, period = raw.get("max_window_layers") or 0, raw.get("sliding_window_pattern")
-    kinds = []
-    for i in range(min(raw["num_hidden_layers"], 9999)):
-        full = i < first or period and (i + 1) % period == 0
-        kinds.append(tinylm.LAYER_TYPES[not full])
-    return kinds
+def merge_aliases(family: Family, raw: dict, place: str):
+    """Moves the values of second names of a key to the key. Both may be there with the same value."""
+    for alias, key in family.aliases.items():
+        value = raw.pop(alias, None)
+        known = raw.get(key)
+        if known is None or known == family.defaults.get(key):
+            raw[key] = known if value is None else value
+        # Distilled encoder-decoders have a wrong num_hidden_layers; their tensors tell.
+        require(
+            value in (None, raw[key]) or alias == "num_hidden_layers",
+            f"{place}: {alias} = {value!r} and {key} = {known!r}, expected the same",
+        )
 
 
-def refuse_unsupported(row: Family, raw: dict, source: str, ignored: list):
-    """Refuse fields that change what a model computes and that the row does not read; add those unheard of to
-    `ignored`."""
-    read = INERT | onnxlm.GENERATION | row.defaults.keys() | set(row.fields.values())
-    hidden, heads = (raw.get(row.fields[name]) for name in ("hidden_size", "num_attention_heads"))
-    whole = tinylm.is_number_in(hidden, 1, 2**31, int) and tinylm.is_number_in(heads, 1, 2**31, int)
-    causal, position = row.fixed.get("causal", True), row.fixed.get("position", "rope")
-    seq2seq = "num_encoder_layers" in row.fields
-    kind = tinylm.LAYER_TYPES[raw.get("sliding_window") is not None]
-    neutral = dict.fromkeys(NEUTRAL_AT_ONE, 1) | row.fixed
-    neutral |= {
-        "causal": causal,
-        "is_decoder": causal and not seq2seq,
-        "is_encoder_decoder": seq2seq,
-        "layer_types": [kind] * len(raw.get("layer_types") or ()),
-        "num_key_value_heads": heads,
-        "head_dim": whole and hidden // heads,
-        "embedding_size": hidden,
-        "position_embedding_type": {"rope": "rope", "learned": "absolute"}.get(position),
-    }
-    only = row.only | ({"is_causal": True} if causal else {})
-    for key, value in raw.items():
-        if key in only:
-            fine, supported = value in (None, only[key]), only[key]
-        elif key in read or value in (None, False, "", [], {}):
-            continue
-        elif MECHANISMS.fullmatch(key):
-            fine, supported = value == neutral.get(key), neutral.get(key)
-        else:
-            if not INERT_NAMES.fullmatch(key):
-                ignored.append(key)
-            continue
-        require(fine, f"{source}: {key} = {value!r} is not supported (supported: {supported!r})")
+def supported_values(family: Family, raw: dict) -> dict:
+    """Keys that transformers reads for the family and this file does not -> the only supported value, beside null."""
+    only = COMMON_ONLY | {"is_encoder_decoder": "num_encoder_layers" in family.fields}
+    if family.fixed.get("causal", True):
+        layer_type = tinylm.LAYER_TYPES[raw.get("sliding_window") is not None]
+        only |= CAUSAL_ONLY | {"layer_types": [layer_type] * len(raw.get("layer_types") or ())}
+    read = family.fields.values()
+    return {key: value for key, value in only.items() if key not in read} | family.only
 
 
-ROPE_UNUSED = {
-    *tinylm.ROPE_OPTIONS["yarn"],
-    *sum(tinylm.ROPE_KEYS.values(), ()),
-    "finetuned",
-}  # by some types
+def refuse_remote_code(family: Family, raw: dict, place: str):
+    """Refuses a model class in the repository, unless transformers has it by now: a class of the same name."""
+    own = [*map(family.architecture, CLASS_ENDINGS)]
+    for auto_class, code in (raw.get("auto_map") or {}).items():
+        require(
+            not auto_class.startswith("AutoModel") or str(code).split(".")[-1] in own,
+            f"{place}: auto_map has {auto_class} = {code!r}, expected no model code of its own",
+        )
 
 
-def flat_rope(row: Family, raw: dict, source: str, ignored: list):
-    """Rotary positions in one dialect, in place: `rope_theta`, `partial_rotary_factor`, `rope_scaling` for the rest.
+def flatten_rope(family: Family, raw: dict, place: str) -> list:
+    """Rewrites rotary positions in place as `rope_theta`, `partial_rotary_factor` and `rope_scaling` for the rest.
 
-    As transformers has it: `rope_scaling` goes before the `rope_parameters` of version 5, and what stands inside of
-    these before what stands beside them, but for the original length. Adds to `ignored` what the rope_type ignores.
+    As in transformers, `rope_scaling` takes precedence over the `rope_parameters` of version 5, and keys inside of them
+    over keys beside them, except for the original length. Returns the keys that the rope_type ignores.
     """
-    rope, scaling = raw.pop("rope_parameters", None) or {}, raw.get("rope_scaling") or {}
+    rope = raw.pop("rope_parameters", None) or {}
+    scaling = raw.get("rope_scaling") or {}
     for value in (rope, scaling):
-        require(isinstance(value, dict), f"{source}: rope_scaling = {value!r}, expected an object")
-    beside = raw.get(tinylm.ORIGINAL)
-    if "rope_local_base_freq" in row.defaults:
-        rope, beside = nested_rope(raw, rope, source) | scaling, None
-        rope.pop("truncate", None)  # which transformers looks for elsewhere
+        require(isinstance(value, dict), f"{place}: rope_scaling = {value!r}, expected an object")
+    original_beside = raw.pop(tinylm.ORIGINAL, None)
+    if "rope_local_base_freq" in family.fields:
+        rope = full_attention_rope(raw, rope, place) | scaling
+        # transformers looks for both elsewhere.
+        original_beside = None
+        rope.pop("truncate", None)
     elif scaling:
         rope = scaling
     rope = {key: value for key, value in rope.items() if value is not None}
@@ -1130,115 +1222,115 @@ def flat_rope(row: Family, raw: dict, source: str, ignored: list):
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(
         rope.pop("type", kind) == kind,
-        f"{source}: rope_scaling has rope_type = {kind!r} and another type",
+        f"{place}: rope_scaling has rope_type = {kind!r} and another type",
     )
-    if not isinstance(kind, str) or kind not in tinylm.ROPE_KEYS:  # which Config refuses
+    # Config refuses an unknown type.
+    if not isinstance(kind, str) or kind not in tinylm.ROPE_KEYS:
         raw["rope_scaling"] = rope | {"rope_type": kind}
-        return
+        return []
     if kind in tinylm.ROPE_OPTIONS:
-        length = raw["max_position_embeddings"]
-        if beside is not None:
-            rope[tinylm.ORIGINAL] = beside
-        original = rope.get(tinylm.ORIGINAL, length)
-        require(
-            tinylm.is_number_in(original, 1, 2**31),
-            f"{source}: {tinylm.ORIGINAL} = {original!r}, expected a size",
-        )
-        if kind == "yarn":
-            rope.setdefault("factor", length / original)
-        else:
-            low, high = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", 1e9)
-            require(low < high, f"{source}: low_freq_factor = {low}, expected less than {high}")
+        if original_beside is not None:
+            rope[tinylm.ORIGINAL] = original_beside
+        complete_rope(rope, kind, raw["max_position_embeddings"], place)
     used = {"rope_type", *tinylm.ROPE_KEYS[kind], *tinylm.ROPE_OPTIONS.get(kind, ())}
-    for key in rope.keys() - used:
-        known = key in ROPE_UNUSED or (key, rope[key]) == ("attn_factor", 1)
-        require(
-            known, f"{source}: rope_scaling has {key} = {rope[key]!r}, not supported in {kind!r}"
-        )
-        ignored.append(f"{key} of rope_scaling")
-    told = {key: value for key, value in rope.items() if key in used}
-    raw["rope_scaling"] = None if kind == "default" else told | {"rope_type": kind}
+    kept = {key: value for key, value in rope.items() if key in used}
+    raw["rope_scaling"] = None if kind == "default" else kept | {"rope_type": kind}
+    return [f"{key} of rope_scaling" for key in rope if key not in used]
 
 
-def nested_rope(raw: dict, rope: dict, source: str) -> dict:
-    """Gemma 3 has `rope_parameters` for each type of layers: those of the full ones; the others have but a theta."""
-    strange = [key for key in rope if key not in tinylm.LAYER_TYPES]
-    require(not strange, f"{source}: rope_parameters has {strange}, expected {tinylm.LAYER_TYPES}")
-    full, local = (dict(rope.get(kind) or {"rope_type": "default"}) for kind in tinylm.LAYER_TYPES)
-    raw["rope_local_base_freq"] = local.pop("rope_theta", raw["rope_local_base_freq"])
+def complete_rope(rope: dict, kind: str, length: int, place: str):
+    """Checks a scaling that depends on the original length, and adds the factor that yarn may leave out."""
+    original = rope.get(tinylm.ORIGINAL, length)
     require(
-        local in ({}, {"rope_type": "default"}),
-        f"{source}: rope_parameters of sliding_attention = {local} is not supported "
+        is_number_in(original, 1, 2**31),
+        f"{place}: {tinylm.ORIGINAL} = {original!r}, expected a size",
+    )
+    if kind == "yarn":
+        rope.setdefault("factor", length / original)
+    else:
+        low, high = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", 1e9)
+        require(low < high, f"{place}: low_freq_factor = {low}, expected less than {high}")
+
+
+def full_attention_rope(raw: dict, rope: dict, place: str) -> dict:
+    """The part of Gemma 3's `rope_parameters` for full layers; its sliding layers only have a theta, written to raw."""
+    unknown = [key for key in rope if key not in tinylm.LAYER_TYPES]
+    require(not unknown, f"{place}: rope_parameters has {unknown}, expected {tinylm.LAYER_TYPES}")
+    full, sliding = (
+        dict(rope.get(kind) or {"rope_type": "default"}) for kind in tinylm.LAYER_TYPES
+    )
+    raw["rope_local_base_freq"] = sliding.pop("rope_theta", raw["rope_local_base_freq"])
+    require(
+        sliding in ({}, {"rope_type": "default"}),
+        f"{place}: rope_parameters of sliding_attention = {sliding} is not supported "
         "(supported: rope_type 'default')",
     )
     return full
 
 
-UNSET = dict(  # where Config's default is an architecture or a size of its own
-    vocab_size=None,
-    hidden_size=None,
-    num_hidden_layers=None,
-    num_attention_heads=None,
-    qk_norm=None,
+# Cleared, so that a key that is missing in config.json does not get our own default.
+NO_DEFAULTS = dict.fromkeys(
+    ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "qk_norm")
 )
 
 
-def config_from_hf(raw: dict, source: str = "config.json", head="config") -> Config:
-    """The Config that a `config.json` describes, in the dialect of transformers 4 or 5, with the head of its
-    `architectures` or another one.
+def config_from_hf(raw: dict, file: str = "config.json", head="config") -> Config:
+    """The Config that a config.json describes, as transformers 4 or 5 wrote it, with the head of its `architectures` or
+    another one (a key of the family's heads).
 
-    Warns of fields that nobody gives a meaning. Raises Error for an unknown model_type, and for any field that would
-    change what the model computes and that this file does not support.
+    Warns of keys that are ignored because they change nothing. Raises Error, beginning with `file`, for an unknown
+    model_type and for any key that changes the outputs in a way that is not supported.
     """
     name = raw.get("model_type")
     require(
         name in [*FAMILIES],
-        f"{source}: model_type = {name!r} is not supported (supported: {', '.join(FAMILIES)})",
+        f"{file}: model_type = {name!r} is not supported (supported: {', '.join(FAMILIES)})",
     )
-    row = FAMILIES[name]
+    family = FAMILIES[name]
     try:
         if head == "config":
             architectures = raw.get("architectures") or [None]
-            head = raw.get("head", "lm") if name == "tinylm" else row.head_of(architectures[0])
+            head = raw.get("head", "lm") if name == "tinylm" else family.head_of(architectures[0])
         require(
-            head in row.heads,
-            f"{source}: head = {head!r} is not supported for {name} (supported: "
-            f"{', '.join(map(str, row.heads))})",
+            head in family.heads,
+            f"{file}: head = {head!r} is not supported for {name} (supported: "
+            f"{', '.join(map(str, family.heads))})",
         )
-        raw = normalize_hf_config(row, raw, f"{source}, model_type {name}")
-        given = {ours: raw[key] for ours, key in row.fields.items() if raw.get(key) is not None}
-        values = UNSET | given | row.fixed | row.read(raw) | row.heads[head][1]
-        if values.get("head_act") == SAME:
+        raw = normalize_hf_config(family, raw, f"{file}, model_type {name}")
+        given = {ours: raw[key] for ours, key in family.fields.items() if raw.get(key) is not None}
+        values = NO_DEFAULTS | given | family.fixed | family.read(raw) | family.heads[head].config
+        if values.get("head_act") == LAYERS_ACT:
             values["head_act"] = values["hidden_act"]
         if raw.get("id2label"):
             values["id2label"] = raw["id2label"]
         return Config(**values | dict(head=head, model_type=name))
-    except tinylm.Error as error:  # where it names our field, name theirs
+    except tinylm.Error as error:
+        if str(error).startswith(file):
+            raise
+        # Config names its own field: name the key instead.
         ours, _, rest = str(error).removeprefix("config: ").partition(" ")
-        text = f"{source}: {row.fields.get(ours, ours)} {rest}"
-        raise (error if str(error).startswith(source) else Error(text)) from None
+        raise Error(f"{file}: {family.fields.get(ours, ours)} {rest}") from None
     except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
-        raise Error(f"{source}: a field has a value of the wrong kind ({error})") from None
+        raise Error(f"{file}: a field has a value of the wrong kind ({error})") from None
 
 
 def config_to_hf(config: Config) -> dict:
-    """The `config.json` of a config, in the flat dialect that transformers 4 and 5 both read.
+    """The config.json of a Config, in the flat form that transformers 4 and 5 both read.
 
-    Without a `model_type` it is the first family that can express it. Raises Error where the named family cannot.
+    Without a `model_type` it is that of the first family that can express it. Raises Error if the named family cannot.
     """
     for name in [config.model_type] if config.model_type else FAMILIES:
-        row = FAMILIES[name]
+        family = FAMILIES[name]
         raw = {
-            "architectures": [row.architecture(config.head)],
+            "architectures": [family.architecture(config.head)],
             "model_type": name,
             "initializer_range": config.initializer_range,
         }
-        raw |= {key: getattr(config, ours) for ours, key in row.fields.items()} | row.write(config)
+        raw |= {key: getattr(config, ours) for ours, key in family.fields.items()}
+        raw |= family.write(config)
         if config.id2label:
             raw["id2label"] = {str(i): label for i, label in config.id2label.items()}
             raw["label2id"] = {label: i for i, label in config.id2label.items()}
-        if "use_sliding_window" in row.defaults:
-            raw["use_sliding_window"] = config.sliding_window is not None
         if config.num_encoder_layers:
             raw["is_encoder_decoder"] = True
         try:
@@ -1250,34 +1342,33 @@ def config_to_hf(config: Config) -> dict:
 
 
 def require_same(back: Config, config: Config):
-    """What is written right reads back as the same, but for what only training uses."""
-    unwritten = (
-        "model_type",
-        "hidden_dropout",
-        "embedding_dropout",
-        "head_dropout",
-        "initializer_range",
-    )
+    """Raises Error unless a config that was written and read again is the same, apart from what only training uses."""
+    training = ("hidden_dropout", "embedding_dropout", "head_dropout", "initializer_range")
     lost = [
         f"{f.name} = {getattr(config, f.name)!r}"
         for f in fields(Config)
-        if f.name not in unwritten and getattr(back, f.name) != getattr(config, f.name)
+        if f.name not in ("model_type", *training)
+        and getattr(back, f.name) != getattr(config, f.name)
     ]
     require(not lost, f"config: {', '.join(lost)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: the tensor tables at work, in both directions
-CHECKPOINT_FILES = """config.json generation_config.json model*.safetensors model.safetensors.index.json tokenizer.json
-tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json merges.txt *.model *.jinja modules.json
-*sentence*.json */config.json [0-9]*_*/model.safetensors""".split()
+# ---------------------------------------------------------------------------------------------------------------------
+# Patterns of the files that are downloaded.
+CHECKPOINT_FILES = """
+    config.json generation_config.json model*.safetensors model.safetensors.index.json tokenizer.json
+    tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json merges.txt
+    *.model *.jinja modules.json *sentence*.json */config.json [0-9]*_*/model.safetensors
+""".split()
 
 
 def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: one of that name, else a repository of the Hugging Face hub, in `huggingface_hub`'s
-    cache; what is not there yet is downloaded, unless HF_HUB_OFFLINE is set. `revision`: a branch, tag or commit.
+    """The checkpoint folder of that name; otherwise a repository of the Hugging Face hub, in `huggingface_hub`'s cache.
 
-    Raises Error where there is neither.
+    Files that are not in the cache are downloaded unless HF_HUB_OFFLINE is set. `revision`: a branch, tag or commit.
+    Raises Error if there is neither.
     """
     name = str(name)
     if os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]{,95}(/[\w-][\w.-]{,95})?", name):
@@ -1301,25 +1392,24 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
         ) from None
 
 
-def sources(name: str, model_type: str, head: str | None) -> tuple[tuple, type]:
-    """Which tensors of a family's checkpoint make up our tensor `name`, and the kind of their names."""
-    row, (module, kind) = FAMILIES[model_type], name.rsplit(".", 1)
-    if not row.tensors:
-        return (name,), Name
+def stored_names(name: str, model_type: str, head: str | None) -> tuple[StoredName, ...]:
+    """The tensors of a family's checkpoint that make up our tensor `name`."""
+    family = FAMILIES[model_type]
+    if not family.tensors:
+        return (StoredName(name),)
+    table = family.tensors | family.heads[head].tensors
+    if name in table:
+        return table[name]
+    # Otherwise the table has the module.
+    module, _, parameter = name.rpartition(".")
     layer = next((part for part in module.split(".") if part.isdigit()), "")
-    table = row.tensors | row.heads[head][0]
-    # of a tensor, or of a module
-    theirs = table.get(name) or table.get(module.replace(f".{layer}.", ".{}."))
-    require(
-        theirs, f"{name}: model_type {model_type!r} has no such tensor; use model_type 'tinylm'"
-    )
-    return tuple(n.format(layer) + f".{kind}" * (name not in table) for n in theirs), type(
-        theirs[0]
-    )
+    names = table.get(module.replace(f".{layer}.", ".{}."))
+    require(names, f"{name}: model_type {model_type!r} has no such tensor; use model_type 'tinylm'")
+    return tuple(type(n)(f"{n.format(layer)}.{parameter}") for n in names)
 
 
 def fused_sizes(name: str, config: Config) -> tuple:
-    """Rows that each part has in a fused projection of ours."""
+    """Rows of each part of a fused projection of ours."""
     config = config.encoder if name.startswith("encoder.") else config
     sizes = {
         "qkv": config.qkv_sizes,
@@ -1329,35 +1419,41 @@ def fused_sizes(name: str, config: Config) -> tuple:
     return sizes[name.split(".")[-2]]
 
 
-def stored_form(name: str, tensor: Tensor, config: Config, model_type: str) -> tuple[dict, type]:
-    """Our tensor under a family's names, its fused parts apart, and the kind of the names."""
-    theirs, kind = sources(name, model_type, config.head)
-    parts = tensor.split(fused_sizes(name, config)) if len(theirs) > 1 else [tensor]
-    return {n: kind.write(part) for n, part in zip(theirs, parts)}, kind
+def to_stored(
+    name: str, tensor: Tensor, config: Config, model_type: str
+) -> dict[StoredName, Tensor]:
+    """Our tensor as a family stores it, fused parts separated."""
+    names = stored_names(name, model_type, config.head)
+    parts = tensor.split(fused_sizes(name, config)) if len(names) > 1 else [tensor]
+    return {n: n.save(part) for n, part in zip(names, parts)}
 
 
-def to_checkpoint(state: dict, config: Config, model_type: str) -> dict:
-    """Our state dict in the form of a family's checkpoints."""
+def to_checkpoint(state: dict, config: Config, model_type: str) -> dict[str, Tensor]:
+    """Our state dict as a family stores it."""
     prefix = FAMILIES[model_type].prefix if config.head is None else ""
     return {
         n.removeprefix(prefix): part.contiguous()
         for name, tensor in state.items()
-        for n, part in stored_form(name, tensor, config, model_type)[0].items()
+        for n, part in to_stored(name, tensor, config, model_type).items()
     }
 
 
 class Checkpoint:
-    """The tensors in a folder, as our state dict: each one is found and fits, and none is left over."""
+    """The tensors of a folder as our state dict. Every tensor of ours must be there and fit, and none may be left over."""
 
     def __init__(self, folder: Path, config: Config, dtype, device):
-        self.row, self.dtype, self.device = FAMILIES[config.model_type], dtype, device
-        self.place, files = self.files(folder)
-        self.stored = self.named(files)  # name in the table -> (file, the opened one, name there)
-        (self.embedding,), _ = sources("embed.weight", config.model_type, config.head)
-        self.output = self.tied_output()
-        # A tensor that is tied, or stored twice, may stand under one of its names only.
+        self.family = FAMILIES[config.model_type]
+        self.dtype = dtype
+        self.device = device
+        # The file that lists all tensors: errors name it
+        self.place, files = self.tensor_files(folder)
+        # Name in the tables -> (file, the opened file, name in the file)
+        self.stored = self.canonical_names(files)
+        (self.embedding,) = stored_names("embed.weight", config.model_type, config.head)
+        self.output = self.output_name()
+        # A tensor that is tied or repeated may be stored under either name.
         tied = {self.output: self.embedding} if config.tie_word_embeddings else {}
-        for name, original in (self.row.copies | tied).items():
+        for name, original in (self.family.copies | tied).items():
             if name in self.stored:
                 self.stored.setdefault(original, self.stored[name])
         layers = max(config.num_hidden_layers, config.num_encoder_layers)
@@ -1366,44 +1462,11 @@ class Checkpoint:
         self.dtype = dtype or self.fetch(self.embedding).dtype
         self.config = replace(config, tie_word_embeddings=self.is_tied(config))
 
-    def named(self, files: dict) -> dict:
-        """The stored tensors under today's names, behind the prefix that bare models leave out."""
-        opened = {file: tinylm.open_tensors(file) for file in sorted({*files.values()})}
-        heads = self.head_tensors()
-        bare = not any(name.startswith(self.row.prefix) for name in files)
-        stored = {}
-        for name, file in files.items():
-            new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-            new = new.replace("LayerNorm.beta", "LayerNorm.bias")
-            if bare and new not in heads:
-                new = self.row.prefix + new
-            stored[new] = file, opened[file], name
-        return stored
-
-    def tied_output(self) -> str | None:
-        """The name of the language model's output, which may be tied to the embedding."""
-        for head in {"lm", "mlm"} & self.row.heads.keys():
-            for name in self.row.heads[head][0].get("head.out", ()):
-                return f"{name}.weight"
-        return None
-
-    def is_tied(self, config: Config) -> bool:
-        """An output that is stored is tied in name only, unless it equals the embedding."""
-        if config.tied and self.output in self.stored:
-            tied = torch.equal(self.fetch(self.output), self.fetch(self.embedding))
-            require(
-                tied or "tie_word_embeddings" not in self.row.only,
-                f"{self.place}: tensor {self.output} differs from the embedding, "
-                f"but model_type {config.model_type!r} ties them",
-            )
-            return tied
-        unstored = self.output not in self.stored
-        return config.tie_word_embeddings or unstored and self.row.unstored_head_is_tied
-
     @staticmethod
-    def files(folder: Path) -> tuple[Path, dict]:
-        """The file that says it, and the safetensors file of every tensor."""
-        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    def tensor_files(folder: Path) -> tuple[Path, dict]:
+        """(the file that lists all tensors, tensor name -> its safetensors file)"""
+        single = folder / "model.safetensors"
+        index = folder / "model.safetensors.index.json"
         if single.exists():
             return single, dict.fromkeys(tinylm.open_tensors(single).keys(), single)
         others = sorted(
@@ -1414,7 +1477,7 @@ class Checkpoint:
             f"{folder}: no model.safetensors and no model.safetensors.index.json"
             + (f" ({', '.join(others)}: only safetensors is read)" if others else ""),
         )
-        files = tinylm.read_json(index).get("weight_map")
+        files = read_json(index).get("weight_map")
         require(
             isinstance(files, dict) and files,
             f"{index}: weight_map = {files!r}, expected tensor names and their files",
@@ -1426,67 +1489,111 @@ class Checkpoint:
             )
         return index, {name: folder / file for name, file in files.items()}
 
-    def head_tensors(self, but="none") -> set:
-        """Names of the heads' own tensors, but for those of the head `but`."""
+    def canonical_names(self, files: dict) -> dict:
+        """Stored tensors by their names in the tables: with the prefix that bare bodies leave out, and without the first
+        BERT's gamma and beta."""
+        opened = {file: tinylm.open_tensors(file) for file in sorted({*files.values()})}
+        heads = self.head_tensors()
+        bare = not any(name.startswith(self.family.prefix) for name in files)
+        stored = {}
+        for name, file in files.items():
+            new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+            new = new.replace("LayerNorm.beta", "LayerNorm.bias")
+            if bare and new not in heads:
+                new = self.family.prefix + new
+            stored[new] = file, opened[file], name
+        return stored
+
+    def head_tensors(self, except_head="none") -> set:
+        """Names of the tensors of all heads but one."""
         names = set()
-        for head, (table, _) in self.row.heads.items():
-            for ours, (name,) in table.items() if head != but else ():
-                ends = {name} if ours.endswith(".bias") else {f"{name}.weight", f"{name}.bias"}
-                names |= ends
+        for head, table in self.family.heads.items():
+            for ours, (name,) in table.tensors.items() if head != except_head else ():
+                names |= {name} if ours.endswith(".bias") else {f"{name}.weight", f"{name}.bias"}
         return names
 
+    def output_name(self) -> str | None:
+        """Name of the language model's output, which may be tied to the embedding."""
+        for head in {"lm", "mlm"} & self.family.heads.keys():
+            for name in self.family.heads[head].tensors.get("head.out", ()):
+                return f"{name}.weight"
+        return None
+
+    def is_tied(self, config: Config) -> bool:
+        """Is the output the embedding? Not if it is stored with other values, whatever config.json says."""
+        if config.tied and self.output in self.stored:
+            tied = torch.equal(self.fetch(self.output), self.fetch(self.embedding))
+            require(
+                tied or "tie_word_embeddings" not in self.family.only,
+                f"{self.place}: tensor {self.output} differs from the embedding, "
+                f"but model_type {config.model_type!r} ties them",
+            )
+            return tied
+        unstored = self.output not in self.stored
+        return config.tie_word_embeddings or unstored and self.family.unstored_head_is_tied
+
     def fetch(self, name: str, shape: tuple | None = None) -> Tensor:
+        """A stored tensor, in the model's dtype on its device. Raises Error unless it is there with that shape."""
         require(
             name in self.stored,
             f"{self.place}: tensor {name} is missing"
             + (f", expected with shape {tuple(shape)}" if shape else ""),
         )
-        file, opened, stored = self.stored[name]
+        file, opened, name_in_file = self.stored[name]
         try:
-            tensor = opened.get_tensor(stored)
+            tensor = opened.get_tensor(name_in_file)
         except SafetensorError as error:
-            raise Error(f"{file}: tensor {stored} is not readable ({error})") from None
-        plain = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+            raise Error(f"{file}: tensor {name_in_file} is not readable ({error})") from None
+        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         require(
-            tensor.dtype in plain and shape in (None, tensor.shape),
-            f"{file}: tensor {stored} has shape "
+            tensor.dtype in floats and shape in (None, tensor.shape),
+            f"{file}: tensor {name_in_file} has shape "
             f"{tuple(tensor.shape)} and dtype {tensor.dtype}, expected floats of shape {tuple(shape or ())}",
         )
         return tensor.to(self.device, self.dtype)
 
     def state(self, lm: tinylm.TinyLM, fresh: dict) -> dict:
-        """The state dict of a model; `fresh` stands in for tensors of its head that are not stored."""
-        row, state, used = self.row, {}, set()
+        """The state dict of a model. `fresh`: our tensors for a new head, where the checkpoint has none."""
+        state = {}
+        used = set()
         for name, tensor in lm.state_dict().items():
-            parts, kind = stored_form(name, tensor, self.config, self.config.model_type)
+            parts = to_stored(name, tensor, self.config, self.config.model_type)
             used |= parts.keys()
-            if not parts.keys() & self.stored.keys() and (name in fresh or kind in (Row, Unused)):
+            missing = not parts.keys() & self.stored.keys()
+            if missing and (name in fresh or any(n.optional for n in parts)):
                 new = fresh.get(name, torch.zeros(tensor.shape))
                 state[name] = new.to(self.device, self.dtype)
             else:
-                found = [
-                    kind.read(self.fetch(n, part.shape)).contiguous() for n, part in parts.items()
-                ]
-                state[name] = found[0] if len(found) == 1 else torch.cat(found)
-        for name in row.copies.keys() & self.stored.keys():
-            original = row.copies[name]
+                found = [n.load(self.fetch(n, part.shape)) for n, part in parts.items()]
+                state[name] = torch.cat(found) if len(found) > 1 else found[0].contiguous()
+        self.check_copies(used)
+        self.check_unexpected(used)
+        return state
+
+    def check_copies(self, used: set):
+        for name in self.family.copies.keys() & self.stored.keys():
+            original = self.family.copies[name]
             require(
                 original not in used or torch.equal(self.fetch(name), self.fetch(original)),
                 f"{self.place}: tensor {name} differs from the one that it should repeat, {original}",
             )
-        spare = row.copies.keys() | self.head_tensors(self.config.head)
+
+    def check_unexpected(self, used: set):
+        """Refuses tensors that no part of the model uses, and no other head."""
+        allowed = used | self.family.copies.keys() | self.head_tensors(self.config.head)
         if self.config.tied:
-            spare.add(self.output)
-        for name in sorted(self.stored.keys() - used - spare):
-            file, _, stored = self.stored[name]
-            fine = any(fnmatch.fnmatchcase(name, pattern) for pattern in row.drop.split())
-            model_type = self.config.model_type
-            require(fine, f"{file}: tensor {stored} is unexpected for model_type {model_type!r}")
-        return state
+            allowed.add(self.output)
+        patterns = self.family.drop.split()
+        for name in sorted(self.stored.keys() - allowed):
+            file, _, name_in_file = self.stored[name]
+            require(
+                any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns),
+                f"{file}: tensor {name_in_file} is unexpected for model_type {self.config.model_type!r}",
+            )
 
 
 def load_model(cls, name, dtype, device, head, revision, changes: dict) -> tinylm.TinyLM:
-    """What `TinyLM.from_pretrained` does."""
+    """TinyLM.from_pretrained."""
     dtype = tinylm.parse_dtype(changes.pop("torch_dtype", dtype))
     require(
         "device_map" not in changes,
@@ -1499,12 +1606,12 @@ def load_model(cls, name, dtype, device, head, revision, changes: dict) -> tinyl
     )
     folder = find_checkpoint(name, revision)
     device = tinylm.usable_device(device or "cpu")
-    source = str(folder / "config.json")
-    raw = tinylm.read_json(folder / "config.json")
-    tinylm.check_replaced(raw, source)
-    config = replace(config_from_hf(raw, source, head), **changes)
+    file = str(folder / "config.json")
+    raw = read_json(folder / "config.json")
+    tinylm.check_replaced(raw, file)
+    config = replace(config_from_hf(raw, file, head), **changes)
     checkpoint = Checkpoint(folder, config, dtype, device)
-    # A leaf of somebody else's may keep tensors that no checkpoint has, and that a meta device would lose.
+    # A replaced part may have tensors that no checkpoint has; on the meta device they would be lost.
     with torch.device("cpu" if tinylm.replaced_leaves() else "meta"):
         lm = cls(checkpoint.config)
     fresh = {}
@@ -1519,7 +1626,7 @@ def load_model(cls, name, dtype, device, head, revision, changes: dict) -> tinyl
 
 
 def save_model(lm: tinylm.TinyLM, folder: Path):
-    """What `TinyLM.save_pretrained` does."""
+    """TinyLM.save_pretrained."""
     described = tinylm.describe_model(lm)
     replaced = "tinylm_replaced" in described
     config = replace(lm.config, model_type="tinylm") if replaced else lm.config

@@ -730,7 +730,7 @@ def test_dropout_stands_where_transformers_has_it():
     )
     rates = {
         head: TinyLM(Config(head=head, causal=False, **p)).head.dropout.p
-        for head in pretrained.CLASS
+        for head in pretrained.CLASS_ENDINGS
     }
     assert rates == {"lm": 0.0, "mlm": 0.0, "classify": 0.1, "tokens": 0.1, "qa": 0.0, None: 0.0}
     assert TinyLM(Config(head="classify", **p)).head.dropout.p == 0.0

@@ -864,7 +864,6 @@ def test_unexpected_tensor(name, tensor, shape, copy):
         ("t5", "d_kv", 0),
         ("bart", "is_encoder_decoder", 3),
         ("t5", "dense_act_fn", "tanh"),
-        ("bart", "normalize_before", True),
     ],
 )
 def test_config_field_that_is_not_supported(name, field, value, copy):

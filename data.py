@@ -700,6 +700,9 @@ def read_splits(data, options: DataOptions, notices: list, seed: int = 0) -> tup
     if held is None:
         rows, held = split_rows(rows, options.val_share, seed)
     else:
+        source = options.val or (data if isinstance(data, (str, Path)) else "the data")
+        expected = f"none, as {source} has rows to validate on"
+        require(options.val_share is None, f"--val-share {options.val_share}: expected {expected}")
         if "label" in rows[0]:  # are numbers there what they are here
             numbers = isinstance(rows[0]["label"], float)
             options = replace(options, regression=numbers, classes=not numbers)

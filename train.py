@@ -1209,15 +1209,10 @@ def add_adapters(lm: TinyLM, rank: int):
         p.requires_grad_(in_new_head(lm, name))
     for name, module in list(lm.named_modules()):
         if isinstance(module, Linear) and "layers." in name:
-            fused = (
-                len(pretrained.sources(name + ".weight", lm.config.model_type, lm.config.head)[0])
-                > 1
-            )
-            sizes = (
-                pretrained.fused_sizes(name + ".weight", lm.config)
-                if fused
-                else (module.out_features,)
-            )
+            weight = name + ".weight"
+            names = pretrained.stored_names(weight, lm.config.model_type, lm.config.head)
+            fused = len(names) > 1
+            sizes = pretrained.fused_sizes(weight, lm.config) if fused else (module.out_features,)
             lm.set_submodule(name, LoRA(module, sizes, rank).to(lm.device))
 
 
@@ -1229,8 +1224,8 @@ def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
     transposed = False
     for name, module in lm.named_modules():
         if isinstance(module, LoRA):
-            names, kind = pretrained.sources(name + ".weight", config.model_type, config.head)
-            transposed |= kind is pretrained.Transposed
+            names = pretrained.stored_names(name + ".weight", config.model_type, config.head)
+            transposed |= isinstance(names[0], pretrained.Transposed)
             for theirs, pair in zip(names, module.parts()):
                 theirs = theirs.removesuffix(".weight")
                 targets.add(re.split(r"\.\d+\.", theirs, maxsplit=1)[1])

@@ -102,7 +102,7 @@ def check_fields(owner, spelled: Callable = str):
 
 
 def read_json(path: Path, missing: dict | list | None = None):
-    """A file's JSON object; `missing`: what stands for a file that is not there, a list where a list is expected."""
+    """The JSON object in a file. `missing` is returned where there is no file; a list means that an array is expected."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -111,9 +111,8 @@ def read_json(path: Path, missing: dict | list | None = None):
         raise Error(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise Error(f"{path}: not readable as JSON ({error})") from None
-    kind = "array" if isinstance(missing, list) else "object"
-    fine = isinstance(content, list if kind == "array" else dict)
-    require(fine, f"{path}: expected a JSON {kind}")
+    kind, expected = ("array", list) if isinstance(missing, list) else ("object", dict)
+    require(isinstance(content, expected), f"{path}: expected a JSON {kind}")
     return content
 
 

@@ -1145,15 +1145,17 @@ class TinyLM(Stack):
         columns: Tensor | None = None,
         apply_head: bool = True,
     ) -> Tensor:
-        """What the head says, one tensor: of a language model, masked or not, logits (batch, seq, vocab); of a
-        classifier (batch, labels), of tokens (batch, seq, labels); start and end logits of an answer (batch, seq, 2);
-        of a model without a head its hidden states (batch, seq, hidden).
+        """Returns the head's output:
 
-        input_ids (batch, seq), a tensor, a numpy array or lists; attention_mask (batch, seq), 1 for a token and 0 for
-        padding on either side; decoder_input_ids (batch, target) behind an encoder; a cache (its own columns only) if
-        the ids continue what it holds; cross_kv and encoder_mask, what `encode` gave, if the ids are the decoder's;
-        columns (batch, n) to get logits (batch, n, vocab) of those columns alone; apply_head False for the hidden
-        states that the head would read. Raises Error for ids that the model cannot read.
+        - a language model, masked or not: logits (batch, seq, vocab)
+        - a classifier: (batch, labels); a token classifier: (batch, seq, labels)
+        - question answering: start and end logits (batch, seq, 2)
+        - without a head: hidden states (batch, seq, hidden)
+
+        input_ids (batch, seq): a tensor, an array or lists; attention_mask (batch, seq): 1 for a token, 0 for padding on
+        either side; decoder_input_ids (batch, target): behind an encoder; cache: holds what the ids continue; cross_kv,
+        encoder_mask: from `encode`, if input_ids are the decoder's; columns (batch, n): compute only these columns'
+        outputs; apply_head=False: return the head's input. Raises Error for invalid ids or shapes.
         """
         ids = as_ids_tensor("input_ids", input_ids, self.device)
         mask = as_ids_tensor("attention_mask", attention_mask, self.device, optional=True)
@@ -1191,7 +1193,7 @@ class TinyLM(Stack):
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[list, Tensor | None]:
-        """What a decoder needs of a source (batch, seq): cross_kv and encoder_mask, as `forward` takes them."""
+        """Encodes a source (batch, seq) for the decoder. Returns cross_kv and encoder_mask for `forward`."""
         ids = as_ids_tensor("input_ids", input_ids, self.device)
         mask = as_ids_tensor("attention_mask", attention_mask, self.device, optional=True)
         check_inputs(self.config, ids, mask)
@@ -1225,36 +1227,36 @@ class TinyLM(Stack):
         revision: str | None = None,
         **changes,
     ) -> TinyLM:
-        """The model in a checkpoint folder, in eval mode: config.json, model.safetensors (or its sharded index) and
-        tokenizer.json where there is one; or of that name on the Hugging Face hub, see `find_checkpoint`. dtype None
-        or "auto" keeps the stored one; `torch_dtype` is the same argument.
+        """Opens a Hugging Face checkpoint in eval mode, from a folder with config.json, model.safetensors (or its index
+        of shards) and maybe a tokenizer, or by its name on the hub; see pretrained.py, which has to lie beside this
+        file. dtype None or "auto" keeps the stored dtype; `torch_dtype` is another name of the argument.
 
-        `head` swaps the head (a key of the family's heads): of the new one, what the checkpoint has is loaded, and the
-        rest begins at random; `changes` are of Config fields. Raises Error where the folder lacks a file or a tensor,
-        has one too many or of a wrong shape, where config.json asks for something unsupported, or where the model was
-        saved with leaves replaced (see `save_pretrained`) that are not replaced by the same.
+        `head` ("lm", "classify", None, ...) replaces the head; tensors of the new one that the checkpoint lacks are
+        random. `changes` override fields of Config. Raises Error for files or tensors that are missing, unexpected or
+        of a wrong shape, for an unsupported config.json, and where the model was saved with replaced leaves (see
+        `save_pretrained`) that are not replaced by the same now.
         """
         pretrained = beside("pretrained")
         return pretrained.load_model(cls, folder, dtype, device, head, revision, changes)
 
     def save_pretrained(self, folder: str | Path):
-        """Write config.json, model.safetensors, generation_config.json and the tokenizer's files, each one at once.
+        """Writes a Hugging Face folder: config.json, model.safetensors, generation_config.json and the tokenizer's
+        files, each one at once. transformers, vLLM and llama.cpp load it.
 
-        A model with leaves of somebody else's is none of a known family: it is saved as model_type "tinylm", with what
-        they are replaced by (`tinylm_replaced` of config.json), and loads only where they are. Whoever replaced a
-        function by one that computes the same puts the old one back before saving. Raises Error where the architecture
-        cannot be written as the config's `model_type`.
+        A model with replaced leaves is saved as model_type "tinylm"; config.json notes the replacements as
+        `tinylm_replaced`, and the model loads only where they are in place. If a replaced function computes the same as
+        the stock one, put that back before saving. Raises Error where the config's `model_type` cannot express the
+        architecture.
         """
         beside("pretrained").save_model(self, Path(folder))
 
     def compile(self, *arguments, **options):
-        """As of any module, with einops as operations of the graph: to trace its parser at each call takes longer than
-        all the rest."""
+        """nn.Module.compile, with rearrange as a single graph operation: tracing einops' parser dominates compile time."""
         torch.compiler.allow_in_graph(rearrange)
         super().compile(*arguments, **options)
 
     def __getstate__(self):
-        """Copies compile for themselves."""
+        """A copy compiles its own step."""
         return self.__dict__ | {"_compiled": None, "_states": {}}
 
     @torch.no_grad()
@@ -1333,8 +1335,8 @@ class TinyLM(Stack):
         variables: dict | None = None,
         **options,
     ) -> Iterator[str]:
-        """The answer to a conversation, as `stream` gives it; see `Tokenizer.apply_chat_template` for `messages`,
-        `tools` and the template's `variables`. It ends where the config or the tokenizer says so."""
+        """Streams the answer to a conversation. `messages`, `tools` and the template's `variables` are those of the
+        tokenizer's `apply_chat_template`. The answer ends at the end token of the config or of the tokenizer."""
         require(self.tokenizer, "chat: the checkpoint has no tokenizer.json")
         text = self.tokenizer.apply_chat_template(messages, tools, True, **(variables or {}))
         ids, limit = self.tokenizer.encode(text, special=False), self.config.max_position_embeddings
@@ -1345,7 +1347,7 @@ class TinyLM(Stack):
         return self.stream(ids, **{"eos_token_id": ends} | options)
 
     def special_token_id(self, name: str):
-        """A special id, as generation_config.json says it, else as the config does."""
+        """A special id of generation_config.json, else of the config."""
         return self.generation_config.get(name, getattr(self.config, name))
 
     def ends(self) -> tuple:
@@ -1353,7 +1355,7 @@ class TinyLM(Stack):
         return as_ids("eos_token_id", self.special_token_id("eos_token_id"))
 
     def make_generation_config(self, **given) -> GenerationConfig:
-        """How to generate: as given, else as generation_config.json says, else plainly."""
+        """The options of a generation: those given, else those of generation_config.json, else the defaults."""
         defaults = {}
         if self.generation_config:
             read = beside("onnxlm").generation_defaults
@@ -1365,17 +1367,18 @@ class TinyLM(Stack):
 # Saving and loading: safetensors, and a config.json of Config's own fields
 # ---------------------------------------------------------------------------------------------------------------------
 def write_file(path: Path, write):
-    """Whole or not at all: `write` fills a temporary file that then takes the name."""
+    """Writes a file whole or not at all: `write` fills a temporary file, which is then renamed."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.touch()
-    mode = temporary.stat().st_mode  # safetensors writes files that only their owner may read
+    # safetensors makes files that only their owner may read.
+    mode = temporary.stat().st_mode
     write(temporary)
     temporary.chmod(mode)
     os.replace(temporary, path)
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict):
-    """A safetensors file. (`safetensors.torch.save_file` would need numpy.)"""
+    """Writes a safetensors file. (`safetensors.torch.save_file` would need numpy.)"""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     specs = {
         name: TensorSpec(
@@ -1399,7 +1402,7 @@ def write_json(path: Path, content):
 
 
 def read_json(path: Path, missing: dict | list | None = None):
-    """A file's JSON object; `missing`: what stands for a file that is not there, a list where a list is expected."""
+    """The JSON object in a file. `missing` is returned where there is no file; a list means that an array is expected."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -1408,9 +1411,8 @@ def read_json(path: Path, missing: dict | list | None = None):
         raise Error(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise Error(f"{path}: not readable as JSON ({error})") from None
-    kind = "array" if isinstance(missing, list) else "object"
-    fine = isinstance(content, list if kind == "array" else dict)
-    require(fine, f"{path}: expected a JSON {kind}")
+    kind, expected = ("array", list) if isinstance(missing, list) else ("object", dict)
+    require(isinstance(content, expected), f"{path}: expected a JSON {kind}")
     return content
 
 
@@ -1507,16 +1509,17 @@ def load_tensors(lm: nn.Module, path: Path):
 
 
 def usable_device(name=None) -> torch.device:
-    """The device of that name, by default CUDA where there is one."""
+    """The device of that name, or by default CUDA if there is one."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
+    except (RuntimeError, AssertionError) as error:
+        # A build without CUDA raises AssertionError.
         raise Error(f"--device {name} cannot be used ({str(error).splitlines()[0]})") from None
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype, or its name, or None for the stored one."""
+    """A dtype from a dtype, its name, or None or "auto", which mean the stored one."""
     given = dtype
     if isinstance(dtype, str):
         dtype = None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), dtype)
@@ -1539,7 +1542,7 @@ def describe_model(lm: TinyLM) -> dict:
 
 
 def check_replaced(raw: dict, source: str):
-    """Refuse a model whose leaves were replaced when it was saved, unless they are by the same."""
+    """Raises Error for a model that was saved with replaced leaves, unless they are replaced by the same now."""
     noted = raw.get("tinylm_replaced") or {}
     require(isinstance(noted, dict), f"{source}: tinylm_replaced = {noted!r}, expected an object")
     now = replaced_leaves()
@@ -1554,14 +1557,16 @@ def check_replaced(raw: dict, source: str):
 # ---------------------------------------------------------------------------------------------------------------------
 # The training step
 # ---------------------------------------------------------------------------------------------------------------------
-CHUNKED_LOSS_MIN_LOGITS = 2**22  # logits of a step above which they are made a chunk at a time
+# Above so many logits in a step, they are computed in chunks.
+CHUNKED_LOSS_MIN_LOGITS = 2**22
 
 
 def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
-    """About the nearest matrix of orthogonal rows or columns: Newton-Schulz in Jordan's quintic (2024).
+    """Approximates the nearest matrix with orthogonal rows or columns: Newton-Schulz with Jordan's quintic (2024).
 
-    In bfloat16 on a GPU and, if large, on a processor with matrix units. torch.optim.Muon always takes bfloat16, which
-    others compute 25 to 30 times slower than float32: 513 ms against 19 for a 768 x 256 matrix on an AMD EPYC.
+    Runs in bfloat16 on a GPU, and for large matrices on a CPU with matrix units. torch.optim.Muon always uses bfloat16,
+    which other CPUs compute 25 to 30 times slower than float32: 513 ms against 19 ms for a 768 x 256 matrix on an AMD
+    EPYC.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = x.shape[0] <= x.shape[1]
@@ -1575,8 +1580,8 @@ def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """AdamW for embeddings, head, norms and biases; Muon for the matrices of the layers: momentum whose update of each
-    matrix is made orthogonal (Jordan 2024), as in torch.optim.Muon, but that `orthogonal` chooses its precision."""
+    """AdamW for embeddings, head, norms and biases; Muon for the layers' matrices: momentum, with each matrix's update
+    made orthogonal (Jordan 2024). Like torch.optim.Muon, except that `orthogonal` chooses its precision."""
 
     def __init__(
         self, model: nn.Module, lr: float = 0.02, adam_lr: float = 4e-3, weight_decay: float = 0.1
@@ -1607,14 +1612,14 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
             update = orthogonal(full_tensor(p.grad.lerp(average, momentum)))
-            # As large a change of the outputs for every shape.
+            # Changes the outputs by the same amount for every shape.
             size = lr * max(1, p.shape[0] / p.shape[1]) ** 0.5
             p.mul_(1 - lr * muon["weight_decay"]).add_(shard_like(p, update), alpha=-size)
 
 
 def target_labels(model: TinyLM, batch: dict) -> Tensor:
-    """What the model's outputs are compared with. Of a decoder what it should say after each token but the last (batch,
-    seq - 1), where nothing follows from padding."""
+    """The targets of the model's outputs. For a decoder, the next token after each one but the last (batch, seq - 1);
+    -100 at padding."""
     if model.config.head != "lm" or model.encoder is not None:
         return batch["labels"]
     labels = batch.get("labels", batch["input_ids"])[:, 1:]
@@ -1623,7 +1628,7 @@ def target_labels(model: TinyLM, batch: dict) -> Tensor:
 
 
 def label_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """What a sum of losses is divided by: so many labels that count, or their classes' weights."""
+    """The divisor of a sum of losses: the number of labels, or the sum of their class weights."""
     if labels.is_floating_point():
         return labels.new_tensor(labels.numel())
     labels = labels[labels != -100]
@@ -1633,19 +1638,23 @@ def label_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
 def loss_sum(
     model: TinyLM, batch: dict, class_weights: Tensor | None = None, bf16: bool = False
 ) -> Tensor:
-    """Sum over a batch's labels of the loss that goes with the model's head.
+    """The sum over a batch's labels of the loss that goes with the model's head.
 
-    input_ids (batch, seq), attention_mask where there is padding, token_type_ids, decoder_input_ids and labels as in
-    Hugging Face, where -100 is ignored: of a decoder (batch, seq), not shifted, and by default the input; behind an
-    encoder (batch, target); of a masked model and of tokens (batch, seq); of a classifier (batch,), or floats (batch,
-    classes) of several classes, or floats (batch,) of a regression; of an answer (batch, 2), its first and last column.
+    A batch is a dict of input_ids (batch, seq), attention_mask, token_type_ids, decoder_input_ids and labels, as in
+    Hugging Face. Labels of -100 are ignored:
+
+    - decoder: (batch, seq), not shifted, by default the input_ids; behind an encoder: (batch, target)
+    - masked language model, token classifier: (batch, seq)
+    - classifier: (batch,); multi-label: floats (batch, classes); regression: floats (batch,)
+    - question answering: (batch, 2), the first and last column of the answer
     """
     config = model.config
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
     labels = target_labels(model, batch)
     columns = None
-    if model.encoder is None and config.head == "lm":  # what it says after the last has no label
+    if model.encoder is None and config.head == "lm":
+        # The last token's output has no label.
         ids = ids[:, :-1]
         mask = None if mask is None else mask[:, :-1]
     if model.encoder is None and config.head in ("lm", "mlm") and "labels" in batch:
@@ -1660,7 +1669,8 @@ def loss_sum(
         regression = config.problem_type == "regression"
         loss = F.mse_loss if regression else F.binary_cross_entropy_with_logits
         return loss(logits.reshape(labels.shape), labels, reduction="sum")
-    if config.head == "qa":  # a distribution over columns, for the start and for the end
+    if config.head == "qa":
+        # Start and end are distributions over columns.
         logits = rearrange(logits, "b s ends -> b ends s")
         if mask is not None:
             logits = logits.masked_fill(mask[:, None] == 0, -math.inf)
@@ -1668,7 +1678,7 @@ def loss_sum(
 
 
 def labelled_columns(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns (batch, n) that have labels, and these: the head is spared the others."""
+    """The columns (batch, n) that have labels, and the labels, so that the head skips the others."""
     has_label = labels != -100
     most = int(has_label.sum(1).max().clamp(min=1))
     columns = has_label.int().topk(most).indices
@@ -1676,14 +1686,14 @@ def labelled_columns(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def can_chunk(model: TinyLM) -> bool:
-    """Can the logits of a language model be made apart from its head: is that one stock matrix?"""
+    """Whether the head is a single stock matrix, so that its logits can be computed in chunks."""
     config = model.config
     stock = linear is LEAVES["linear"] and Linear is LEAVES["Linear"] and Head is LEAVES["Head"]
     return stock and config.head == "lm" and not (config.final_logit_softcapping or config.head_act)
 
 
 def chunked_loss(model: TinyLM, inputs: tuple, columns: Tensor | None, labels: Tensor) -> Tensor:
-    """The cross-entropy of a language model whose logits are never there all at once."""
+    """The cross-entropy of a language model without all of its logits in memory at once."""
     head = model.head
     states = head.dropout(model(*inputs, columns=columns, apply_head=False)).flatten(0, -2)
     weight = (model.embed if head.out.weight is None else head.out).weight.to(states.dtype)
@@ -1720,10 +1730,12 @@ def train_step(
     parts = [dict(zip(batch, part)) for part in rows if len(part[0])]
     total = torch.zeros((), device=weight.device)
     for i, part in enumerate(parts):
-        if shards > 1:  # gradients travel once
+        if shards > 1:
+            # Gradients are exchanged once, after the last part.
             model.set_requires_gradient_sync(i + 1 == len(parts))
         loss = loss_sum(model, part, class_weights, bf16) / weight
-        (loss * shards).backward()  # of which the mean over processes is taken
+        # Gradients are averaged over processes, so this makes them a sum.
+        (loss * shards).backward()
         total += loss.detach()
     total = all_reduce(total, shards)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -1735,7 +1747,7 @@ def train_step(
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's number under torchrun, and how many there are."""
+    """This process's rank under torchrun, and the number of processes."""
     return (
         (dist.get_rank(), dist.get_world_size())
         if dist.is_available() and dist.is_initialized()
@@ -1744,7 +1756,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def all_reduce(x: Tensor, shards: int, how: str = "SUM") -> Tensor:
-    """The sum of what all processes have."""
+    """Reduces x over all processes, in place."""
     if shards > 1:
         dist.all_reduce(x, getattr(dist.ReduceOp, how))
     return x
@@ -1756,7 +1768,7 @@ def full_tensor(x: Tensor) -> Tensor:
 
 
 def shard_like(p: Tensor, x: Tensor) -> Tensor:
-    """A plain tensor, sharded as the parameter is."""
+    """A plain tensor, sharded like the parameter p."""
     if not hasattr(p, "device_mesh") or x.ndim == 0:
         return x
     from torch.distributed.tensor import distribute_tensor
@@ -2458,14 +2470,15 @@ def added_token(value: str | dict, **flags) -> dict:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes are their own ids; 256 ends a text and 257 pads. Its tokenizer.json is a byte-level BPE that has no
-    merges, so every other library reads it too. The methods are those of `Tokenizer`."""
+    """UTF-8 bytes as ids; 256 ends a text and 257 pads. Its tokenizer.json is a byte-level BPE without merges, so other
+    libraries read it too. It has the methods of `onnxlm.Tokenizer`."""
 
     eos_token_id, pad_token_id, size = 256, 257, 258
     specials = ("<|endoftext|>", "<|pad|>")
 
     def __init__(self, more: dict[str, bytes] | None = None):
-        self.more = more or {}  # files that travel along: a chat template
+        # Files to save beside tokenizer.json, such as a chat template.
+        self.more = more or {}
 
     def encode(self, text: str, pair: str | None = None, special: bool = True) -> list[int]:
         if pair is None and not any(name in text for name in self.specials):
@@ -2476,7 +2489,7 @@ class ByteTokenizer:
         return map(self.encode, texts)
 
     def encoding(self, text: str, pair: str | None = None, special: bool = True):
-        """What `Tokenizer.encoding` gives; a second text stands behind the end-of-text token."""
+        """Like `onnxlm.Tokenizer.encoding`. A second text follows after the end-of-text token."""
         rows = [(id, 0, offsets) for id, offsets in self._tokens(text)]
         if pair is not None:
             rows += [(self.eos_token_id, None, (0, 0))] * special
@@ -2490,7 +2503,7 @@ class ByteTokenizer:
         )
 
     def _tokens(self, text: str):
-        """(id, (first character, one behind the last)) of each byte and of each special token that stands there."""
+        """(id, (first character, one past the last)) of each byte and of each special token in the text."""
         start = 0
         for part in re.split("|".join(f"({re.escape(name)})" for name in self.specials), text):
             if part in self.specials:
@@ -2502,7 +2515,7 @@ class ByteTokenizer:
             start += len(part or "")
 
     def decode(self, ids, special: bool = False) -> str:
-        """The text of ids; `special`: with the special tokens that are among them."""
+        """The text of ids, with their special tokens if `special`."""
         pieces = [
             bytes([i]) if i < 256 else self.specials[i - 256].encode() * special
             for i in map(int, ids)
@@ -2526,7 +2539,7 @@ class ByteTokenizer:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """File name -> content, in the format of `tokenizers`. Bytes are spelled as GPT-2 spells them."""
+        """File name -> content, in the format of `tokenizers`. Bytes are spelled as in GPT-2."""
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         moved = [b for b in range(256) if b not in plain]
         vocab = {chr(b if b in plain else 256 + moved.index(b)): b for b in range(256)}

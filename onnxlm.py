@@ -35,24 +35,24 @@ from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, 
 import numpy as np
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-SUFFIXES = {  # precision -> end of its files' names in onnx/
+# Precision -> the end of its file names in onnx/.
+SUFFIXES = {
     "fp32": "",
     "fp16": "_fp16",
     "int8": "_quantized",
     "int4": "_q4",
     "q4f16": "_q4f16",
 }
-CUDA_PRECISIONS = (
-    "fp32",
-    "fp16",
-    "q4f16",
-)  # whose nodes all run there: queries are grouped on CUDA in 16 bits only
-VERIFIED_PROVIDERS = {CPU, CUDA, "TensorrtExecutionProvider"}  # others are compared with the CPU
-MIN_ONNXRUNTIME = (1, 24)  # before, onnxruntime runs some graphs wrongly
+# Precisions whose nodes all have a CUDA kernel: GroupQueryAttention has one in 16 bits only.
+CUDA_PRECISIONS = ("fp32", "fp16", "q4f16")
+# Other providers are compared with the CPU before they are used.
+VERIFIED_PROVIDERS = {CPU, CUDA, "TensorrtExecutionProvider"}
+# Older versions run some graphs wrongly.
+MIN_ONNXRUNTIME = (1, 24)
 
 
 class Error(ValueError):
-    """What the caller gave cannot be used, or what was written failed its check: one line that says which."""
+    """Invalid input, or an export that failed its check. One line: the argument or file, its value, what was expected."""
 
 
 def require(ok, message: str):
@@ -137,7 +137,7 @@ class Session:
         self.limit = int(self.metadata.get("max_position_embeddings", 2**31))
 
     def buffer(self, name: str, *shape):
-        """Memory of an input's type on the graph's device; uninitialized."""
+        """Uninitialized memory of an input's type on the graph's device."""
         dtype = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}.get(
             self.types[name], np.float32
         )
@@ -148,8 +148,8 @@ class Session:
         return self.ort_value.ortvalue_from_numpy(np.asarray(array, order="C"), self.device)
 
     def __call__(self, into: dict = {}, **feeds) -> list:
-        """All outputs, on the graph's device; `into`: an output's name -> the value that it is written to. What the
-        graph does not take is left out."""
+        """Runs the graph and returns all outputs on its device. `into` maps an output's name to the value that receives
+        it. Feeds that the graph does not take are left out."""
         binding = self.session.io_binding()
         try:
             feeds = {
@@ -165,13 +165,14 @@ class Session:
                 else:
                     binding.bind_output(name, self.device)
             self.session.run_with_iobinding(binding)
-        except Exception as error:  # e.g. more tokens than there are learned positions
+        except Exception as error:
+            # For example more tokens than there are learned positions.
             raise Error(f"onnxruntime: {first_line(error)}") from None
         return binding.get_outputs()
 
 
 def has_cuda(ort) -> bool:
-    """Is there a CUDA build of ONNX Runtime and a driver for it?"""
+    """Whether this is a CUDA build of ONNX Runtime and there is a driver for it."""
     if CUDA not in ort.get_available_providers():
         return False
     with contextlib.suppress(OSError):
@@ -196,10 +197,10 @@ def as_ids_array(name: str, ids) -> np.ndarray:
 class OnnxLM:
     """An exported model under ONNX Runtime: numpy in, numpy out.
 
-    folder: what `export_onnx` wrote; precision: a key of SUFFIXES (None: the first that is there); providers: ONNX
-    Runtime's names, tried in order (None: CUDA where there is a driver and the precision is for it, else CPU);
-    threads: of the CPU (None: ONNX Runtime's choice, one per core).
-    Raises Error where a file is missing or where a provider that was asked for does not load.
+    folder: written by `export_onnx`; precision: a key of SUFFIXES (None: the first that the folder has); providers:
+    ONNX Runtime's names, tried in order (None: CUDA if there is a driver and the precision runs on it, else CPU);
+    threads: CPU threads (None: one per core). Raises Error for a missing file, or a requested provider that does not
+    load.
     """
 
     def __init__(
@@ -224,7 +225,7 @@ class OnnxLM:
         self.folder = Path(folder)
         config = read_json(self.folder / "config.json")
         self.generation_config = read_generation_config(self.folder, config)
-        # tasks read both in one dict
+        # Tasks read both from one dict.
         self.config = config | {
             name: value for name, value in self.generation_config.items() if value is not None
         }
@@ -238,7 +239,8 @@ class OnnxLM:
         if not asked:
             cuda = self.precision in CUDA_PRECISIONS and has_cuda(ort)
             providers = [CUDA, CPU] if cuda else [CPU]
-        names = [x if isinstance(x, str) else x[0] for x in providers]  # or (name, options)
+        # A provider is a name or (name, options).
+        names = [x if isinstance(x, str) else x[0] for x in providers]
         for name in names:
             require(
                 name in ort.get_available_providers(),
@@ -265,7 +267,7 @@ class OnnxLM:
             self._compare_with_cpu(threads)
 
     def _graphs(self, stems: tuple, precision: str | None) -> tuple[str, list[Path]]:
-        """The precision, else the first that is there, and its files."""
+        """The requested precision, or the first one in the folder, and its files."""
         missing = []
         for name in [precision] if precision else SUFFIXES:
             paths = [self.folder / "onnx" / f"{stem}{SUFFIXES[name]}.onnx" for stem in stems]
@@ -278,7 +280,7 @@ class OnnxLM:
         )
 
     def _compare_with_cpu(self, threads: int | None, tolerance: float = 0.02):
-        """Raise Error where a batch, and with a cache a step after it, differ from those on a CPU."""
+        """Raises Error if a batch, or a cached step after it, gives other outputs than on a CPU."""
         other = OnnxLM(self.folder, self.precision, [CPU], threads)
         ids = (np.arange(16).reshape(2, 8) * 7 + 1) % self.vocab_size
         mask = np.ones_like(ids)
@@ -304,12 +306,12 @@ class OnnxLM:
         return load_tokenizer(self.folder)
 
     def source(self, input_ids, mask) -> dict:
-        """What the decoder's graph takes of a source (batch, source): hidden states and mask."""
+        """Encodes a source (batch, source): the decoder graph's inputs, hidden states and mask."""
         (states,) = self.encoder(input_ids=input_ids, attention_mask=mask)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
     def cache(self, batch: int, length: int = 0) -> list:
-        """A cache's buffers; the graphs marked `shared_cache` write into those of their length in place."""
+        """An empty cache. Graphs marked `shared_cache` write into buffers of the full length in place."""
         return [
             self.session.buffer(name, batch, heads, length, width)
             for name, (_, heads, _, width) in self.past.items()
@@ -318,8 +320,11 @@ class OnnxLM:
     def step(
         self, input_ids, mask, past: list | None = None, source: dict | None = None, keep: int = 0
     ) -> tuple[np.ndarray, list]:
-        """One call of a graph with a cache: (logits, present). Ids (batch, seq), mask (batch, past + seq), past as
-        returned, or of the `cache`; behind an encoder its `source`; logits of all columns, or of the last `keep`."""
+        """Runs a graph with a cache once and returns (logits, present).
+
+        input_ids (batch, seq); mask (batch, past + seq); past: from `cache` or the previous call; source: from `source`,
+        behind an encoder. Logits are those of all columns, or of the last `keep`.
+        """
         batch, seq = input_ids.shape
         new = mask[:, -seq:].astype(bool)
         if self.shared and mask.shape[1] > seq > 1 and not (batch == 1 and new.all()):
@@ -342,8 +347,8 @@ class OnnxLM:
         return logits.numpy(), present
 
     def _step_by_column(self, input_ids, mask, past: list, keep: int) -> tuple[np.ndarray, list]:
-        """`step` where the graph's operator takes several new tokens after a past of one row without padding only: a
-        column at a time. Logits of padding are zeros."""
+        """`step` one column at a time, since the graph's operator takes several tokens after a past only for a single
+        row without padding. Logits of padding are zeros."""
         batch, seq = input_ids.shape
         logits = np.zeros((batch, seq, self.vocab_size), np.float32)
         before = mask.shape[1] - seq
@@ -363,7 +368,7 @@ class OnnxLM:
     def __call__(
         self, input_ids, attention_mask=None, token_type_ids=None, decoder_input_ids=None
     ) -> np.ndarray:
-        """What tinylm's `forward` returns, for ids (batch, seq); the mask marks padding on either side."""
+        """The output of tinylm's `forward` for ids (batch, seq). The mask marks padding on either side."""
         input_ids, mask = self._checked(input_ids, attention_mask)
         if self.encoder:
             require(
@@ -389,10 +394,11 @@ class OnnxLM:
         outputs = [x.numpy() for x in outputs]
         return np.stack(outputs, -1) if len(outputs) > 1 else outputs[0]
 
-    forward = __call__  # what the functions of the tasks call
+    # The name in the protocol of the tasks.
+    forward = __call__
 
     def gather(self, past: list, rows: list) -> list:
-        """A cache whose row i is what row rows[i] was (beam search); an encoder's keys are the same for all beams."""
+        """A cache whose row i is row rows[i] (beam search). The encoder's keys are the same for all beams."""
         if rows == list(range(len(rows))):
             return past
         new = []
@@ -472,8 +478,8 @@ class OnnxLM:
         variables: dict | None = None,
         **options,
     ) -> Iterator[str]:
-        """The answer to a conversation, as `stream` gives it; see `Tokenizer.apply_chat_template` for `messages`,
-        `tools` and the template's `variables`. It ends where the config or the tokenizer says so."""
+        """Streams the answer to a conversation. `messages`, `tools` and the template's `variables` are those of
+        `Tokenizer.apply_chat_template`. The answer ends at the end token of the config or of the tokenizer."""
         text = self.tokenizer.apply_chat_template(messages, tools, True, **(variables or {}))
         ids, limit = self.tokenizer.encode(text, special=False), self.session.limit
         require(
@@ -488,7 +494,7 @@ class OnnxLM:
         return as_ids("eos_token_id", ids)
 
     def make_generation_config(self, **given) -> GenerationConfig:
-        """How to generate: as given, else as generation_config.json says, else plainly."""
+        """The options of a generation: those given, else those of generation_config.json, else the defaults."""
         defaults = generation_defaults(self.generation_config, self.encoder is not None)
         return make_generation_config(given, defaults, self.config)
 
@@ -529,13 +535,15 @@ class OnnxLM:
 
 TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
     vocab.json merges.txt vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model source.spm target.spm""".split()
-EXTRA_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
+# A folder of NAME.jinja.
+EXTRA_TEMPLATES = "additional_chat_templates"
 
-SPECIAL_TOKENS = """bos_token eos_token unk_token sep_token pad_token cls_token
-    mask_token""".split()  # in transformers' order
+# In transformers' order.
+SPECIAL_TOKENS = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 SENTENCEPIECE = "bos=<s> eos=</s> unk=<unk>"
 ROBERTA = "bos=<s> eos=</s> unk=<unk> sep=</s> pad=<pad> cls=<s> mask=<mask>"
-CLASS_TOKENS = {  # tokenizer class of transformers -> the special tokens that it has where no file says otherwise
+# Tokenizer class of transformers -> its special tokens where no file names others.
+CLASS_TOKENS = {
     "BertTokenizer": "unk=[UNK] sep=[SEP] pad=[PAD] cls=[CLS] mask=[MASK]",
     "RobertaTokenizer": ROBERTA,
     "XLMRobertaTokenizer": ROBERTA,
@@ -548,12 +556,14 @@ CLASS_TOKENS = {  # tokenizer class of transformers -> the special tokens that i
     "T5Tokenizer": "eos=</s> unk=<unk> pad=<pad>",
     "GemmaTokenizer": "bos=<bos> eos=<eos> unk=<unk> pad=<pad> mask=<mask>",
 }
-SAME_TOKENIZERS = {  # a second name of a class -> the class
+# Another name of a tokenizer class -> the class.
+SAME_TOKENIZERS = {
     "DistilBertTokenizer": "BertTokenizer",
     "ElectraTokenizer": "BertTokenizer",
     "BartTokenizer": "RobertaTokenizer",
 }
-MODEL_TOKENIZERS = {  # tokenizer class -> model types that have it; "": whatever tokenizer.json says
+# Tokenizer class -> the model types that have it; "": tokenizer.json alone decides.
+MODEL_TOKENIZERS = {
     "BertTokenizer": "bert distilbert electra",
     "RobertaTokenizer": "roberta bart",
     "XLMRobertaTokenizer": "xlm-roberta",
@@ -567,7 +577,7 @@ MODEL_TOKENIZERS = {  # tokenizer class -> model types that have it; "": whateve
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """Name -> content of those of a folder's files that a tokenizer and its chat templates are made of."""
+    """Name -> content of the files in a folder that define its tokenizer and chat templates."""
     names = [*TOKENIZER_FILES]
     names += [
         f"{EXTRA_TEMPLATES}/{path.name}" for path in folder.glob(f"{EXTRA_TEMPLATES}/*.jinja")
@@ -576,7 +586,7 @@ def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
 
 
 def parse_json_file(files: dict[str, bytes], name: str) -> dict:
-    """The JSON object of one of the files; {} where it is not there."""
+    """The JSON object in one of the files; {} if it is missing."""
     try:
         content = json.loads(files.get(name, b"{}"))
     except ValueError as error:
@@ -586,7 +596,7 @@ def parse_json_file(files: dict[str, bytes], name: str) -> dict:
 
 
 def tokenizer_class(files: dict[str, bytes], hf_config: dict) -> str:
-    """The class of transformers that its AutoTokenizer takes; "" where it goes by tokenizer.json alone."""
+    """The class that transformers' AutoTokenizer takes; "" where tokenizer.json alone decides."""
     declared = parse_json_file(files, "tokenizer_config.json").get("tokenizer_class")
     declared = str(declared or hf_config.get("tokenizer_class") or "").removesuffix("Fast")
     declared = SAME_TOKENIZERS.get(declared, declared)
@@ -594,7 +604,8 @@ def tokenizer_class(files: dict[str, bytes], hf_config: dict) -> str:
     rows = MODEL_TOKENIZERS.items()
     registered = next((name for name, types in rows if model_type in types.split()), None)
     if declared == "LlamaTokenizer" and model_type != "qwen2":
-        if b'"ByteLevel"' in files.get("tokenizer.json", b""):  # Llama 3
+        # Llama 3 names the class of Llama 2.
+        if b'"ByteLevel"' in files.get("tokenizer.json", b""):
             return ""
     if declared and registered == "":
         return ""
@@ -607,7 +618,7 @@ def special_tokens(
     files: dict[str, bytes], hf_config: dict | None = None, padding: dict | None = None
 ) -> dict[str, str]:
     """Name -> text of the special tokens (bos_token, ...) that the files name or that the tokenizer's class has; null
-    takes one away. `padding`: what tokenizer.json says of it."""
+    removes one. `padding`: tokenizer.json's entry of that name."""
     named = parse_json_file(files, "tokenizer_config.json")
     if "added_tokens_decoder" not in named:
         named = named | parse_json_file(files, "special_tokens_map.json")
@@ -628,7 +639,7 @@ def special_tokens(
 
 
 def without_surrogates(text: str) -> str:
-    """The text with a question mark for each half of a surrogate pair, which UTF-8 can't encode."""
+    """The text with a question mark for each lone surrogate, which UTF-8 can't encode."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
@@ -647,7 +658,8 @@ class Tokenizer:
         self.backend = Backend.from_str(files["tokenizer.json"].decode("utf-8"))
         self.special_tokens = special_tokens(files, hf_config, self.backend.padding)
         truncation = self.backend.truncation
-        self.backend.no_truncation()  # what the file says of both is about somebody's batches
+        # The file's truncation and padding are leftovers of a batch.
+        self.backend.no_truncation()
         self.backend.no_padding()
         config = parse_json_file(files, "tokenizer_config.json")
         self.backend.encode_special_tokens = bool(config.get("split_special_tokens"))
@@ -663,23 +675,23 @@ class Tokenizer:
         self.pad_token_id = self.backend.token_to_id(self.special_tokens.get("pad_token", ""))
 
     def encode(self, text: str, pair: str | None = None, special: bool = True) -> list[int]:
-        """Ids of a text or of two; `special`: with the tokens that the model wants around them."""
+        """The ids of one or two texts, with the special tokens around them if `special`."""
         return self.encoding(text, pair, special).ids
 
     def encoding(self, text: str, pair: str | None = None, special: bool = True):
-        """The `tokenizers` library's Encoding: ids, type_ids, sequence_ids (which text; None: a special token), offsets
-        in the text, special_tokens_mask."""
+        """The `tokenizers` library's Encoding: ids, type_ids, sequence_ids (0 or 1 for the text, None for a special
+        token), offsets in the text, special_tokens_mask."""
         pair = None if pair is None else without_surrogates(pair)
         return self.backend.encode(without_surrogates(text), pair, add_special_tokens=special)
 
     def batch(self, texts: list[str]):
-        """Ids of texts without special tokens around them, on all processors."""
+        """The ids of texts without special tokens, computed on all processors."""
         texts = [without_surrogates(text) for text in texts]
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return (encoding.ids for encoding in encodings)
 
     def decode(self, ids, special: bool = False) -> str:
-        """The text of ids; `special`: with the special tokens that are among them."""
+        """The text of ids, with their special tokens if `special`."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 
     def apply_chat_template(
@@ -689,18 +701,18 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         **variables,
     ) -> str:
-        """A conversation as the text that the checkpoint's chat template makes of it: what transformers'
-        `apply_chat_template(..., tokenize=False)` returns.
+        """Renders a conversation with the checkpoint's chat template, as transformers'
+        `apply_chat_template(..., tokenize=False)` does.
 
-        messages: {"role", "content", ...}; tools: JSON schemas; variables: what else the template reads (`documents`,
-        `enable_thinking`, ...); `chat_template` names one of several or is one.
-        Raises Error where there is no template, where it refuses the conversation, and where it runs away.
+        messages: {"role", "content", ...}; tools: JSON schemas; variables: other names that the template reads
+        (`documents`, `enable_thinking`, ...); `chat_template` is the name of one of several templates, or a template.
+        Raises Error if there is no template, or if it refuses the conversation, writes too much or takes too long.
         """
         return render_chat(self, messages, tools, add_generation_prompt, **variables)[0]
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder that was exported."""
+    """The tokenizer of an exported folder."""
     path = Path(folder) / "tokenizer.json"
     require(path.exists(), f"{path}: no such file; use generate with token ids")
     config = path.with_name("config.json")
@@ -727,7 +739,7 @@ def render_chat(
     chat_template: str | None = None,
     **variables,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """(text, the parts of it from which character to which that stood in {% generation %})."""
+    """Returns (text, the (start, end) of each part of it that a {% generation %} block wrote)."""
     unsupported = {"tokenize", "continue_final_message", "return_dict", "return_tensors"}
     for name in unsupported & set(variables):
         require(not variables[name], f"apply_chat_template: {name} is not supported")
@@ -761,7 +773,8 @@ def render_chat(
             )
     except ImportError:
         raise Error("chat templates need `pip install 'jinja2>=3.1.6'`") from None
-    except Exception as error:  # whatever a template's code raises
+    except Exception as error:
+        # A template's code can raise anything.
         reason = " ".join(str(error).split())[:500]
         raise Error(
             f"chat: the checkpoint's chat template failed ({type(error).__name__}: {reason})"
@@ -772,8 +785,8 @@ def render_chat(
 def find_chat_template(
     files: dict[str, bytes], chosen: str | None = None, tools: list[dict] | None = None
 ):
-    """The template to use of those in the files, as transformers chooses: the one named `chosen` (else it is a template
-    itself), tool_use where there are tools, default."""
+    """Chooses a template as transformers does: the one named `chosen` (or `chosen` itself, if there is none of that
+    name), else tool_use if there are tools, else default."""
     templates = parse_json_file(files, "tokenizer_config.json").get("chat_template")
     if isinstance(templates, list):
         pairs = [entry for entry in templates if isinstance(entry, dict) and "name" in entry]
@@ -788,7 +801,8 @@ def find_chat_template(
     if found:
         templates = {name: text.decode("utf-8", errors="replace") for name, text in found.items()}
         if [*found] == ["default"]:
-            templates = templates["default"]  # the only one has no name
+            # A single template has no name.
+            templates = templates["default"]
     if not isinstance(templates, dict):
         require(
             templates or chosen,
@@ -814,7 +828,8 @@ def plain_data(value):
         items = [plain_data(item) for item in value]
         return items if isinstance(value, list) else tuple(items)
     if hasattr(value, "item") and not getattr(value, "shape", None):
-        value = value.item()  # a number of numpy's
+        # A numpy scalar.
+        value = value.item()
     for kind in (bool, str, int, float):
         if isinstance(value, kind):
             return kind(value)
@@ -822,7 +837,7 @@ def plain_data(value):
 
 
 def template_message(message: dict) -> dict:
-    """A message as transformers hands it on: without what is null, and with thoughts under the names that are read."""
+    """A message as transformers passes it on: without null fields, and with reasoning under the names that templates read."""
     message = {name: value for name, value in message.items() if value is not None}
     names = [name for name in ("reasoning_content", "thinking", "reasoning") if name in message]
     if names:
@@ -837,7 +852,7 @@ def compile_template(template: str):
 
 
 class GeneratedText(str):
-    """What {% generation %} writes."""
+    """Text written inside {% generation %}."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -999,13 +1014,14 @@ class GenerationConfig:
             require(plain, f"num_beams = {self.num_beams}, expected 1 with a temperature or stop")
 
 
-# What generation_config.json may say. As transformers does, but for what samples: that only an argument asks for.
+# Read from generation_config.json.
 FROM_FILE = set(
     """max_new_tokens repetition_penalty no_repeat_ngram_size min_length bad_words_ids
     forced_bos_token_id forced_eos_token_id num_beams renormalize_logits length_penalty
     early_stopping stop_strings""".split()
 )
-UNSUPPORTED = {  # what would change a greedy text -> the value, beside None, that doesn't
+# Options that would change greedy output -> their no-op value, beside None.
+UNSUPPORTED = {
     **dict.fromkeys(
         """dola_layers exponential_decay_length_penalty max_time
         watermarking_config""".split()
@@ -1024,12 +1040,14 @@ UNSUPPORTED = {  # what would change a greedy text -> the value, beside None, th
         1,
     ),
 }
-GENERATION = {*FROM_FILE, *UNSUPPORTED} | set(  # what may stand in config.json, too
+# All options of generation that config.json may have too.
+GENERATION = {*FROM_FILE, *UNSUPPORTED} | set(
     """max_length do_sample diversity_penalty temperature top_k top_p min_p top_h epsilon_cutoff
     eta_cutoff force_bos_token_to_be_generated decoder_start_token_id bos_token_id eos_token_id
     pad_token_id""".split()
 )
-NOT_OF_THE_TEXT = set(  # what transformers knows, and what changes no text
+# Options of transformers that do not change the text.
+NOT_OF_THE_TEXT = set(
     """assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight
     assistant_lookbehind cache_config cache_implementation compile_config
     continuous_batching_config disable_compile is_assistant low_memory max_cache_len
@@ -1041,8 +1059,8 @@ NOT_OF_THE_TEXT = set(  # what transformers knows, and what changes no text
 
 
 def read_generation_config(folder: Path, config: dict) -> dict:
-    """A folder's generation_config.json; where it has none, what its config.json says of generation, as checkpoints of
-    transformers 4 have it. Fields that nobody gives a meaning are warned of."""
+    """A folder's generation_config.json, or the generation options in its config.json, as transformers 4 wrote them.
+    Warns once of unknown fields."""
     file = folder / "generation_config.json"
     if file.exists():
         found = read_json(file)
@@ -1057,7 +1075,7 @@ def read_generation_config(folder: Path, config: dict) -> dict:
 
 
 def generation_defaults(file: dict, seq2seq: bool = False) -> dict:
-    """What generation_config.json says, as fields of GenerationConfig."""
+    """generation_config.json as fields of GenerationConfig. Raises Error for unsupported options."""
     for name, harmless in UNSUPPORTED.items():
         fine = file.get(name) in (None, harmless)
         require(fine, f"generation_config.json: {name} = {file.get(name)!r} is not supported")

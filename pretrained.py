@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -360,14 +361,11 @@ def tensor_map(prefix: str, layer: str, modules: dict, in_layer: type = StoredNa
     return table
 
 
-@dataclass(frozen=True)
-class HeadTable:
-    """A head of a family."""
+class HeadTable(NamedTuple):
+    """A head of a family: our modules -> tuples of one StoredName, and the Config fields that come with it."""
 
-    # Our module -> a tuple of one StoredName
-    tensors: dict = field(default_factory=dict)
-    # Config fields that come with the head
-    config: dict = field(default_factory=dict)
+    tensors: dict
+    config: dict
 
 
 def head_table(modules: str = "", name_type: type = StoredName, **config) -> HeadTable:
@@ -466,11 +464,12 @@ LLAMA = name_map("""
     layers.mlp.gate_up=mlp.gate_proj+mlp.up_proj
     layers.mlp.down=mlp.down_proj
 """)
-# Norms of what attention and MLP put out
+# A norm after attention and MLP, and with SANDWICH one before them too
 OUTPUT_NORMS = name_map("""
     layers.attention_output_norm=post_attention_layernorm
     layers.mlp_output_norm=post_feedforward_layernorm
 """)
+SANDWICH = OUTPUT_NORMS | name_map("layers.mlp_norm=pre_feedforward_layernorm")
 GPT2 = name_map("""
     embed=wte
     position_embed=wpe
@@ -499,15 +498,15 @@ GEMMA2_DEFAULTS = GEMMA_DEFAULTS | dict(
     num_key_value_heads=4,
 )
 GEMMA_FIXED = dict(norm_offset=1.0, scale_embedding=True)
-GEMMA2_FIELDS = name_map("""
-    hidden_act=hidden_activation query_pre_attn_scalar final_logit_softcapping
-""")
+GEMMA2_FIELDS = name_map(
+    "hidden_act=hidden_activation query_pre_attn_scalar final_logit_softcapping"
+)
 CAUSAL_ATTENTION = dict(use_bidirectional_attention=False)
 
 
-def llama_like(changes: dict | None = None) -> dict:
+def llama_like(changes: dict = {}) -> dict:
     """Llama's tensors, with changes."""
-    return tensor_map("model.", "layers.{}.", LLAMA | (changes or {}))
+    return tensor_map("model.", "layers.{}.", LLAMA | changes)
 
 
 def layer_types(raw: dict, slides: Callable[[int], bool]) -> list | None:
@@ -594,9 +593,7 @@ FAMILIES = {
     ),
     "gemma2": Family(
         "Gemma2",
-        tensors=llama_like(
-            OUTPUT_NORMS | name_map("layers.mlp_norm=pre_feedforward_layernorm"),
-        ),
+        tensors=llama_like(SANDWICH),
         fields=ROTARY | BIASES | SLIDING | GEMMA2_FIELDS | name_map("attn_logit_softcapping"),
         fixed=GEMMA_FIXED | dict(norm_position="sandwich"),
         defaults=GEMMA2_DEFAULTS
@@ -608,9 +605,7 @@ FAMILIES = {
     ),
     "gemma3_text": Family(
         "Gemma3",
-        tensors=llama_like(
-            OUTPUT_NORMS | name_map("layers.mlp_norm=pre_feedforward_layernorm"),
-        ),
+        tensors=llama_like(SANDWICH),
         fields=ROTARY | BIASES | SLIDING | GEMMA2_FIELDS | name_map("rope_local_base_freq"),
         heads=LM_ONLY,
         fixed=GEMMA_FIXED | dict(norm_position="sandwich", qk_norm="head"),
@@ -662,10 +657,7 @@ FAMILIES = {
     "phi3": Family(
         "Phi3",
         tensors=llama_like(
-            name_map("""
-                layers.attention.qkv=self_attn.qkv_proj
-                layers.mlp.gate_up=mlp.gate_up_proj
-            """)
+            name_map("layers.attention.qkv=self_attn.qkv_proj layers.mlp.gate_up=mlp.gate_up_proj")
         ),
         fields=ROTARY
         | name_map("""
@@ -723,6 +715,7 @@ ENCODER = dict(
     gated=False,
     attention_bias=True,
     mlp_bias=True,
+    head_bias=True,
 )
 EMBEDDINGS = name_map("""
     embed=embeddings.word_embeddings
@@ -768,16 +761,13 @@ LAYERS_ACT = "hidden_act"
 
 
 def encoder_heads(mlm: HeadTable, classify: HeadTable, bare: HeadTable | None = None) -> dict:
-    """All of an encoder's heads: the output of each has a bias."""
-    heads = {
+    return {
         "mlm": mlm,
         "classify": classify,
         "tokens": head_table("head.out=classifier"),
         "qa": head_table("head.out=qa_outputs"),
+        None: bare or head_table(),
     }
-    for head, table in heads.items():
-        heads[head] = replace(table, config=table.config | {"head_bias": True})
-    return {None: bare or head_table()} | heads
 
 
 def read_roberta(raw: dict) -> dict:
@@ -990,7 +980,7 @@ def read_marian(raw: dict) -> dict:
 
 def bart_like(stem: str, lm_ending: str = "ForConditionalGeneration", **rest) -> Family:
     sides = "model.encoder.", "model.decoder."
-    head = {
+    output = {
         "head.out": (StoredName("lm_head"),),
         "head.out.bias": (RowVector("final_logits_bias"),),
     }
@@ -1007,7 +997,7 @@ def bart_like(stem: str, lm_ending: str = "ForConditionalGeneration", **rest) ->
             intermediate_size=decoder_ffn_dim encoder_intermediate_size=encoder_ffn_dim
             hidden_dropout=dropout embedding_dropout=dropout
         """),
-        heads={"lm": HeadTable(head)},
+        heads={"lm": HeadTable(output, {})},
         aliases=name_map("""
             hidden_size=d_model num_attention_heads=encoder_attention_heads num_hidden_layers=encoder_layers
         """),
@@ -1017,7 +1007,7 @@ def bart_like(stem: str, lm_ending: str = "ForConditionalGeneration", **rest) ->
     )
 
 
-SEQ2SEQ = ENCODER | dict(causal=True, norm_eps=1e-5, head_bias=True, position_offset=2)
+SEQ2SEQ = ENCODER | dict(causal=True, norm_eps=1e-5, position_offset=2)
 SEQ2SEQ_ONLY = dict(is_decoder=False)
 BART_DEFAULTS = dict(
     activation_function="gelu",
@@ -1089,10 +1079,9 @@ FAMILIES |= {
         read=read_t5,
         write=write_t5,
         drop="decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-        copies={
-            "encoder.embed_tokens.weight": "shared.weight",
-            "decoder.embed_tokens.weight": "shared.weight",
-        },
+        copies=dict.fromkeys(
+            ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight"
+        ),
         unstored_head_is_tied=True,
         class_endings={"lm": "ForConditionalGeneration"},
     ),
@@ -1148,14 +1137,14 @@ def normalize_hf_config(family: Family, raw: dict, place: str) -> dict:
     if is_number_in(raw.get("num_labels"), 1, 2**16, int) and not raw.get("id2label"):
         raw["id2label"] = {i: f"LABEL_{i}" for i in range(raw["num_labels"])}
     only = supported_values(family, raw)
-    known = NO_EFFECT | onnxlm.GENERATION | {*family.fields.values(), *family.defaults, *only}
+    expected = NO_EFFECT | onnxlm.GENERATION | {*family.fields.values(), *family.defaults}
     for key, value in raw.items():
         if key in only:
             require(
                 value in (None, only[key]),
                 f"{place}: {key} = {value!r} is not supported (supported: {only[key]!r})",
             )
-        elif key not in known and key[:1] != "_" and value not in (None, False, "", [], {}):
+        elif key not in expected and key[:1] != "_" and value not in (None, False, "", [], {}):
             ignored.append(key)
     refuse_remote_code(family, raw, place)
     if ignored:
@@ -1168,13 +1157,13 @@ def merge_aliases(family: Family, raw: dict, place: str):
     """Moves the values of second names of a key to the key. Both may be there with the same value."""
     for alias, key in family.aliases.items():
         value = raw.pop(alias, None)
-        known = raw.get(key)
-        if known is None or known == family.defaults.get(key):
-            raw[key] = known if value is None else value
+        current = raw.get(key)
+        if current is None or current == family.defaults.get(key):
+            raw[key] = current if value is None else value
         # Distilled encoder-decoders have a wrong num_hidden_layers; their tensors tell.
         require(
             value in (None, raw[key]) or alias == "num_hidden_layers",
-            f"{place}: {alias} = {value!r} and {key} = {known!r}, expected the same",
+            f"{place}: {alias} = {value!r} and {key} = {current!r}, expected the same",
         )
 
 
@@ -1209,9 +1198,9 @@ def flatten_rope(family: Family, raw: dict, place: str) -> list:
     for value in (rope, scaling):
         require(isinstance(value, dict), f"{place}: rope_scaling = {value!r}, expected an object")
     original_beside = raw.pop(tinylm.ORIGINAL, None)
-    if "rope_local_base_freq" in family.fields:
+    if "rope_local_base_freq" in family.defaults:
         rope = full_attention_rope(raw, rope, place) | scaling
-        # transformers looks for both elsewhere.
+        # In this family transformers reads neither.
         original_beside = None
         rope.pop("truncate", None)
     elif scaling:
@@ -1256,13 +1245,12 @@ def full_attention_rope(raw: dict, rope: dict, place: str) -> dict:
     """The part of Gemma 3's `rope_parameters` for full layers; its sliding layers only have a theta, written to raw."""
     unknown = [key for key in rope if key not in tinylm.LAYER_TYPES]
     require(not unknown, f"{place}: rope_parameters has {unknown}, expected {tinylm.LAYER_TYPES}")
-    full, sliding = (
-        dict(rope.get(kind) or {"rope_type": "default"}) for kind in tinylm.LAYER_TYPES
-    )
+    full, sliding = (dict(rope.get(layer_type) or {}) for layer_type in tinylm.LAYER_TYPES)
     raw["rope_local_base_freq"] = sliding.pop("rope_theta", raw["rope_local_base_freq"])
+    scaled = {key: value for key, value in sliding.items() if value != "default"}
     require(
-        sliding in ({}, {"rope_type": "default"}),
-        f"{place}: rope_parameters of sliding_attention = {sliding} is not supported "
+        not scaled,
+        f"{place}: rope_parameters of sliding_attention = {scaled} is not supported "
         "(supported: rope_type 'default')",
     )
     return full
@@ -1520,7 +1508,7 @@ class Checkpoint:
         return None
 
     def is_tied(self, config: Config) -> bool:
-        """Is the output the embedding? Not if it is stored with other values, whatever config.json says."""
+        """Is the output the embedding? One that is stored with other values is not, even if config.json says so."""
         if config.tied and self.output in self.stored:
             tied = torch.equal(self.fetch(self.output), self.fetch(self.embedding))
             require(

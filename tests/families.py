@@ -23,6 +23,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+import pretrained
+
 LENGTH = 23  # of the prompts: longer than every sliding window here, and than the positions of the dynamic case
 AUTO = {
     None: AutoModel,
@@ -96,8 +98,13 @@ def gemma3(**changes):
     return common(**fields | changes)
 
 
+def family_of(name):
+    """The family that a case's name begins with: a new one needs a row in pretrained.py and a case here."""
+    return max((family for family in pretrained.FAMILIES if name.startswith(family)), key=len)
+
+
 CASES = [
-    Case(name, name.split("-")[0], fields)
+    Case(name, family_of(name), fields)
     for name, fields in {
         "gpt2": gpt2(),
         "gpt2-inner": gpt2(
@@ -276,7 +283,7 @@ def heads(name, fields, **more):
     """A case for each head: `more` has the labels of classify, where they are not the sentiments."""
     more = dict(classify=SENTIMENTS, tokens=NAMES) | more
     return [
-        Case(f"{name}-{head or 'bare'}", name.partition("_")[0], fields | more.get(head, {}), head)
+        Case(f"{name}-{head or 'bare'}", family_of(name), fields | more.get(head, {}), head)
         for head in (None, "mlm", "classify", "tokens", "qa")
     ]
 
@@ -366,7 +373,7 @@ def marian(**changes):
 
 
 SEQ2SEQ = [
-    Case(name, name.split("-")[0], fields, "seq2seq")
+    Case(name, family_of(name), fields, "seq2seq")
     for name, fields in {
         "t5": t5(),
         "t5-v1.1": t5(
@@ -430,18 +437,13 @@ BART_GAINS = [
     ("encoder_attn.out_proj.weight", 1.5),
     ("bias", 0.3),
 ]
-GAINS = dict(
-    bart=BART_GAINS,
-    mbart=BART_GAINS,
-    marian=BART_GAINS,
-    t5=[
-        ("Attention.q.weight", 0.4),
-        ("EncDecAttention.v", 2.0),
-        ("EncDecAttention.o", 2.0),
-        ("relative_attention_bias", 10.0),
-        ("shared", 8.0),
-    ],
-)
+T5_GAINS = [
+    ("Attention.q.weight", 0.4),
+    ("EncDecAttention.v", 2.0),
+    ("EncDecAttention.o", 2.0),
+    ("relative_attention_bias", 10.0),
+    ("shared", 8.0),
+]
 SEEDS = {
     "t5": 4,
     "t5-v1.1": 4,
@@ -454,25 +456,21 @@ SEEDS = {
 }
 
 
-def awaken(oracle, case, seed):
+def awaken(oracle, seed):
     """Encoder-decoders of plain noise say one token for ever, whatever they read: louder positions and sources, and a
     last norm with signs, so that a token is not its own best successor, make them say something."""
+    t5 = hasattr(oracle, "shared")
     for name, parameter in oracle.named_parameters():
-        for part, gain in GAINS[case.family]:
+        for part, gain in T5_GAINS if t5 else BART_GAINS:
             if (
                 part in name
                 and parameter.requires_grad
                 and not (part == "bias" and parameter.ndim > 1)
             ):
                 parameter.data *= gain
-    decoder = oracle.decoder if case.family == "t5" else oracle.model.decoder
-    norm = (
-        decoder.final_layer_norm
-        if case.family == "t5"
-        else decoder.layer_norm
-        if case.family == "mbart"
-        else decoder.layers[-1].final_layer_norm
-    )
+    decoder = oracle.get_decoder()
+    names = [name for name in ("final_layer_norm", "layer_norm") if hasattr(decoder, name)]
+    norm = getattr(decoder, names[0]) if names else decoder.layers[-1].final_layer_norm
     norm.weight.data *= (
         torch.randint(2, norm.weight.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     )
@@ -498,8 +496,8 @@ def model(case):
             parameter.data = noise * 0.15 if parameter.ndim > 1 else parameter.data + noise * 0.3
     if hasattr(oracle, "final_logits_bias"):
         oracle.final_logits_bias.normal_(0, 0.5, generator=generator)
-    if case.family in GAINS:
-        awaken(oracle, case, seed)
+    if case.head == "seq2seq":
+        awaken(oracle, seed)
     return oracle
 
 
@@ -545,16 +543,18 @@ def legacy(config):
     """The same model in the older dialect: flat rope fields, `torch_dtype`, a rule in the place of `layer_types`."""
     config = dict(config, transformers_version="4.37.0", torch_dtype=config["dtype"])
     del config["dtype"]
-    if config["model_type"] == "gpt2":
-        return dict(config, n_ctx=config["n_positions"])
+    if "rope_parameters" not in config:
+        return dict(config, n_ctx=config.get("n_positions"))
     parameters = config.pop("rope_parameters")
-    if config["model_type"] == "gemma3_text":
+    if "full_attention" in parameters:
         config["sliding_window_pattern"] = config.pop("layer_types").index("full_attention") + 1
         config.pop("_sliding_window_pattern", None)
         config["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
         parameters = parameters["full_attention"]
-    if config["model_type"] in ("qwen2", "qwen3", "gemma2"):
-        del config["layer_types"]
+    elif "layer_types" in config:
+        plain = {key: value for key, value in config.items() if key != "layer_types"}
+        if AutoConfig.for_model(**plain).layer_types == config["layer_types"]:
+            config = plain
     parameters = {key: value for key, value in parameters.items() if key != "partial_rotary_factor"}
     config["rope_theta"], kind = parameters.pop("rope_theta"), parameters.pop("rope_type")
     name = "type" if config["model_type"] == "llama" else "rope_type"  # the oldest files say "type"

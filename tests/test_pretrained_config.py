@@ -30,7 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import pretrained
 import tinylm
 from pretrained import config_from_hf
-from tinylm import TinyLM
+from tinylm import Config, TinyLM
 
 NAMES = [name for name in pretrained.FAMILIES if name != "tinylm"]
 RAW = {  # a config.json with nothing but sizes, for each family
@@ -157,6 +157,11 @@ def test_what_would_change_the_model_is_refused(raw, fields):
     assert "\n" not in str(error.value)
 
 
+def test_every_family_has_a_case():
+    """The one line that a new row needs in the tests: a config in families.py."""
+    assert {case.family for case in [*CASES, *ENCODERS, *SEQ2SEQ]} == {*NAMES}
+
+
 @functools.cache
 def read_in(path):
     """Names that a module of transformers reads from a config."""
@@ -262,6 +267,13 @@ def test_config_from_hf_takes_the_dict_alone():
         before = json.dumps(raw)
         config = config_from_hf(raw)
         assert config.head == "lm" and config_from_hf(raw) == config and json.dumps(raw) == before
+
+
+def test_a_model_of_no_family_keeps_its_rope():
+    """Guards yarn's truncate, which is dropped where transformers does not read it, as for Gemma 3's layers of two kinds."""
+    scaling = YARN | dict(truncate=False)
+    config = Config(model_type="tinylm", rope_scaling=scaling, rope_local_base_freq=30.0)
+    assert config_from_hf(pretrained.config_to_hf(config)) == config
 
 
 # ---- a tied tensor under its other name ------------------------------------------------------------------------------

@@ -830,6 +830,11 @@ def label_changes(rows: list, names: list[str]) -> dict:
     return dict(id2label=id2label, problem_type=problem)
 
 
+def is_numbered(id2label: dict) -> bool:
+    """Are the labels their own numbers, 0 or LABEL_0?"""
+    return all(datafiles.name_key(name) == str(i) for i, name in id2label.items())
+
+
 def same_labels(new: dict, known: dict, names: list[str]) -> dict | None:
     """The labels of a checkpoint by its numbers, as the data spells them, where both have the same ones; else None.
     `names` says what the labels of a checkpoint mean that has only numbers, LABEL_0, ..."""
@@ -838,7 +843,7 @@ def same_labels(new: dict, known: dict, names: list[str]) -> dict | None:
     ours = {*new["id2label"].values()}
     if ours == {*known.values()}:
         return known
-    if names and len(ours) == len(known) and known == {i: f"LABEL_{i}" for i in known}:
+    if names and len(ours) == len(known) and is_numbered(known):
         return new["id2label"]
     spelled = {datafiles.name_key(name): name for name in ours}
     keys = {i: datafiles.name_key(name) for i, name in known.items()}
@@ -1023,6 +1028,18 @@ def load_for_finetuning(
     return lm
 
 
+def other_labels(name, known: dict, changes: dict) -> str:
+    """In words: the labels of a checkpoint, which are not those of the data."""
+    new = changes["id2label"]
+    theirs = ", ".join(known.values())[:200]
+    if changes["problem_type"] == "regression":
+        return f"{name} has the labels {theirs}, the data numbers"
+    text = f"{name} has the labels {theirs}, the data {', '.join(new.values())[:200]}"
+    if len(new) == len(known) and (is_numbered(known) or is_numbered(new)):
+        text += "; --label-names says what the numbers mean"
+    return text
+
+
 def fit_head(lm: TinyLM, name, task: str, rows: list, options: TrainOptions) -> str:
     """Give a model the labels of the rows: its head stays where it is one for the same labels, else the last layer of
     it is a new one. `name` is the checkpoint's, `task` is its own. Returns a line that says it."""
@@ -1032,12 +1049,7 @@ def fit_head(lm: TinyLM, name, task: str, rows: list, options: TrainOptions) -> 
         known = lm.config.id2label
         labels = same_labels(changes, known, options.names)
         if kept and labels is None:
-            shown = [", ".join(each.values())[:200] for each in (known, changes["id2label"])]
-            if changes["problem_type"] == "regression":
-                shown[1] = "numbers"
-            reason = "{} has the labels {}, the data {}".format(name, *shown)
-            if known == {i: f"LABEL_{i}" for i in range(len(changes["id2label"]))}:
-                reason += "; --label-names says what its numbers mean"
+            reason = other_labels(name, known, changes)
         kept &= labels is not None
         lm.config = replace(lm.config, **changes | (dict(id2label=labels) if kept else {}))
         if not kept:

@@ -1724,8 +1724,10 @@ class Reader:
 
 def cut_notice(cut: int, texts: int, limit: int, tokenizer) -> str:
     left = getattr(tokenizer, "truncation_side", "right") == "left"
-    part = "beginning" if left else "end"
-    return f"{cut:,} of {texts:,} texts are longer than {limit:,} tokens: their {part} is not read"
+    return (
+        f"{cut:,} of {texts:,} texts {'is' if cut == 1 else 'are'} longer than {limit:,} tokens, "
+        f"and the {'beginning' if left else 'end'} is not read"
+    )
 
 
 def label_names(config: dict, count: int) -> list:
@@ -2395,8 +2397,7 @@ class Writer(Reader):
         if self.unfinished:
             count, longest = len(self.unfinished), max(self.unfinished)
             found.append(
-                f"{count:,} of {self.texts:,} texts came to no end within {longest:,} tokens: more may follow "
-                "(max_new_tokens)"
+                f"{count:,} of {self.texts:,} texts came to no end within {longest:,} tokens; max_new_tokens allows more"
             )
         return found
 

@@ -28,6 +28,7 @@ import string
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -49,7 +50,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import onnxlm
-from onnxlm import Window, best_span, encode_windows, mask_token, question_windows, tag_spans
+from onnxlm import Window, encode_windows, mask_token, question_windows, tag_spans
 from tinylm import (
     LIMITED,
     Block,
@@ -110,6 +111,9 @@ class TrainOptions(datafiles.DataOptions):
     out: str = option("out", "folder for the checkpoints `best` and `last`")
     overwrite: bool = option(False, "train into a folder that holds a run, in its place")
     block: Annotated[int, 8, 2**31] = option(256, "tokens per sequence, at most")
+    max_answer_length: Size | None = option(
+        None, "tokens of an answer to a question, at most; else as many as the longest has"
+    )
     # model
     size: Literal[(*SIZES, None)] = option(None, "pico, nano, small, medium or large, from scratch")
     vocab: Count | None = option(None, "train a byte-level BPE of this many tokens; 0: bytes")
@@ -553,7 +557,7 @@ class TorchRunner:
         self.config = pretrained.config_to_hf(lm.config) | overrides
         self.max_length = limit(lm, 2**31)
         self.task = onnxlm.task_of(self.config, folder)
-        self.block = onnxlm.trained_block(folder)
+        self.remembered = onnxlm.remembered(folder) | getattr(lm, "remembered", {})
 
     @torch.no_grad()
     def forward(self, ids, mask, types=None) -> np.ndarray:
@@ -578,6 +582,10 @@ class Task:
     def examples(self, lm: TinyLM, row: dict, block: int):
         """Yield the examples of a row: one, or a window at a time of a long text."""
         yield text_example(lm, block, *(row[name] for name in self.inputs if name in row))
+
+    def remember(self, lm: TinyLM, rows: list, examples: list, options: TrainOptions) -> dict:
+        """What a reader of the model has to know of its training, beside the options; for `lm.remembered`."""
+        return {}
 
     def figures(self, lm: TinyLM, examples: list, batch: int) -> dict:
         """Name -> figure; the first one chooses the best checkpoint."""
@@ -611,6 +619,18 @@ class Task:
 def similar(examples: list, batch: int) -> list:
     """Indices of examples in batches of like length, the longest first."""
     return onnxlm.batches_by_length([len(row["input_ids"]) for row in examples], batch)
+
+
+def readings(reader: onnxlm.Reader, examples: list, of: Callable, batch: int) -> Iterable:
+    """Yields (row, text, pair, windows, outputs) of each row of the examples, as `run` reads its `of(row)`: the text and
+    its pair, or None."""
+    rows = [*{example["number"]: example["row"] for example in examples}.values()]
+    inputs = [of(row) for row in rows]
+    lengths = [len(text) + len(pair or "") for text, pair in inputs]
+    for indices in watch(onnxlm.batches_by_length(lengths, batch), "evaluating"):
+        texts, pairs = zip(*(inputs[i] for i in indices))
+        for i, found in zip(indices, reader.read(texts, pairs, batch)):
+            yield rows[i], *inputs[i], *found
 
 
 def outputs(lm: TinyLM, examples: list, batch: int) -> list:
@@ -696,33 +716,105 @@ class Writing(Task):
         end = [*lm.ends()][:1]
         labels = lm.tokenizer.encode(row["target"])
         labels = labels[:-1] if labels[-1:] == end else labels
-        labels = labels[: limit(lm, block) - 1] + end
+        room = limit(lm, block) - 1
         start = int(start_ids(lm, torch.zeros(1, 1, dtype=torch.long)))
-        targets = {"labels": labels, "decoder_input_ids": [start, *labels[:-1]]}
-        yield text_example(lm, block, row["source"]) | targets
+        example = text_example(lm, block, row["source"])
+        example["cut"] |= len(labels) > room
+        labels = labels[:room] + end
+        yield example | {"labels": labels, "decoder_input_ids": [start, *labels[:-1]]}
+
+    def remember(self, lm, rows, examples, options):
+        """generation_config.json gets room for the longest target, and a quarter more; and no text has to be longer than
+        the shortest."""
+        lengths = [len(example["labels"]) for example in examples]
+        needed = min(max(lengths) * 5 // 4, limit(lm, 2**31) - 1) + 1
+        config = lm.generation_config
+        config["max_length"] = max(needed, config.get("max_length") or 0)
+        if config.get("min_length"):
+            config["min_length"] = min(config["min_length"], min(lengths))
+        return {}
 
     def report(self, lm, examples, batch):
         """Perplexity; and BLEU and ROUGE of what the model writes, each if its library is installed."""
         figures = self.figures(lm, examples, batch)
-        true = [example["row"]["target"] for example in examples]
         bleu, rouge = (importlib.util.find_spec(name) for name in ("sacrebleu", "rouge_score"))
-        if bleu or rouge:
-            windows = [example["window"] for example in examples]
-            written = onnxlm.write_windows(TorchRunner(lm), windows, batch)
+        if not (bleu or rouge):
+            return figures
+        longest = max(len(example["labels"]) for example in examples)
+        longest = min(longest, limit(lm, 2**31) - 1)
+        options = {}
+        if longest > lm.make_generation_config().max_new_tokens:
+            note(f"texts are written in up to {longest:,} tokens, as the longest target has")
+            options["max_new_tokens"] = longest
+        reader = onnxlm.Writer(TorchRunner(lm), **options)
+        true, written = [], []
+        for row, *_, texts in readings(reader, examples, lambda row: (row["source"], None), batch):
+            true.append(row["target"])
+            written += texts
+        for line in reader.notices():
+            note(line)
         if bleu:
-            import sacrebleu
+            figures |= bleu_score(written, true)
+        return figures | (rouge_scores(written, true) if rouge else {})
 
-            figures["BLEU"] = sacrebleu.corpus_bleu(written, [true]).score
-        if rouge:
-            from rouge_score.rouge_scorer import RougeScorer
 
-            scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-            scores = [scorer.score(*pair) for pair in zip(true, written)]
-            figures |= {
-                name: sum(score[name].fmeasure for score in scores) / len(scores)
-                for name in scores[0]
-            }
-        return figures
+def bleu_score(written: list[str], true: list[str]) -> dict:
+    """sacrebleu's BLEU by the tokenizer that is for the script of the references. The figure's name says it where that
+    is not sacrebleu's default, and where the n-grams are at most as long as the longest reference, which has less than
+    four words: the usual BLEU is 0 there."""
+    from sacrebleu.metrics import BLEU
+
+    tokenizer = bleu_tokenizer(true)
+    metric = BLEU(tokenize=tokenizer)
+    short = max(len(metric.tokenizer(text).split()) for text in true) < metric.max_ngram_order
+    if short:
+        metric = BLEU(tokenize=tokenizer, effective_order=True)
+    said = [f"tok:{tokenizer}"] * (tokenizer != "13a") + ["eff:yes"] * short
+    name = f"BLEU ({', '.join(said)})" if said else "BLEU"
+    return {name: metric.corpus_score(written, [true]).score}
+
+
+def bleu_tokenizer(texts: list[str]) -> str:
+    """sacrebleu's name of the tokenizer for what most of the texts are written in."""
+    text = "".join(texts)
+    letters = sum(map(str.isalpha, text))
+    unspaced = len(re.findall(f"[{onnxlm.UNSPACED}]", text))
+    if 4 * unspaced <= letters:  # a word of other scripts has about four letters for one of these
+        return "13a"
+    kana = len(re.findall("[\u3041-\u30ff]", text))
+    if 20 * kana > unspaced:
+        return "ja-mecab" if importlib.util.find_spec("MeCab") else "char"
+    han = len(re.findall("[\u3400-\u9fff\U00020000-\U0003ffff]", text))
+    return "zh" if 2 * han > unspaced else "char"
+
+
+def rouge_scores(written: list[str], true: list[str]) -> dict:
+    """The means of rouge_score's F measures, where words are those of any script."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=RougeWords())
+    scores = [scorer.score(*pair) for pair in zip(true, written)]
+    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in scores[0]}
+
+
+class RougeWords:
+    """rouge_score's own tokenizer with stemming, for every script: it drops all that is not ASCII. Letters of a script
+    without spaces are words."""
+
+    def __init__(self):
+        from nltk.stem.porter import PorterStemmer
+
+        self.stem = functools.cache(PorterStemmer().stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        words = [word for word in all_words(text.lower()) if any(map(str.isalnum, word))]
+        return [self.stem(word) if word.isascii() and len(word) > 3 else word for word in words]
+
+
+def all_words(text: str) -> list[str]:
+    """Words and signs of a text; letters where a script has no spaces."""
+    spans = (onnxlm.split_letters(text, *match.span()) for match in re.finditer(r"\S+", text))
+    return [text[start:end] for start, end in itertools.chain.from_iterable(spans)]
 
 
 class Classification(Task):
@@ -754,7 +846,7 @@ class Classification(Task):
     def figures(self, lm, examples, batch):
         """Accuracy, the mean of the F1 of each class that occurs, and the loss."""
         figures = self.report(lm, examples, batch)
-        return {name: figure for name, figure in figures.items() if isinstance(figure, float)}
+        return {name: figure for name, figure in figures.items() if not isinstance(figure, dict)}
 
     def report(self, lm, examples, batch):
         """The figures, and for each class precision, recall, F1 and support; of single labels also the confusion
@@ -766,7 +858,7 @@ class Classification(Task):
             predicted = logits.flatten()
             return {
                 "mean squared error": float(((predicted - labels) ** 2).mean()),
-                "correlation": float(np.corrcoef(predicted, labels)[0, 1]),
+                "correlation": correlation(predicted, labels),
             }
         names = [lm.config.id2label[i] for i in range(lm.config.num_labels)]
         several = problem == "multi_label_classification"
@@ -799,6 +891,15 @@ class Classification(Task):
             counts = (true.T.astype(int) @ predicted.astype(int)).tolist()
             figures["confusion"] = {name: dict(zip(names, row)) for name, row in zip(names, counts)}
         return figures
+
+
+def correlation(predicted: np.ndarray, labels: np.ndarray) -> float | None:
+    """Pearson's; None of what is always the same."""
+    for name, values in (("labels", labels), ("predictions", predicted)):
+        if values.min() == values.max():
+            note(f"correlation: none, since all {name} are {values[0]:g}")
+            return None
+    return float(np.corrcoef(predicted, labels)[0, 1])
 
 
 def label_id(lm: TinyLM, name) -> int:
@@ -864,40 +965,60 @@ def class_weights(config: Config, examples: list) -> Tensor:
 
 
 class Tagging(Task):
-    """Words and their tags; the first token of each word has the word's."""
+    """Words and their tags; the first token of each word has the word's. A long text is read in windows that overlap."""
 
     head, inputs, scratch = "tokens", ("words",), SCRATCH
 
     def examples(self, lm, row, block):
-        words = row["words"]
-        example = text_example(lm, block, " ".join(words))
-        word_at = [i for i, word in enumerate(words) for _ in word + " "]
-        window = example["window"]
-        first = {}  # word -> its first column
-        for c, offset in enumerate(window.offsets):
-            # a token may begin with the space before it
-            if window.sequence_ids[c] is not None and offset[1] > offset[0]:
-                first.setdefault(word_at[offset[1] - 1], c)
-        labels = [-100] * len(example["input_ids"])
-        for word, c in first.items():
-            labels[c] = label_id(lm, row["tags"][word])
-        yield example | {"first": first, "labels": labels}
+        windows, places = onnxlm.word_windows(lm.tokenizer, row["words"], limit(lm, block))
+        examples = [window_example(lm, window) for window in windows]
+        for example in examples:
+            example["labels"] = [-100] * len(example["input_ids"])
+        for word, (number, column) in places.items():
+            examples[number]["labels"][column] = label_id(lm, row["tags"][word])
+        yield from examples
+
+    def remember(self, lm, rows, examples, options):
+        return {"words": onnxlm.words_of_training([row["words"] for row in rows])}
 
     def figures(self, lm, examples, batch):
-        pairs = []
+        """The F1 of entities, as `run` finds them in the words with spaces between, the share of words with the right
+        tag, and the loss."""
+        reader = onnxlm.Tagger(TorchRunner(lm))
+        names = [lm.config.id2label[i] for i in range(lm.config.num_labels)]
         counts = Counter()
-        for example, logits in zip(examples, outputs(lm, examples, batch)):
-            predicted = [
-                lm.config.id2label[int(logits[c].argmax())] for c in example["first"].values()
-            ]
-            true = [example["row"]["tags"][word] for word in example["first"]]
-            pairs += zip(predicted, true)
-            predicted, true = set(tag_spans(predicted)), set(tag_spans(true))
-            counts.update(right=len(predicted & true), predicted=len(predicted), true=len(true))
+        losses = []
+        for row, *reading in readings(reader, examples, joined_words, batch):
+            text, _, windows, outputs = reading
+            true = [label_id(lm, tag) for tag in row["tags"]]
+            starts = itertools.accumulate((len(word) + 1 for word in row["words"]), initial=0)
+            spans = [(start, start + len(word)) for start, word in zip(starts, row["words"])]
+            logits = reader.word_logits(text, windows, outputs)
+            for (start, end), tag in zip(spans, true):
+                if end > start and start in logits:
+                    counts["tags"] += int(logits[start].argmax()) == tag
+                    losses.append(float(np.logaddexp.reduce(logits[start]) - logits[start][tag]))
+            entities = {
+                (kind, spans[first][0], spans[last - 1][1])
+                for kind, first, last in tag_spans([names[tag] for tag in true], names)
+            }
+            found = reader.decide(*reading)
+            found = {(entity["entity_group"], entity["start"], entity["end"]) for entity in found}
+            counts.update(
+                right=len(found & entities),
+                predicted=len(found),
+                true=len(entities),
+                words=len(true),
+            )
         return {
             "entity F1": f1(*(counts[name] for name in ("right", "predicted", "true"))),
-            "accuracy": sum(predicted == true for predicted, true in pairs) / max(len(pairs), 1),
+            "accuracy": counts["tags"] / max(counts["words"], 1),
+            "loss": sum(losses) / max(len(losses), 1),
         }
+
+
+def joined_words(row: dict) -> tuple[str, None]:
+    return " ".join(row["words"]), None
 
 
 class QuestionAnswering(Task):
@@ -908,9 +1029,13 @@ class QuestionAnswering(Task):
     scratch, init = SCRATCH, dict(lr=3e-4, epochs=6)
 
     def examples(self, lm, row, block):
-        length = limit(lm, block)
-        for window in question_windows(lm.tokenizer, row["question"], row["context"], length):
-            yield window_example(lm, window) | {"labels": self.columns(window, row)}
+        windows = question_windows(lm.tokenizer, row["question"], row["context"], limit(lm, block))
+        labels = [self.columns(window, row) for window in windows]
+        lost = bool(row["answer"]) and not any(first for first, _ in labels)
+        for i, (window, columns) in enumerate(zip(windows, labels)):
+            # nothing but "none" could be learnt of a question whose answer no window has whole
+            columns = [-100, -100] if lost else columns
+            yield window_example(lm, window) | {"labels": columns, "cut": lost and i == 0}
 
     def columns(self, window: Window, row: dict) -> list:
         """First and last column of a row's first answer, if the window has the whole of it."""
@@ -925,27 +1050,57 @@ class QuestionAnswering(Task):
         whole = start >= 0 and inside and places[0][1] <= start and end <= places[-1][2]
         return [inside[0], inside[-1]] if whole else [0, 0]
 
+    def epochs(self, lm, rows, block):
+        """To train on, only windows of which something is learnt."""
+        every = super().epochs(lm, rows, block)(None)
+        learnt = [example for example in every if example["labels"][0] != -100]
+        return lambda generator: every if generator is None else learnt
+
+    def remember(self, lm, rows, examples, options):
+        lengths = [last - first + 1 for first, last in (example["labels"] for example in examples)]
+        return {
+            "max_answer_length": options.max_answer_length or max(onnxlm.LONGEST_ANSWER, *lengths),
+            "handle_impossible_answer": any(not row["answer"] for row in rows),
+        }
+
     def figures(self, lm, examples, batch):
-        rows, windows, logits = {}, {}, {}
-        for example, output in zip(examples, outputs(lm, examples, batch)):
-            number = example["number"]
-            rows[number] = example["row"]
-            windows.setdefault(number, []).append(example["window"])
-            logits.setdefault(number, []).append(output)
-        f1s = []
-        exact = []
-        for number, row in rows.items():
-            predicted = best_span(row["context"], windows[number], logits[number])["answer"]
-            true = [text for text, _ in row["answer"]] or [""]
-            f1s.append(max(overlap(predicted, text) for text in true))
-            exact.append(max(plain(predicted) == plain(text) for text in true))
-        return {"span F1": sum(f1s) / len(f1s), "exact match": sum(exact) / len(exact)}
+        """F1 and exact match as SQuAD 2's script counts them, of all questions, and if some have no answer also of those
+        and of the others; and the loss."""
+        reader = onnxlm.Answerer(TorchRunner(lm))
+        scores = {True: [], False: []}  # has it an answer -> (F1, exact match)
+        losses = []
+        for row, *reading in readings(reader, examples, question_and_context, batch):
+            (found,) = reader.decide(*reading)
+            true = [text for text, _ in row["answer"] if plain(text)] or [""]
+            exact = max(plain(found["answer"]) == plain(text) for text in true)
+            score = max(overlap(found["answer"], text) for text in true)
+            scores[bool(row["answer"])].append((score, exact))
+            for window, logits in zip(*reading[2:]):
+                for column, ends in zip(self.columns(window, row), logits.T):
+                    losses.append(float(np.logaddexp.reduce(ends) - ends[column]))
+        kinds = {"": scores[True] + scores[False]}
+        if scores[False]:
+            kinds |= {"HasAns ": scores[True], "NoAns ": scores[False]}
+        figures = {}
+        for kind, found in kinds.items():
+            for name, values in zip(("span F1", "exact match"), zip(*found)):
+                figures[kind + name] = sum(values) / len(values)
+        return figures | {"loss": sum(losses) / max(len(losses), 1)}
+
+
+def question_and_context(row: dict) -> tuple[str, str]:
+    return row["question"], row["context"]
 
 
 def plain(text: str) -> list:
-    """Words without case, punctuation and articles, as SQuAD compares them (Rajpurkar et al. 2016)."""
-    text = "".join(char for char in text.lower() if char not in string.punctuation)
-    return [word for word in text.split() if word not in ("a", "an", "the")]
+    """Words without case, punctuation and articles, as SQuAD's script compares them (Rajpurkar et al. 2016); as
+    MLQA's does (Lewis et al. 2020), letters where a script has no spaces."""
+    text = text.lower()
+    if not re.search(f"[{onnxlm.UNSPACED}]", text):
+        text = "".join(char for char in text if char not in string.punctuation)
+        return re.sub(r"\b(a|an|the)\b", " ", text).split()
+    marks = (char for char in text if unicodedata.category(char)[0] == "P")
+    return all_words(text.translate(dict.fromkeys(map(ord, {*marks, *string.punctuation}))))
 
 
 def overlap(predicted: str, true: str) -> float:
@@ -1148,7 +1303,11 @@ def train_bpe(texts: list, vocab: int, encoder: bool = False) -> onnxlm.Tokenize
         for piece in sliced(text)
     )
     backend.train_from_iterator(
-        texts, max(vocab, 256 + len(special)), show_progress=live, special_tokens=special
+        texts,
+        max(vocab, 256 + len(special)),
+        min_frequency=10,  # a rarer token is hardly learnt, and hides the pieces that it is made of
+        show_progress=live,
+        special_tokens=special,
     )
     named = tokenizer_config(*special[:2])
     if encoder:
@@ -1417,6 +1576,21 @@ class Progress:
                 )
 
 
+def shown_figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+def strict_json(value) -> str:
+    """JSON as RFC 8259 has it, with null for a number that is none."""
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {name: finite(item) for name, item in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False)
+
+
 class RunRecord:
     """The figures of a run: lines of metrics.jsonl, TensorBoard's events, the model card in `best`. Only the first
     process writes. Of a former run's record nothing is lost before this one has saved a checkpoint."""
@@ -1450,7 +1624,8 @@ class RunRecord:
         scalars = {name: value for name, value in figures.items() if name != "validation"}
         scalars |= {f"validation/{name}": value for name, value in validation.items()}
         for name, value in scalars.items() if self.writer else ():
-            self.writer.add_scalar(name.replace(" ", "_"), value, step)
+            if value is not None:
+                self.writer.add_scalar(name.replace(" ", "_"), value, step)
         if self.written is not None:
             self.flush()
 
@@ -1460,7 +1635,7 @@ class RunRecord:
             return
         rows = self.rows[self.written or 0 :]
         with open(self.file, "w" if self.written is None else "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(strict_json(row) + "\n" for row in rows)
         self.written = len(self.rows)
         if self.writer:
             self.writer.flush()
@@ -1530,7 +1705,7 @@ def model_card(lm: TinyLM, options: TrainOptions, run_state: dict, described: li
     ]
     if figures:
         lines += ["| figure | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in figures.items()] + [""]
+        lines += [f"| {name} | {shown_figure(value)} |" for name, value in figures.items()] + [""]
     lines += ["![loss](loss.svg)", "", "## Options", "", "| option | value |", "|---|---|"]
     lines += [
         f"| {flag(name)} | {value}{'' if value == getattr(default, name) else ' (given)'} |"
@@ -1615,7 +1790,7 @@ def save(
         if rank_and_world_size()[0] == 0:
             lm.save_pretrained(folder)
             settings = {name: getattr(options, name) for name in REMEMBERED}
-            write_json(folder / onnxlm.TRAINING, settings)
+            write_json(folder / onnxlm.TRAINING, settings | getattr(lm, "remembered", {}))
         else:
             lm.state_dict()  # in which all processes take part
         if options.lora:
@@ -1792,6 +1967,8 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
         batches.per_epoch,
         f"{data if isinstance(data, (str, Path)) else 'data'}: expected more than --block {options.block} tokens to train on",
     )
+    lm.remembered = {"block": options.block}
+    lm.remembered |= task.remember(lm, rows, batches.epoch(None), options)
     held_rows = held
     held = task.epochs(lm, held, options.block)(None) if held else []
     notices += describe_cuts(options, (rows, batches.epoch(None)), (held_rows, held))
@@ -1829,7 +2006,7 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
         )
     figures = run_state.get("figures") or {}
     if rank_and_world_size()[0] == 0:
-        result = "  ".join(f"{value:.4f} {name}" for name, value in figures.items())
+        result = "  ".join(f"{shown_figure(value)} {name}" for name, value in figures.items())
         result = f"{result or 'nothing was held back'}; {run_state['step']} steps in {clock(record.spent())}"
         print(f"{out / 'best'}: {result}", flush=True)
     return lm.eval()
@@ -2011,7 +2188,7 @@ def validate(lm: TinyLM, held: list, run_state: dict, options: TrainOptions) -> 
             run_state |= dict(stale=0, figures=figures, best_step=run_state["step"])
         else:
             run_state["stale"] += 1
-        shown = "  ".join(f"{figure:.4f} {name}" for name, figure in figures.items())
+        shown = "  ".join(f"{shown_figure(value)} {name}" for name, value in figures.items())
         note(f"step {run_state['step']}  validation {shown}" + "  best" * better)
     if options.task == "lm" and held and rank_and_world_size()[1] == 1 and not QUIET.get():
         text = lm.tokenizer.decode(held[0]["input_ids"][:1])
@@ -2243,7 +2420,7 @@ def opened(options: dict) -> TinyLM:
     device = usable_device(options.pop("device", None))
     lm = TinyLM.from_pretrained(folder, device=device, head=head)
     require(lm.tokenizer, f"{folder / 'tokenizer.json'}: no such file")
-    lm.folder = folder
+    lm.folder, lm.remembered = folder, onnxlm.remembered(folder)
     return lm
 
 
@@ -2252,25 +2429,35 @@ def run_eval(options: dict):
     as_json, confusion, data = (options.pop(name) for name in ("json", "confusion", "data"))
     name = task_of(lm.config)
     require(name in TASKS, f"{lm.folder}: expected a model with a task's head")
-    known = onnxlm.remembered(lm.folder) | dict(regression=lm.config.problem_type == "regression")
-    known |= dict(task=name, classes=not known["regression"])
+    known = {key: value for key, value in lm.remembered.items() if key in REMEMBERED}
+    known |= dict(regression=lm.config.problem_type == "regression", task=name)
+    known["classes"] = not known["regression"]
+    if "block" not in known and name not in ("lm", "mlm"):
+        known["block"] = max(onnxlm.TASKS[name](TorchRunner(lm)).limit, 8)
     options = TrainOptions(**known | options).filled()
+    lm.remembered |= {"block": options.block}
+    if options.max_answer_length:
+        lm.remembered |= {"max_answer_length": options.max_answer_length}
     task = TASKS[name]
     rows = datafiles.read_rows(data, options, ("test", "validation", "train"))
     examples = task.epochs(lm, rows, options.block)(None)
     require(len(examples), f"{data}: nothing to evaluate")
+    if isinstance(examples, list) and (
+        cut := sum(example.get("cut", False) for example in examples)
+    ):
+        note(onnxlm.cut_notice(cut, len(rows), limit(lm, options.block), lm.tokenizer))
     figures = task.report(lm, examples, options.batch)
     if not confusion:
         figures.pop("confusion", None)
     if as_json:
-        print(json.dumps(figures))
+        print(strict_json(figures))
         return
     for name, figure in figures.items():
         if isinstance(figure, dict):
             print(f"\n{name}")
             print(*table_lines(figure), sep="\n")
         else:
-            print(f"{name}  {figure:.4f}")
+            print(f"{name}  {shown_figure(figure)}")
 
 
 def table_lines(table: dict[str, dict]) -> list[str]:

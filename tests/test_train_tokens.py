@@ -51,8 +51,9 @@ def test_bytes_on_the_disk_train_as_those_in_memory(tmp_path, monkeypatch):
     )  # that bytes are characters
     assert run_train(path, tmp_path / "memory") == 0
     monkeypatch.setattr(datafiles, "MMAP_MIN_BYTES", 2**12)
+    real = datafiles.split_rows
     monkeypatch.setattr(
-        datafiles, "split_rows", lambda rows, real=datafiles.split_rows: at(rows, real, monkeypatch)
+        datafiles, "split_rows", lambda rows, *options: at(rows, real, options, monkeypatch)
     )
     assert run_train(path, tmp_path / "disk") == 0
     for which in ("best", "last"):
@@ -99,10 +100,10 @@ def test_a_text_is_tokenised_in_little_memory(tmp_path):
     assert peak(4_000_000) - peak(100_000) < 50 * 4_000_000
 
 
-def at(rows, split, monkeypatch):
+def at(rows, split, options, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(datafiles, "MMAP_MIN_BYTES", 2**26)
-        return split(rows)
+        return split(rows, *options)
 
 
 def test_tokens_on_the_disk_are_made_once_and_again_when_torn(tmp_path, small, capsys):

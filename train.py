@@ -1974,7 +1974,7 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
     notices += describe_cuts(options, (rows, batches.epoch(None)), (held_rows, held))
     if options.metric:  # what a validation will give, before the first step
         require(held, f"--metric {options.metric}: nothing is held back to validate on")
-        chosen_figure(task.figures(lm, [held[0]], 1), options)
+        chosen_figure(figures_of_few(lm, held, options), options)
     weights = None
     if options.class_weights:
         weights = class_weights(lm.config, batches.epoch(None)).to(lm.device)
@@ -2148,6 +2148,18 @@ def check_loss(loss: float, step: int):
         f"step {step}: the loss is {loss}, and what was saved before is kept; expected a "
         "number (try a lower --lr and --adam-lr)",
     )
+
+
+def figures_of_few(lm: TinyLM, held, options: TrainOptions) -> dict:
+    """The figures that a validation will have: those of an example, of questions one with an answer and one without."""
+    few = [held[0]]
+    if options.task == "qa":
+        few = [*{bool(example["row"]["answer"]): example for example in held}.values()]
+    quiet = QUIET.set(True)
+    try:
+        return TASKS[options.task].figures(lm, few, len(few))
+    finally:
+        QUIET.reset(quiet)
 
 
 def chosen_figure(figures: dict, options: TrainOptions) -> str:

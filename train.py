@@ -1134,7 +1134,9 @@ def task_of(config: Config) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Models: new ones, pretrained ones, and what of them is trained
 # ---------------------------------------------------------------------------------------------------------------------
-def build_model(rows: list, options: TrainOptions, resume: bool, notices: list) -> TinyLM:
+def build_model(
+    rows: list, options: TrainOptions, resume: bool, notices: list | None = None
+) -> TinyLM:
     """The model, new or opened, with what is to be trained of it. What became of its head is added to the notices."""
     folder = options.init or Path(options.out) / "last"
     if options.init or resume:

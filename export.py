@@ -65,15 +65,24 @@ if __package__:  # installed
 else:  # beside each other
     import pretrained
 
-WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped beside this file
-MARK = ".tinylm-export"  # this file says: the next export may replace the folder
-OPSET = 23  # the first with Attention, RotaryEmbedding, RMSNormalization
-BLOCK = {4: 32, 8: 64}  # bits -> weights in a row that share a scale, at most
-LEAST_BLOCK = 32  # weights in a block; shorter ones are padded
-SHARES = (1.1, 1.05, 1, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a block's range, tried for the least error
-PARTS = ("blocks", "scales", "zero_points")  # tensors that a rounded matrix is stored in
-EXTERNAL_ABOVE = 2**31 - 2**26  # bytes; a protobuf file ends at 2 GiB
-WINDOW, WINDOWS, MEASURED = 256, 40, 8  # tokens, windows to round for and, of these, to measure on
+# The model shipped beside this file.
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+# A folder with this file may be replaced by the next export.
+MARK = ".tinylm-export"
+# The first opset with Attention, RotaryEmbedding and RMSNormalization.
+OPSET = 23
+# Bits -> the most weights in a row that share a scale.
+BLOCK = {4: 32, 8: 64}
+# Shorter blocks are padded to this.
+LEAST_BLOCK = 32
+# Shares of a block's range that are tried for the least error.
+SHARES = (1.1, 1.05, 1, 0.95, 0.9, 0.85, 0.8, 0.75)
+# The tensors that store a rounded matrix.
+PARTS = ("blocks", "scales", "zero_points")
+# Larger weights go into a file of their own: a protobuf file ends at 2 GiB.
+EXTERNAL_ABOVE = 2**31 - 2**26
+# Tokens in a window of text, windows to calibrate rounding on, and windows to measure on.
+WINDOW, WINDOWS, MEASURED = 256, 40, 8
 
 
 @dataclass(frozen=True)
@@ -95,12 +104,12 @@ class Precision:
 
     @property
     def suffix(self) -> str:
-        """Of its files' names in onnx/."""
+        """The end of its file names in onnx/."""
         return SUFFIXES[self.name]
 
     @property
     def cuda(self) -> bool:
-        """All its nodes run there."""
+        """Whether all its nodes have CUDA kernels."""
         return self.name in CUDA_PRECISIONS
 
 
@@ -119,13 +128,13 @@ PRECISIONS = {
 
 
 def is_own(leaf) -> bool:
-    """Is it tinylm's own, and not what somebody put in its place?"""
+    """Whether the leaf is tinylm's own and not a replacement."""
     return getattr(leaf, "__globals__", None) is vars(tinylm)
 
 
 def operator(name: str, inputs: tuple, like, *shapes, rest=None, **attributes):
-    """One node of the ONNX graph in the place of a traced function. Its outputs have the dtype of `like`, those after
-    the first that of `rest` if given, and the `shapes`, or the one shape of `like`."""
+    """Adds a single ONNX node in place of a traced function. Its outputs have the given `shapes` (default: that of `like`)
+    and the dtype of `like`; outputs after the first have that of `rest`, if given."""
     shapes = shapes or (like.shape,)
     dtypes = [like.dtype, *[(like if rest is None else rest).dtype] * (len(shapes) - 1)]
     out = torch.onnx.ops.symbolic_multi_out(
@@ -153,8 +162,8 @@ def onnx_rotate(x, cos, sin, head_dim):
 def onnx_attend(
     q, k, v, mask, head_dim, scale, softcap=None, dropout=0.0, cache=None, layer=0, causal=True
 ):
-    """With heads folded, as the model has them: the operator unfolds them, and appends to the past, by itself. Keys of
-    a source come unfolded, as they are kept between calls."""
+    """Attention as one operator, which splits the heads and appends to the past by itself. Keys of a source come with
+    heads already split, as they are kept between calls."""
     mask = mask.expand(*mask.shape[:2], q.shape[1], mask.shape[3])
     options = dict(scale=scale, **({"softcap": softcap} if softcap else {}))
     if k.ndim == 4:
@@ -169,8 +178,7 @@ def onnx_attend(
 
 
 def expand_mask(attend):
-    """A replaced `attend` that gets a row of the mask for each query, as the operator asks that PyTorch's
-    scaled_dot_product_attention becomes."""
+    """Expands the mask of a replaced `attend` to one row per query, as ONNX Attention requires."""
 
     def expanded(q, k, v, mask, *arguments, **options):
         if mask is not None:
@@ -184,8 +192,8 @@ OPERATORS = {"rms_norm": onnx_rms_norm, "rotate": onnx_rotate, "attend": onnx_at
 
 
 def grouped_attention(self, x, rope, mask, cache, layer, keys_values=None):
-    """tinylm's `Attention.forward` as ONNX Runtime's own operator: it rotates by the tables of all positions, writes
-    keys and values behind those of the past, in place where past and present are one buffer, and masks by lengths."""
+    """tinylm's `Attention.forward` as ONNX Runtime's GroupQueryAttention, which applies rotary positions from a table,
+    writes keys and values behind the past (in place, where past and present share a buffer) and masks by lengths."""
     qkv = self.qkv(x)
     inputs = qkv, None, None
     if not isinstance(self.q_norm, nn.Identity):
@@ -195,13 +203,13 @@ def grouped_attention(self, x, rope, mask, cache, layer, keys_values=None):
         "num_heads": self.sizes[0] // self.head_dim,
         "kv_num_heads": self.sizes[1] // self.head_dim,
         "scale": self.scale,
-        "do_rotary": 1,
+        "do_rotary": int(rope is not None),
     }
     if self.softcap:
         options["softcap"] = self.softcap
     if cache.windows[layer]:
         options["local_window_size"] = cache.windows[layer]
-    more = (*cache.lengths, *rope)
+    more = (*cache.lengths, *(rope or (None, None)))
     if cache.scales:
         more = (*more, None, None, None, *cache.scales[layer])
         options |= {"kv_cache_bit_width": 8}
@@ -212,7 +220,7 @@ def grouped_attention(self, x, rope, mask, cache, layer, keys_values=None):
 
 
 def onnx_linear(x, weight, bias, blocks: QuantizedWeight | None):
-    """tinylm's `linear` on rounded weights, which `put_blocks` puts in the place of the traced ones."""
+    """tinylm's `linear` with rounded weights, which `put_blocks` substitutes for the traced ones."""
     if blocks is None:
         return torch.nn.functional.linear(x, weight, bias)
     rows, columns = weight.shape
@@ -230,15 +238,15 @@ def onnx_linear(x, weight, bias, blocks: QuantizedWeight | None):
 
 
 def onnx_embedding(table, ids):
-    """Rows of a rounded table, which may be a tied head's too; written out, since the ONNX Runtime of browsers has no
-    single operator for it."""
+    """Looks up rows of a rounded table, which may be the tied head's. Uses basic operators, since ONNX Runtime for
+    browsers has no GatherBlockQuantized."""
     codes, scales, zeros = (getattr(table, part).index_select(0, ids.flatten()) for part in PARTS)
     rows = (codes.to(scales.dtype) - zeros[..., None].to(scales.dtype)) * scales[..., None]
     return rows.flatten(1)[:, : table.embedding_dim].unflatten(0, ids.shape)
 
 
 class Past:
-    """The cache of an exported graph, in the place of tinylm's KVCache: past comes in, present goes out, longer.
+    """Replaces tinylm's KVCache in an exported graph: past comes in, a longer present goes out.
 
     past: keys and values of every layer, (batch, kv_heads, past, head_dim); positions (batch, seq) of the new tokens;
     of grouped attention: lengths, what each row and the longest of them hold, and by layer the window (or False) and,
@@ -256,7 +264,7 @@ class Past:
     def append(
         self, layer: int, name: str, inputs: tuple, new: int, like, more: tuple = (), **attributes
     ):
-        """An attention operator of a layer, after which its cache has `new` more columns."""
+        """A layer's attention operator, which adds `new` columns to its cache."""
         past = self.past[2 * layer : 2 * layer + 2]
         batch, heads, length, width = past[0].shape
         longer = batch, heads, length + new, width
@@ -267,16 +275,16 @@ class Past:
         return x
 
     def update(self, layer: int, k, v) -> list:
-        """What an `attend` that is written out asks for: all keys and values of a layer, the new ones behind the past."""
+        """All keys and values of a layer, the new ones behind the past, for an `attend` that is traced operation by operation."""
         past = self.past[2 * layer : 2 * layer + 2]
         present = [torch.cat((old, new), 2) for old, new in zip(past, (k, v))]
         self.present[2 * layer : 2 * layer + 2] = present
         return present
 
     def extend(self, mask):
-        """Positions of the queries and of the keys; the mask spans past and new tokens."""
+        """Positions of queries and keys. The mask covers past and new tokens."""
         columns = self.past[0].shape[2] + self.positions.shape[1]
-        # its length has a name of its own, and tracing would ask for proof that both are one
+        # The mask's length has its own symbol, and the tracer could not prove that the two are equal.
         mask = operator("Identity", (mask,), mask, (mask.shape[0], columns))
         return self.positions, tinylm.count_positions(mask)[1]
 
@@ -288,7 +296,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph to trace: `forward(lm, inputs by name)` lists its outputs."""
+    """A graph to trace. `forward(lm, inputs by name)` returns the list of its outputs."""
 
     stem: str  # of its file
     forward: object
@@ -298,7 +306,7 @@ class Graph:
 
 
 def key_values(config, prefix: str, sides: dict, dtype: str = "float32") -> dict:
-    """Names of keys and values -> dtype and axes; sides: what names say of whose they are -> the name of their axis."""
+    """Names of keys and values -> dtype and axes; sides: part of the name ("decoder", "encoder") -> its length's axis."""
     heads, width = config.num_key_value_heads, config.head_dim
     return {
         f"{prefix}.{layer}{side}.{part}": (dtype, "batch_size", heads, length, width)
@@ -329,7 +337,7 @@ SOURCE_IDS = ("int64", "batch_size", "encoder_sequence_length")
 
 
 def groups_queries(lm, stored: Precision) -> bool:
-    """Does GroupQueryAttention compute it? In fp32 it has no CUDA kernel."""
+    """Whether GroupQueryAttention can compute the model's attention. It has no CUDA kernel in fp32."""
     config = lm.config
     scaling = config.rope_scaling or {}
     fixed = config.position == "rope" and scaling.get("rope_type", scaling.get("type")) != "dynamic"
@@ -338,15 +346,15 @@ def groups_queries(lm, stored: Precision) -> bool:
 
 
 def has_own_attention(lm) -> bool:
-    """Is nothing of its attention replaced, from the rotary positions to the products?"""
+    """Whether no part of the model's attention was replaced."""
     attentions = [getattr(block, "attention", None) for block in lm.layers]
     forwards = [getattr(m, "forward", None) for m in (*attentions, *lm.rotary.values())]
     return all(map(is_own, (tinylm.attend, tinylm.rotate, *forwards)))
 
 
 def decoder_graph(lm, stored: Precision) -> list:
-    """With a cache: the mask spans past and new tokens, and positions follow from it. `position_ids`, which all loaders
-    give, says by its columns how many logits are asked for: those of the last ones."""
+    """A decoder with a cache. The mask covers past and new tokens and determines the positions. The number of columns
+    of `position_ids`, which all loaders pass, says for how many of the last tokens logits are computed."""
     grouped = groups_queries(lm, stored)
     dtype = stored.cache or stored.dtype
     past = key_values(lm.config, "past_key_values", {"": "past_sequence_length"}, dtype)
@@ -364,7 +372,7 @@ def decoder_graph(lm, stored: Precision) -> list:
 
 
 def decoder_step(lm, feed: dict, past: list, stored: Precision, grouped: bool) -> list:
-    """Logits in float32, of as many last columns as position_ids has, and the cache after a call."""
+    """The float32 logits of as many last columns as position_ids has, and the cache after the call."""
     ids = feed["input_ids"]
     mask = feed["attention_mask"]
     seq = ids.shape[1]
@@ -373,7 +381,8 @@ def decoder_step(lm, feed: dict, past: list, stored: Precision, grouped: bool) -
     last = torch.arange(seq - kept, seq)
     columns = last[None].expand(ids.shape[0], kept)
     lengths = ()
-    if grouped:  # it takes rows that begin with their first token: padding goes behind
+    if grouped:
+        # GroupQueryAttention takes rows without leading padding, so padding moves behind.
         new = mask[:, -seq:]
         columns = tinylm.count_positions(new)[0].index_select(1, last)
         ids = ids.gather(1, new.argsort(1, descending=True))
@@ -391,7 +400,7 @@ def decoder_step(lm, feed: dict, past: list, stored: Precision, grouped: bool) -
 
 
 def generate_graph(lm, stored: Precision) -> Graph:
-    """What `in_a_loop` repeats: a step of the decoder, the choice of a token, and whether all rows have ended."""
+    """The body that `in_a_loop` repeats: a decoder step, the choice of a token, and whether all rows have ended."""
     config = lm.config
     grouped = groups_queries(lm, stored)
     past = key_values(config, "past", {"": "past_sequence_length"}, stored.cache or stored.dtype)
@@ -426,7 +435,7 @@ def generate_graph(lm, stored: Precision) -> Graph:
 
 
 def choose(logits, temperature, top_k, top_p, seed, step):
-    """tinylm's `sample` (batch, vocab) -> (batch,), where every option is a tensor."""
+    """tinylm's `sample`, (batch, vocab) -> (batch,), with every option as a tensor."""
     ordered, order = (logits / temperature).sort(descending=True)
     rank = torch.arange(logits.shape[1])
     ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), -math.inf)
@@ -438,12 +447,12 @@ def choose(logits, temperature, top_k, top_p, seed, step):
 
 
 def in_a_loop(model, config, stored: Precision):
-    """A traced `generate_graph` as the body of an ONNX Loop: from ids and options to whole sequences in one call. The
-    weights stay in the body: of the graph around it, ONNX Runtime before 1.29 reads rounded ones wrongly."""
+    """Wraps a traced `generate_graph` in an ONNX Loop: from ids and options to whole sequences in one call. The weights
+    stay inside the body, since ONNX Runtime before 1.29 misreads rounded weights of an outer graph."""
     body = model.graph
     given = {}
     for value in [value for value in body.inputs if value.name in OPTIONS]:
-        # the body sees them from outside
+        # The body reads these from the outer graph.
         body.inputs.remove(value)
         given[value.name] = ir.val(value.name, value.dtype, value.shape)
         ir.convenience.replace_all_uses_with(value, given[value.name])
@@ -470,7 +479,8 @@ def in_a_loop(model, config, stored: Precision):
     nodes = [batch, shape, empty, ended, loop]
     text = loop.outputs[1]
     for i, value in enumerate(value for node in nodes for value in node.outputs):
-        value.name = f"loop.{i}"  # no name of the body's
+        # A name that the body does not use.
+        value.name = f"loop.{i}"
     text.name, text.type = "sequences", ir.TensorType(ir.DataType.INT64)
     text.shape = ir.Shape(["batch_size", "total_sequence_length"])
     graph = ir.Graph(
@@ -485,7 +495,7 @@ def in_a_loop(model, config, stored: Precision):
 
 
 def encoder_graph(lm, stored: Precision) -> list:
-    """Whatever reads a text in one call: no cache."""
+    """A model that reads a text in one call, without a cache."""
     config = lm.config
     names = ["input_ids", "attention_mask"] + ["token_type_ids"] * bool(config.type_vocab_size)
 
@@ -500,12 +510,13 @@ def encoder_graph(lm, stored: Precision) -> list:
 
 
 def encoder_decoder_graphs(lm, stored: Precision) -> list:
-    """The encoder, and the decoder with two caches: of what it said, and of the source, filled by the first call."""
+    """The encoder, and the decoder with two caches: its own tokens', and the source's, which the first call fills."""
     config = lm.config
-    folds = not is_own(tinylm.attend)  # it takes keys as the model has them
+    # A replaced attend takes keys with heads folded, as in the model.
+    folds = not is_own(tinylm.attend)
     plain = {"linear": tinylm.linear, "rms_norm": tinylm.rms_norm}
     sides = {".decoder": "past_sequence_length", ".encoder": "encoder_sequence_length"}
-    # a source's may be 0 long
+    # The source's cache may be empty.
     past_axes = key_values(config, "past_key_values", sides, stored.dtype)
     outputs = list(key_values(config, "present", sides))
     own_past, source_past = ([n for n in past_axes if side in n] for side in sides)
@@ -523,7 +534,8 @@ def encoder_decoder_graphs(lm, stored: Precision) -> list:
     def decode(lm, feed):
         past = [feed[name] for name in own_past]
         kept = [feed[name] for name in source_past]
-        with mock.patch.multiple(tinylm, **plain):  # a branch takes no operator of our own
+        # The tracer accepts no custom operators inside a branch.
+        with mock.patch.multiple(tinylm, **plain):
             kept = torch.cond(
                 feed["use_cache_branch"],
                 lambda: [x.clone() for x in kept],
@@ -534,7 +546,8 @@ def encoder_decoder_graphs(lm, stored: Precision) -> list:
         ones = torch.ones(1, past[0].shape[2] + ids.shape[1], dtype=torch.long)
         cache = Past(past, torch.arange(ones.shape[1])[None, -ids.shape[1] :])
         seen = kept
-        if folds:  # what comes out of a branch has sizes that the tracer knows nothing of
+        if folds:
+            # The tracer does not know the sizes of a branch's outputs.
             size = ids.shape[0], config.num_key_value_heads, encoder_mask.shape[3], config.head_dim
             seen = [operator("Identity", (x,), x, size) for x in kept]
             seen = [rearrange(x, "b h s d -> b s (h d)") for x in seen]
@@ -559,7 +572,7 @@ def encoder_decoder_graphs(lm, stored: Precision) -> list:
 
 
 def graphs_of(lm, stored: Precision) -> list:
-    """What a model is exported as."""
+    """The graphs that a model is exported as."""
     if lm.config.num_encoder_layers:
         return encoder_decoder_graphs(lm, stored)
     if lm.config.causal and lm.config.head == "lm":
@@ -579,7 +592,7 @@ class Traced(torch.nn.Module):
 
 
 def trace(lm, graph: Graph, blocks: dict = {}):
-    """An onnx_ir.Model; blocks: the rounded weights of `lm` by their names."""
+    """Traces a graph to an onnx_ir.Model; blocks: the rounded weights of `lm` by name."""
     axes = [axes for _, *axes in graph.inputs.values()]
     dtypes = [getattr(torch, dtype) for dtype, *_ in graph.inputs.values()]
     sizes = [[SIZES.get(axis, axis) for axis in value] for value in axes]
@@ -593,10 +606,10 @@ def trace(lm, graph: Graph, blocks: dict = {}):
         torch.no_grad(),
         single_operators(lm, graph, blocks),
         warnings.catch_warnings(),
-        # to compare symbolic shapes with those of earlier calls takes longer than to compute them
+        # Comparing symbolic shapes with cached ones takes longer than computing them.
         torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
     ):
-        # that axes share names, as they should, and torch's own deprecations
+        # Axes that share names on purpose, and torch's own deprecations.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             Traced(lm, graph).eval(),
@@ -611,11 +624,12 @@ def trace(lm, graph: Graph, blocks: dict = {}):
     model = tidy(program.model)
     put_blocks(model.graph, blocks)
     for value in (*model.graph.inputs, *model.graph.outputs):
-        # the axes of optimum, whose callers ask for all logits
+        # The axes of optimum, whose callers ask for all logits.
         value.shape = ir.Shape(
             "sequence_length" if str(dim) == "logits_length" else dim for dim in value.shape
         )
-    if graph.grouped:  # present may be written in place, where past has the room
+    if graph.grouped:
+        # present may be written in place, where past is long enough.
         model.metadata_props["shared_cache"] = "1"
     if graph.grouped or lm.config.position in tinylm.LIMITED:
         model.metadata_props["max_position_embeddings"] = str(lm.config.max_position_embeddings)
@@ -624,9 +638,10 @@ def trace(lm, graph: Graph, blocks: dict = {}):
 
 @contextlib.contextmanager
 def single_operators(lm, graph: Graph, blocks: dict):
-    """While it lasts, the leaves that are tinylm's own give single operators."""
+    """A context in which tinylm's own leaves become single operators."""
 
-    def rounded_linear(x, weight, bias=None):  # the tracer has put parameters of its own in place
+    def rounded_linear(x, weight, bias=None):
+        # The tracer has replaced the parameters by its own, so they are found by name.
         rounded = (blocks.get(name) for name, p in lm.named_parameters() if p is weight)
         return onnx_linear(x, weight, bias, next(rounded, None))
 
@@ -653,13 +668,14 @@ def single_operators(lm, graph: Graph, blocks: dict):
 
 
 def put_blocks(graph, blocks: dict):
-    """Rounded weights in the place of the traced ones: bytes, scales and zero points, each stored once."""
+    """Substitutes rounded weights for the traced ones: bytes, scales and zero points, each stored once."""
     for node in list(ir.traversal.RecursiveGraphIterator(graph)):
         if node.op_type != "MatMulNBits":
             continue
         weight = node.inputs[1]
         names = [weight.name.removesuffix("weight") + part for part in PARTS]
-        if names[0] not in graph.initializers:  # a tied table's are there already
+        # A tied table's are there already.
+        if names[0] not in graph.initializers:
             for name, array in zip(names, blocks[weight.name].arrays(weight.dtype.numpy())):
                 graph.register_initializer(
                     ir.Value(name=name, const_value=ir.tensor(array, name=name))
@@ -671,7 +687,7 @@ def put_blocks(graph, blocks: dict):
 
 
 def tidy(model):
-    """Give every weight the name of its module; drop dead nodes and the stack traces, which name this machine."""
+    """Names every weight after its module, and drops dead nodes and stack traces, which contain paths."""
     graph = model.graph
     for (
         node
@@ -702,8 +718,8 @@ def tidy(model):
 
 
 def fuse_norm(graph, norm):
-    """The sum of the residual stream and the norm after it as one operator, which ONNX Runtime has on CPU and CUDA
-    (its own optimizer finds it for layer norms only). A sum with a bias, which has one axis, is none."""
+    """Fuses the residual sum and the following RMS norm into one operator, which ONNX Runtime has for CPU and CUDA; its
+    own optimizer fuses layer norms only. The sum with a bias, which has one axis, is not a residual sum."""
     add = norm.inputs[0].producer()
     if (
         add is None
@@ -726,7 +742,7 @@ def fuse_norm(graph, norm):
 
 
 def rename(graph, value, name: str):
-    """An initializer under another name, unless an earlier one has that."""
+    """Renames an initializer, unless another one has the name already."""
     if name not in graph.initializers:
         value.name = name
 
@@ -737,8 +753,8 @@ def rename(graph, value, name: str):
 
 
 class QuantizedWeight(NamedTuple):
-    """A matrix of whole numbers 0 to 2^bits - 1, a scale and a zero point for each block of them in a row; the last
-    block of a row may be padded with zeros."""
+    """A matrix as integers from 0 to 2^bits - 1, with a scale and a zero point for each block of a row. A row's last
+    block may be padded with zeros."""
 
     codes: object  # (rows, blocks, block)
     scales: object  # (rows, blocks, 1)
@@ -747,11 +763,11 @@ class QuantizedWeight(NamedTuple):
     columns: int  # without the padding
 
     def weight(self):
-        """(rows, columns), as the graph computes with it."""
+        """The matrix (rows, columns) that the graph computes with."""
         return ((self.codes - self.zeros) * self.scales).flatten(1)[:, : self.columns]
 
     def arrays(self, dtype) -> tuple:
-        """Codes, scales and zero points, as ONNX Runtime has them: two codes of 4 bits in a byte, the first one low."""
+        """Codes, scales and zero points in ONNX Runtime's layout: two 4-bit codes in a byte, the first in the low bits."""
         codes, zeros = (x.numpy().astype(np.uint8) for x in (self.codes, self.zeros[..., 0]))
         if self.bits == 4:
             zeros = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))
@@ -778,7 +794,7 @@ def quantize(weight, bits: int, moments=None) -> QuantizedWeight:
         return QuantizedWeight(codes, scales, zeros, bits, columns)
     factor = inverse_hessian_cholesky(moments)
     steps = gptq(weight, scales, zeros, factor, top) - zeros
-    # codes for these scales, the scales that suit those best, and codes for these
+    # Codes for these scales, then the best scales for those codes, then codes for these.
     better = (steps * blocks * importance).sum(-1, keepdim=True)
     better = better / (steps.square() * importance).sum(-1, keepdim=True).clamp(min=1e-12)
     better = better.half().float()
@@ -788,8 +804,8 @@ def quantize(weight, bits: int, moments=None) -> QuantizedWeight:
 
 
 def block_ranges(blocks, importance, top: int, search: bool) -> tuple:
-    """Scale and zero point of every block (rows, blocks, block): of its whole range or, in a search, of the share of it
-    that leaves the least weighted error."""
+    """Scale and zero point of every block (rows, blocks, block): for its whole range, or with a search for the share of
+    it that gives the least weighted error."""
     low = blocks.amin(-1, keepdim=True).clamp(max=0)
     high = blocks.amax(-1, keepdim=True).clamp(min=1e-6)
     middle = (-low / (high - low) * top).round()
@@ -807,7 +823,7 @@ def block_ranges(blocks, importance, top: int, search: bool) -> tuple:
 
 
 def inverse_hessian_cholesky(moments) -> tuple:
-    """The order of columns, the weightiest first, and the upper Cholesky factor of the damped moments' inverse."""
+    """The order of columns, the most important first, and the upper Cholesky factor of the damped inverse moments."""
     order = moments.diagonal().argsort(descending=True)
     moments = moments + 0.03 * moments.diagonal().mean() * torch.eye(len(moments))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
@@ -815,14 +831,14 @@ def inverse_hessian_cholesky(moments) -> tuple:
 
 
 def gptq(weight, scales, zeros, factor: tuple, top: int):
-    """Codes (rows, blocks, block) for given scales and zeros, column by column: the error of each is made up for by the
-    columns after it."""
+    """Codes (rows, blocks, block) for given scales and zeros, column by column; later columns compensate the error of
+    earlier ones."""
     order, upper = factor
     columns = weight.shape[1]
     groups = scales.shape[1]
     block = columns // groups
     wide = weight, scales.expand(-1, -1, block), zeros.expand(-1, -1, block)
-    # a column is a row here: memory in one piece
+    # Transposed, so that a column is contiguous in memory.
     w, scales, zeros = (x.flatten(1).t()[order].contiguous() for x in wide)
     codes = torch.empty_like(w)
     errors = torch.empty(block, len(weight))
@@ -837,7 +853,7 @@ def gptq(weight, scales, zeros, factor: tuple, top: int):
 
 
 def progress(what: str, total: int):
-    """A bar on a terminal's standard error, after two seconds."""
+    """A progress bar on stderr, shown after two seconds."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, delay=2, leave=False, disable=None)
@@ -896,8 +912,8 @@ def quantize_weights(lm, bits: int, ids, log=None) -> dict:
 
 
 def scale_cache(lm, ids):
-    """Give every layer the scales (1, kv_heads, 1, head_dim) by which its keys and values fit into 8 bits, as large as
-    ids (batch, seq) ask for. Channels of a key that turn together share theirs, so that it holds at every position."""
+    """Gives every layer scales (1, kv_heads, 1, head_dim) with which its keys and values fit into 8 bits, measured on
+    ids (batch, seq). Channels of a key that rotate together share a scale, so that it is valid at every position."""
     half = lm.config.rotary_dim // 2
 
     def see(attention, k, v):
@@ -913,7 +929,7 @@ def scale_cache(lm, ids):
 
 
 def round_to_scale(attention, k, v):
-    """Keys and values as a cache of 8 bits gives them back."""
+    """Keys and values rounded as an 8-bit cache rounds them."""
     return [
         (x / scale[:, :, 0]).round().clamp(-128, 127) * scale[:, :, 0]
         for x, scale in ((k, attention.k_scale), (v, attention.v_scale))
@@ -921,8 +937,8 @@ def round_to_scale(attention, k, v):
 
 
 def keys_and_values(lm, change):
-    """While it lasts, `change(attention, k, v)` sees keys and values (batch, seq, kv_heads, head_dim) of every layer on
-    their way into tinylm's `attend`, and says what goes on."""
+    """A context in which `change(attention, k, v)` replaces every layer's keys and values (batch, seq, kv_heads,
+    head_dim) before they reach tinylm's `attend`."""
     attend = tinylm.attend
 
     def changed(q, k, v, mask, head_dim, scale, softcap, dropout, cache, layer, causal):
@@ -969,7 +985,8 @@ def verify(lm, folder: Path, precision: str, stored: Precision, text=None) -> di
             error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
             found[name] = max(error, found.get(name, 0.0))
             require(
-                error <= stored.tolerance,  # not so where it is no number
+                # False for NaN.
+                error <= stored.tolerance,
                 f"verify: {precision} {name} differs from torch by {error:.1e} of the "
                 f"largest value, expected at most {stored.tolerance:.0e}",
             )
@@ -983,7 +1000,7 @@ def verify(lm, folder: Path, precision: str, stored: Precision, text=None) -> di
     return found
 
 
-def check_range(lm, precision: str, stored: Precision, texts: list, log) -> None:
+def check_16_bit_range(lm, precision: str, stored: Precision, texts: list, log) -> None:
     """Refuse a type that a weight or what flows through the model on its way over `texts`, ids (batch, seq), leaves; a
     value near its end is named in the log."""
     limit = torch.finfo(getattr(torch, stored.dtype)).max
@@ -1013,7 +1030,7 @@ def check_range(lm, precision: str, stored: Precision, texts: list, log) -> None
 
 
 def range_texts(lm, text) -> list:
-    """Ids (batch, seq) to look for large values on: random ones, a real text and the ids of the largest embeddings."""
+    """Ids (batch, seq) that may cause large values: random ones, a real text, and those of the largest embeddings."""
     ids = [torch.from_numpy(ids) for ids, _ in list(examples(lm).values())[:1]]
     largest = lm.embed.weight.detach().abs().amax(-1).topk(min(64, lm.config.vocab_size)).indices
     width = min(8, lm.config.max_position_embeddings, len(largest))
@@ -1022,13 +1039,13 @@ def range_texts(lm, text) -> list:
 
 
 def equal_columns(a, b) -> int:
-    """So many columns, from the first, are equal in all rows."""
+    """The number of leading columns that are equal in all rows."""
     return int((a == b).all(0).cumprod().sum()) if a.shape == b.shape else 0
 
 
 def columns_to_compare(ours, theirs, logits_after: Callable, tolerance: float) -> int:
-    """All columns of greedy ids (batch, seq) or, where they differ since the logits of two tokens are closer than the
-    tolerance, those before; `logits_after(ids)`: (batch, vocab) of the next token."""
+    """The number of columns of greedy ids (batch, seq) to compare: all of them, or those before a near tie, where two
+    tokens' logits are closer than the tolerance. `logits_after(ids)` gives the next token's logits (batch, vocab)."""
     same = equal_columns(ours, theirs)
     if ours.shape != theirs.shape or same == theirs.shape[1]:
         return theirs.shape[1]
@@ -1039,7 +1056,7 @@ def columns_to_compare(ours, theirs, logits_after: Callable, tolerance: float) -
 
 
 def examples(lm) -> dict:
-    """Name -> random ids (2, seq) and their mask: whole, or the second row padded on one side."""
+    """Name -> random ids (2, seq) and their mask: without padding, or with the second row padded on one side."""
     limit = min(lm.config.max_position_embeddings, 64)
     short = max(1, limit // 8)
     rows = {
@@ -1058,8 +1075,8 @@ def examples(lm) -> dict:
 
 
 def checks(lm, onnx_lm, stored: Precision, reference, text=None):
-    """(name, what OnnxLM says, what torch says) of padded batches, of a real text where there is one and, where text is
-    written, of a step after others and of greedy tokens."""
+    """Yields (name, OnnxLM's output, torch's output): for padded batches, for a real text if there is one, and for
+    decoders a cached step and greedy tokens."""
     rows = examples(lm)
     if text is not None:
         rows["text"] = text.numpy(), np.ones_like(text.numpy())
@@ -1075,8 +1092,8 @@ def checks(lm, onnx_lm, stored: Precision, reference, text=None):
 
 
 def decoding_checks(lm, onnx_lm, stored: Precision, reference, ids, mask, expected, more: dict):
-    """Of a step after others and, where it is to be exact, of greedy tokens: elsewhere a near tie of random ids says
-    nothing, and `measure` counts on real ones."""
+    """The checks of a decoder: a cached step and, in exact precisions, greedy tokens. Elsewhere near ties on random ids
+    mean nothing, and `measure` compares on real text."""
     written, real, source = ids, mask, None
     start = ids.shape[1]
     if lm.encoder:
@@ -1104,7 +1121,7 @@ def decoding_checks(lm, onnx_lm, stored: Precision, reference, ids, mask, expect
 
 
 def check_loop(lm, onnx_lm, path: Path, tolerance: float):
-    """The graph that generates says, greedily and sampled, what OnnxLM does with the one it was made of."""
+    """Raises Error unless the generating graph gives OnnxLM's tokens, greedily and sampled."""
     session = Session(path, ort.SessionOptions(), [CPU])
     ids = np.repeat(examples(lm)["prefill"][0][:1], 2, 0)
     new = min(24, lm.config.max_position_embeddings - ids.shape[1])
@@ -1209,7 +1226,7 @@ def export_onnx(
 
 
 def sha256(folder: Path) -> str:
-    """Of what decides on a folder's graphs: its weights and settings."""
+    """A hash of the weights and settings, which determine the graphs."""
     found = hashlib.sha256()
     for name in ("model.safetensors", "config.json", "generation_config.json"):
         with open(folder / name, "rb") as file:
@@ -1219,12 +1236,13 @@ def sha256(folder: Path) -> str:
 
 
 def keep_graphs(earlier: Path, folder: Path, weights: str, precisions: list, log):
-    """The graphs of an earlier export in other precisions, if they are of the same weights."""
+    """Keeps graphs of other precisions from an earlier export of the same weights."""
     if not (earlier / "onnx").is_dir():
         return
     try:
         mark = json.loads((earlier / MARK).read_text())
-    except ValueError:  # an export before there was a hash
+    except ValueError:
+        # An older export, without a hash.
         mark = None
     if mark != {"weights": weights}:
         return log("the earlier export has other weights: its graphs are replaced")
@@ -1239,7 +1257,7 @@ def keep_graphs(earlier: Path, folder: Path, weights: str, precisions: list, log
 
 
 def note_external_data(folder: Path):
-    """Where browsers look for what a graph's file leaves to another."""
+    """Notes external data in config.json, where transformers.js looks for it."""
     large = [path.name.removesuffix("_data") for path in (folder / "onnx").glob("*.onnx_data")]
     if large:
         config = tinylm.read_json(folder / "config.json")
@@ -1247,7 +1265,8 @@ def note_external_data(folder: Path):
         tinylm.write_json(folder / "config.json", config)
 
 
-ONE_CALL_LACKS = (  # fields of generation_config.json
+# Fields of generation_config.json that the generating graph does not implement.
+ONE_CALL_LACKS = (
     "no_repeat_ngram_size",
     "min_length",
     "bad_words_ids",
@@ -1257,7 +1276,7 @@ ONE_CALL_LACKS = (  # fields of generation_config.json
 
 
 def check_options(lm, precisions: list, generate: bool, int8_cache: bool):
-    """Refuse what --generate and --int8-cache cannot do for this model."""
+    """Raises Error where --generate or --int8-cache cannot be had for this model."""
     require(writes(lm) or not generate, "--generate: the model is no decoder that writes text")
     found = [name for name in ONE_CALL_LACKS if lm.generation_config.get(name)]
     if lm.generation_config.get("repetition_penalty", 1) not in (None, 1):
@@ -1273,7 +1292,7 @@ def check_options(lm, precisions: list, generate: bool, int8_cache: bool):
 
 
 def writes(lm) -> bool:
-    """Is it a decoder that writes text?"""
+    """Whether the model is a decoder that writes text."""
     return lm.config.causal and lm.config.head == "lm" and not lm.config.num_encoder_layers
 
 
@@ -1284,7 +1303,7 @@ def has_int8_cache(lm, precision: str) -> bool:
 def write_graphs(
     lm, folder: Path, precisions: list, text: str | None, generate: bool, int8_cache: bool, log
 ) -> dict:
-    """onnx/ of a folder, each precision verified and, if there is more than fp32, measured."""
+    """Writes a folder's onnx/, verifies each precision and measures those below fp32."""
     lm = lm.to("cpu", torch.float32).eval()
     found = {}
     check_options(lm, precisions, generate, int8_cache)
@@ -1294,7 +1313,7 @@ def write_graphs(
     for name in precisions:
         stored = PRECISIONS[name]
         if int8_cache and has_int8_cache(lm, name):
-            # a hair's breadth may tip what is rounded
+            # A tiny difference can flip a rounded value.
             stored = replace(stored, cache="int8", tolerance=0.1)
         if stored.bits not in rounded:
             log(f"rounding to {stored.bits} bits")
@@ -1305,7 +1324,9 @@ def write_graphs(
         if stored.cache:
             scale_cache(model, ids[MEASURED:])
         sample = None if ids is None else ids[:2, :64]
-        check_range(model, name, stored, range_texts(lm, None if ids is None else ids[:8]), log)
+        check_16_bit_range(
+            model, name, stored, range_texts(lm, None if ids is None else ids[:8]), log
+        )
         log(f"tracing {name}, {sum(p.numel() for p in lm.parameters()):,} parameters")
         graphs = trace_graphs(model, folder, name, stored, blocks, generate)
         write_all(graphs)
@@ -1331,14 +1352,15 @@ def write_graphs(
 
 
 def trace_graphs(lm, folder: Path, name: str, stored: Precision, blocks: dict, generate: bool):
-    """Path -> onnx_ir.Model of a precision's graphs, that of the whole generation last."""
+    """Path -> onnx_ir.Model of a precision's graphs, with the generating one last."""
     traced = copy.deepcopy(lm).to(getattr(torch, stored.dtype))
     try:
         graphs = {g.stem: trace(traced, g, blocks) for g in graphs_of(traced, stored)}
         if generate:
             graph = generate_graph(traced, stored)
             graphs[graph.stem] = in_a_loop(trace(traced, graph, blocks), lm.config, stored)
-    except Exception as error:  # the exporter's own have no common base
+    except Exception as error:
+        # The exporter's exceptions have no common base.
         raise Error(f"onnx: the trace of {name} failed ({first_line(error)})") from error
     return {
         folder / "onnx" / f"{stem}{stored.suffix}.onnx": model for stem, model in graphs.items()
@@ -1346,7 +1368,7 @@ def trace_graphs(lm, folder: Path, name: str, stored: Precision, blocks: dict, g
 
 
 def write_all(graphs: dict, **attributes):
-    """Write models to their paths, with attributes for the products with rounded weights."""
+    """Writes models to their paths, with attributes for the products with rounded weights."""
     for path, model in graphs.items():
         for node in ir.traversal.RecursiveGraphIterator(model.graph):
             if node.op_type == "MatMulNBits":
@@ -1370,7 +1392,7 @@ def format_differences(found: dict) -> str:
 
 
 def calibration_ids(lm, text: str | None, log):
-    """Windows (windows, WINDOW) of a text, or of what a decoder writes by itself; None where there is neither."""
+    """Windows (windows, WINDOW) of a text, or of text that the decoder generates; None if there is neither."""
     length = min(WINDOW, lm.config.max_position_embeddings)
     if text is not None:
         require(lm.tokenizer, "--text: the checkpoint has no tokenizer.json")
@@ -1403,7 +1425,7 @@ def calibration_ids(lm, text: str | None, log):
 
 
 def measure(lm, folder: Path, precision: str, ids) -> str:
-    """What a precision costs against torch in fp32, on windows of ids that it was not rounded for."""
+    """Measures a precision against torch in fp32 on windows that it was not calibrated on."""
     onnx_lm = OnnxLM(folder, precision, providers=[CPU])
 
     def perplexity(logits_of):
@@ -1428,7 +1450,7 @@ def measure(lm, folder: Path, precision: str, ids) -> str:
 
 
 def replace_directory(work: Path, out: Path):
-    """Rename a folder; what had the name before goes, unless the renaming fails."""
+    """Renames a folder over another one, which is restored if that fails."""
     old = work.with_suffix(".old")
     if out.exists():
         os.replace(out, old)
@@ -1446,7 +1468,8 @@ def megabytes(path: Path) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-GENAI_SEARCH = (  # what genai_config.json has in common with generation_config.json
+# Fields that genai_config.json shares with generation_config.json.
+GENAI_SEARCH = (
     "do_sample",
     "temperature",
     "top_k",
@@ -1460,7 +1483,8 @@ GENAI_SEARCH = (  # what genai_config.json has in common with generation_config.
     "no_repeat_ngram_size",
     "diversity_penalty",
 )
-NO_SEARCH = (  # fields of generation_config.json that say nothing of the search, or stand elsewhere
+# Fields of generation_config.json that do not affect the search, or have another place in genai_config.json.
+NO_SEARCH = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -1474,12 +1498,12 @@ NO_SEARCH = (  # fields of generation_config.json that say nothing of the search
 
 
 def genai_config(lm, stored: Precision) -> tuple[dict, list]:
-    """The settings of onnxruntime-genai for a graph, and the fields of generation_config.json that they cannot say."""
+    """onnxruntime-genai's settings for a graph, and the fields of generation_config.json that they cannot express."""
     config = lm.config
     ends = lm.ends()
     pad = lm.special_token_id("pad_token_id")
     if pad not in range(config.vocab_size) or pad in ends:
-        # it wants one that ends nothing: of the last, used least
+        # genai requires an end token even where none ends the text: the last id is the rarest.
         pad = next(i for i in reversed(range(config.vocab_size)) if i not in ends)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -1496,7 +1520,7 @@ def genai_config(lm, stored: Precision) -> tuple[dict, list]:
     }
     begin = config.bos_token_id if config.bos_token_id is not None else ends[0] if ends else 0
     search, left = genai_search(lm.generation_config, config.max_position_embeddings)
-    # beams cannot share a buffer
+    # Beams cannot share a buffer.
     search["past_present_share_buffer"] = groups_queries(lm, stored) and search["num_beams"] == 1
     model = {
         "type": "decoder",
@@ -1511,7 +1535,7 @@ def genai_config(lm, stored: Precision) -> tuple[dict, list]:
 
 
 def genai_search(file: dict, positions: int) -> tuple[dict, list]:
-    """What generation_config.json says of the search, and the names of what onnxruntime-genai has no word for."""
+    """The search options of generation_config.json, and the names that onnxruntime-genai does not know."""
     search = {"do_sample": False, "num_beams": 1, "max_length": positions}
     left = []
     if isinstance(length := file.get("max_length"), int) and length > 0:
@@ -1541,7 +1565,8 @@ def main(argv: list | None = None) -> int:
         return run_export(argv)
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # whatever it is, of whichever library: one line
+    except Exception as error:
+        # Any library's error becomes one line.
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         print(f"tinylm export: error: {kind}{first_line(error)}", file=sys.stderr)
         return 1
@@ -1646,7 +1671,7 @@ def run_export(argv: list) -> int:
 
 
 def show(lm: OnnxLM, prompt: str, max_new_tokens: int, **options):
-    """Print a continuation as it comes, then its speed after the first token."""
+    """Prints a continuation as it is generated, then the speed after the first token."""
     if not (lm.folder / "tokenizer.json").exists():
         return print("no sample: the checkpoint has no tokenizer.json")
     print(f"\n{prompt}", end="", flush=True)

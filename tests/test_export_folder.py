@@ -400,11 +400,11 @@ def test_values_beyond_float16_are_refused(tmp_path):
     lm.embed.weight[7] = 30000.0
     lines, texts = [], export.range_texts(lm, None)
     assert 7 in texts[-1]
-    export.check_range(lm, "fp16", export.PRECISIONS["fp16"], texts, lines.append)
+    export.check_16_bit_range(lm, "fp16", export.PRECISIONS["fp16"], texts, lines.append)
     assert "fp16: take care" in lines[0] and "float16 ends at 65504" in lines[0]
     lm.layers[0].mlp.down.bias = torch.nn.Parameter(torch.full((32,), 60000.0))
     words = r"^verify: fp16: layers.0\S* reaches [\d.e+]+, and float16 ends at 65504"
     with pytest.raises(export.Error, match=words):
         export_onnx(lm, tmp_path / "out", precisions=["fp16"])
-    export.check_range(lm, "int8", export.PRECISIONS["int8"], texts, lines.append)
+    export.check_16_bit_range(lm, "int8", export.PRECISIONS["int8"], texts, lines.append)
     assert len(lines) == 1 and not (tmp_path / "out").exists()

@@ -1535,11 +1535,10 @@ class TextStream:
 
 LONGEST = 512  # tokens of a text that are read, where nothing says another limit
 SHARED = 128  # tokens that neighbouring windows share, at most
-N_BEST = (
-    20  # likeliest first and last columns of an answer that are paired, as in transformers' run_qa
-)
-MOST_ATTACHED = 2000  # words with punctuation at an end that are remembered of a training
 LONGEST_ANSWER = 30  # tokens of an answer, where training has no longer one
+# Likeliest first and last columns of an answer that are paired, as in transformers' run_qa.
+N_BEST = 20
+MOST_ATTACHED = 2000  # words with punctuation at an end that are remembered of a training
 
 # Letters of scripts that are written without spaces between words: Thai to Tibetan, Myanmar, Khmer, Tai, kana, Han, Yi.
 UNSPACED = (
@@ -1547,9 +1546,8 @@ UNSPACED = (
     "\u3005-\u3007\u3041-\u30ff\u3105-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua4cf"
     "\ua9e0-\ua9fe\uaa60-\uaadf\uf900-\ufaff\uff66-\uff9f\U00016fe0-\U0001b2ff\U00020000-\U0003ffff"
 )
-ABBREVIATION = re.compile(
-    r"\.\w+\.$|^[^\W\d_]\.$|[-%&/*_]$"
-)  # U.S. and J., and signs that belong to a word
+# U.S. and J., and signs that belong to a word.
+ABBREVIATION = re.compile(r"\.\w+\.$|^[^\W\d_]\.$|[-%&/*_]$")
 HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff"
 
 
@@ -1768,6 +1766,12 @@ class Tagger(Reader):
 
     def words(self, text: str) -> list[tuple[int, int]]:
         return split_words(text, self.model.remembered)
+
+    def notices(self):
+        names = [*(self.model.config.get("id2label") or {}).values()]
+        numbers = bool(names) and all(str(name).isdecimal() for name in names)
+        text = "the model's tags are numbers (id2label of config.json): none of them is known to be no entity"
+        return super().notices() + [text] * numbers
 
     def word_logits(self, text: str, windows: list, outputs: list) -> dict[int, np.ndarray]:
         """Where a word starts -> the logits of its tag; without words that the tokenizer makes nothing of."""

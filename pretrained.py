@@ -311,9 +311,10 @@ def post_processor(tokenizer_class: str, config: dict, special: dict, ids: dict[
 # Families: how a config.json reads as a Config, and under which names our tensors are stored
 # ---------------------------------------------------------------------------------------------------------------------
 class StoredName(str):
-    """Name of a module or tensor in a checkpoint. `load` turns a stored tensor into ours, `save` turns ours back."""
+    """Name of a module or tensor in a checkpoint. `load` turns a stored tensor into ours, `save` turns ours back; both
+    take the tensor and the Config."""
 
-    load = save = staticmethod(lambda x: x)
+    load = save = staticmethod(lambda x, config: x)
     # A checkpoint may lack it; it is zero then.
     optional = False
 
@@ -321,15 +322,27 @@ class StoredName(str):
 class Transposed(StoredName):
     """A module whose weight is stored (in, out), as GPT-2's Conv1D does."""
 
-    load = save = staticmethod(lambda x: x.t() if x.ndim == 2 else x)
+    load = save = staticmethod(lambda x, config: x.t() if x.ndim == 2 else x)
 
 
 class RowVector(StoredName):
     """A vector that is stored as a matrix (1, n)."""
 
-    load = staticmethod(lambda x: x[0])
-    save = staticmethod(lambda x: x[None])
+    load = staticmethod(lambda x, config: x[0])
+    save = staticmethod(lambda x, config: x[None])
     optional = True
+
+
+class HeadByHead(StoredName):
+    """A fused projection that is stored head by head: q, k and v of a head, then those of the next one (GPT-NeoX)."""
+
+    @staticmethod
+    def load(x: Tensor, config: Config) -> Tensor:
+        return x.unflatten(0, (-1, 3, config.head_dim)).transpose(0, 1).flatten(0, 2)
+
+    @staticmethod
+    def save(x: Tensor, config: Config) -> Tensor:
+        return x.unflatten(0, (3, -1, config.head_dim)).transpose(0, 1).flatten(0, 2)
 
 
 class Unused(StoredName):
@@ -481,6 +494,16 @@ GPT2 = name_map("""
     layers.mlp.up=mlp.c_fc
     layers.mlp.down=mlp.c_proj
 """)
+GPT_NEOX = name_map("""
+    embed=embed_in
+    norm=final_layer_norm
+    layers.attention_norm=input_layernorm
+    layers.attention.o=attention.dense
+    layers.mlp_norm=post_attention_layernorm
+    layers.mlp.up=mlp.dense_h_to_4h
+    layers.mlp.down=mlp.dense_4h_to_h
+""")
+QUERY_KEY_VALUE = "gpt_neox.layers.{}.attention.query_key_value"
 LLAMA_DEFAULTS = dict(tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
 QWEN_DEFAULTS = dict(
     tie_word_embeddings=False,
@@ -489,6 +512,13 @@ QWEN_DEFAULTS = dict(
     use_sliding_window=False,
     max_window_layers=28,
     num_key_value_heads=32,
+)
+OLMO_DEFAULTS = dict(
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    max_position_embeddings=2048,
+    eos_token_id=50279,
+    pad_token_id=1,
 )
 GEMMA_DEFAULTS = dict(head_dim=256, pad_token_id=0, eos_token_id=1, bos_token_id=2)
 GEMMA2_DEFAULTS = GEMMA_DEFAULTS | dict(
@@ -542,8 +572,44 @@ def read_gemma2(raw: dict) -> dict:
 
 
 def read_gemma3(raw: dict) -> dict:
-    """Every sixth layer is a full one, or as sliding_window_pattern says."""
-    return {"layer_types": layer_types(raw, lambda i: (i + 1) % raw["sliding_window_pattern"])}
+    """Every sixth layer is a full one, or as sliding_window_pattern says. An encoder's window is halved to each side."""
+    both = bool(raw["use_bidirectional_attention"])
+    types = layer_types(raw, lambda i: (i + 1) % raw["sliding_window_pattern"])
+    window = raw["sliding_window"] // 2 + 1 if both else raw["sliding_window"]
+    return dict(layer_types=types, causal=not both, sliding_window=window)
+
+
+def write_gemma3(config: Config) -> dict:
+    window = config.sliding_window
+    if window is not None and not config.causal:
+        window = 2 * (window - 1)
+    return dict(use_bidirectional_attention=not config.causal, sliding_window=window)
+
+
+def read_smollm3(raw: dict) -> dict:
+    """Every fourth layer has no positions, or as no_rope_layer_interval or no_rope_layers says."""
+    layers, interval = raw["num_hidden_layers"], raw["no_rope_layer_interval"]
+    rotates = raw.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(layers)]
+    types = raw.get("layer_types") or [
+        tinylm.LAYER_TYPES[raw["use_sliding_window"] and bool(raw["sliding_window"]) and not rope]
+        for rope in rotates
+    ]
+    window = raw["sliding_window"] if "sliding_attention" in types else None
+    return dict(no_rope_layers=rotates[:layers], layer_types=types[:layers], sliding_window=window)
+
+
+def read_olmo3(raw: dict) -> dict:
+    """Every fourth layer is a full one."""
+    return {"layer_types": layer_types(raw, lambda i: (i + 1) % 4)}
+
+
+def write_olmo3(config: Config) -> dict:
+    """Without these, transformers gives sliding layers its own default theta."""
+    full = (
+        {"rope_type": "default"} | (config.rope_scaling or {}) | {"rope_theta": config.rope_theta}
+    )
+    sliding = {"rope_type": "default", "rope_theta": config.rope_local_base_freq}
+    return {"rope_parameters": dict(zip(tinylm.LAYER_TYPES, (full, sliding)))}
 
 
 FAMILIES = {
@@ -607,7 +673,7 @@ FAMILIES = {
         "Gemma3",
         tensors=llama_like(SANDWICH),
         fields=ROTARY | BIASES | SLIDING | GEMMA2_FIELDS | name_map("rope_local_base_freq"),
-        heads=LM_ONLY,
+        heads=DECODER_HEADS | {"classify": head_table("head.out=score", classifier_pooling="last")},
         fixed=GEMMA_FIXED | dict(norm_position="sandwich", qk_norm="head"),
         defaults=GEMMA2_DEFAULTS
         | dict(
@@ -615,9 +681,12 @@ FAMILIES = {
             rope_theta=1e6,
             rope_local_base_freq=1e4,
             sliding_window_pattern=6,
+            use_bidirectional_attention=False,
         ),
-        only=CAUSAL_ATTENTION | dict(attn_logit_softcapping=None),
+        only=dict(attn_logit_softcapping=None),
         read=read_gemma3,
+        write=write_gemma3,
+        class_endings={None: "TextModel", "classify": "TextForSequenceClassification"},
     ),
     "gpt2": Family(
         "GPT2",
@@ -673,15 +742,83 @@ FAMILIES = {
         "Olmo2",
         tensors=llama_like(OUTPUT_NORMS),
         fields=ROTARY | BIASES,
-        heads=LM_ONLY,
         fixed=dict(norm_position="output", qk_norm="full"),
+        defaults=OLMO_DEFAULTS,
+    ),
+    "olmo3": Family(
+        "Olmo3",
+        tensors=llama_like(OUTPUT_NORMS),
+        fields=ROTARY | BIASES | SLIDING | name_map("rope_local_base_freq"),
+        fixed=dict(norm_position="output", qk_norm="full"),
+        defaults=OLMO_DEFAULTS
+        | dict(rope_theta=5e5, rope_local_base_freq=5e5, sliding_window=4096),
+        read=read_olmo3,
+        write=write_olmo3,
+    ),
+    "smollm3": Family(
+        "SmolLM3",
+        tensors=llama_like(),
+        fields=ROTARY | BIASES | SLIDING | name_map("mlp_bias no_rope_layers"),
         defaults=dict(
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=False,
-            max_position_embeddings=2048,
-            eos_token_id=50279,
-            pad_token_id=1,
+            max_position_embeddings=32768,
+            num_key_value_heads=4,
+            rope_theta=2e6,
+            bos_token_id=128000,
+            eos_token_id=128001,
+            pad_token_id=128004,
+            sliding_window=None,
+            use_sliding_window=False,
+            no_rope_layer_interval=4,
         ),
+        read=read_smollm3,
+        write=lambda config: {"use_sliding_window": "sliding_attention" in config.layer_types},
+    ),
+    "granite": Family(
+        "Granite",
+        tensors=llama_like(),
+        fields=ROTARY
+        | BIASES
+        | name_map("""
+            mlp_bias embedding_multiplier attention_multiplier residual_multiplier logits_scaling
+        """),
+        heads=LM_ONLY | {None: head_table()},
+        defaults=LLAMA_DEFAULTS | dict(max_position_embeddings=2048, attention_multiplier=1.0),
+    ),
+    "gpt_neox": Family(
+        "GPTNeoX",
+        tensors=tensor_map("gpt_neox.", "layers.{}.", GPT_NEOX)
+        | {"layers.{}.attention.qkv": (HeadByHead(QUERY_KEY_VALUE),)},
+        fields=COMMON
+        | BIASES
+        | name_map("""
+            norm_eps=layer_norm_eps rope_theta=rotary_emb_base partial_rotary_factor=rotary_pct rope_scaling
+            use_parallel_residual hidden_dropout embedding_dropout=hidden_dropout head_dropout=classifier_dropout
+        """),
+        heads={
+            "lm": head_table("head.out=embed_out"),
+            "classify": head_table("head.out=score"),
+            None: head_table(),
+        },
+        prefix="gpt_neox.",
+        fixed=dict(norm="layer", gated=False, mlp_bias=True),
+        defaults=dict(
+            hidden_act="gelu",
+            max_position_embeddings=2048,
+            layer_norm_eps=1e-5,
+            rotary_pct=0.25,
+            use_parallel_residual=True,
+            attention_bias=True,
+            classifier_dropout=0.1,
+            is_decoder=False,
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=2,
+        ),
+        only=dict(head_dim=None),
+        drop="""
+            gpt_neox.layers.*.attention.rotary_emb.inv_freq gpt_neox.layers.*.attention.bias
+            gpt_neox.layers.*.attention.masked_bias
+        """,
     ),
     "starcoder2": Family(
         "Starcoder2",
@@ -740,10 +877,28 @@ DISTILBERT = EMBEDDINGS | name_map("""
     layers.mlp.down=ffn.lin2
     layers.mlp_norm=output_layer_norm
 """)
-BERT_FIELDS = COMMON | name_map("""
-    type_vocab_size norm_eps=layer_norm_eps attention_dropout=attention_probs_dropout_prob
+MPNET = BERT | name_map("""
+    relative_bias=encoder.relative_attention_bias
+    layers.attention.qkv=attention.attn.q+attention.attn.k+attention.attn.v
+    layers.attention.o=attention.attn.o
+    layers.attention_norm=attention.LayerNorm
+""")
+MODERNBERT = name_map("""
+    embed=embeddings.tok_embeddings
+    embedding_norm=embeddings.norm
+    norm=final_norm
+    layers.attention_norm=attn_norm
+    layers.attention.qkv=attn.Wqkv
+    layers.attention.o=attn.Wo
+    layers.mlp_norm=mlp_norm
+    layers.mlp.gate_up=mlp.Wi
+    layers.mlp.down=mlp.Wo
+""")
+MPNET_FIELDS = COMMON | name_map("""
+    norm_eps=layer_norm_eps attention_dropout=attention_probs_dropout_prob
     hidden_dropout=hidden_dropout_prob embedding_dropout=hidden_dropout_prob head_dropout=classifier_dropout
 """)
+BERT_FIELDS = MPNET_FIELDS | name_map("type_vocab_size")
 BERT_DEFAULTS = dict(
     hidden_act="gelu",
     max_position_embeddings=512,
@@ -781,25 +936,44 @@ def write_roberta(config: Config) -> dict:
     return {"max_position_embeddings": config.max_position_embeddings + config.position_offset}
 
 
+def roberta_heads(prefix: str) -> dict:
+    return encoder_heads(
+        mlm=head_table(
+            """
+            head.dense=lm_head.dense head.norm=lm_head.layer_norm head.out=lm_head.decoder
+            head.out.bias=lm_head.bias
+            """,
+            head_act="gelu",
+            head_norm=True,
+        ),
+        classify=head_table(
+            "head.dense=classifier.dense head.out=classifier.out_proj", head_act="tanh"
+        ),
+        bare=head_table(f"head.dense={prefix}pooler.dense", Unused, head_act="tanh"),
+    )
+
+
+def read_modernbert(raw: dict) -> dict:
+    """Every third layer is a full one. The window of the others is halved to each side."""
+    require(raw["rope_scaling"] is None, f"rope_scaling = {raw['rope_scaling']!r}, expected none")
+    window = raw["local_attention"] // 2 + 1
+    rule = lambda i: i % raw["global_attn_every_n_layers"]  # noqa: E731
+    return dict(
+        sliding_window=window, layer_types=layer_types(raw | {"sliding_window": window}, rule)
+    )
+
+
+def write_modernbert(config: Config) -> dict:
+    window = config.sliding_window or 1
+    return dict(local_attention=2 * (window - 1), classifier_activation=config.head_act or "gelu")
+
+
 def roberta(stem: str) -> Family:
     return Family(
         stem,
         tensors=tensor_map("roberta.", "encoder.layer.{}.", BERT),
         fields=BERT_FIELDS,
-        heads=encoder_heads(
-            mlm=head_table(
-                """
-                head.dense=lm_head.dense head.norm=lm_head.layer_norm head.out=lm_head.decoder
-                head.out.bias=lm_head.bias
-                """,
-                head_act="gelu",
-                head_norm=True,
-            ),
-            classify=head_table(
-                "head.dense=classifier.dense head.out=classifier.out_proj", head_act="tanh"
-            ),
-            bare=head_table("head.dense=roberta.pooler.dense", Unused, head_act="tanh"),
-        ),
+        heads=roberta_heads("roberta."),
         prefix="roberta.",
         fixed=ENCODER,
         defaults=BERT_DEFAULTS | dict(pad_token_id=1, bos_token_id=0, eos_token_id=2),
@@ -811,6 +985,7 @@ def roberta(stem: str) -> Family:
     )
 
 
+MODERNBERT_HEAD = "head.dense=head.dense head.norm=head.norm "
 FAMILIES |= {
     "bert": Family(
         "Bert",
@@ -839,6 +1014,67 @@ FAMILIES |= {
     ),
     "roberta": roberta("Roberta"),
     "xlm-roberta": roberta("XLMRoberta"),
+    "camembert": roberta("Camembert"),
+    "mpnet": Family(
+        "MPNet",
+        tensors=tensor_map("mpnet.", "encoder.layer.{}.", MPNET),
+        fields=MPNET_FIELDS,
+        heads=roberta_heads("mpnet."),
+        prefix="mpnet.",
+        fixed=ENCODER | dict(position="learned_relative", position_offset=2),
+        defaults={key: value for key, value in BERT_DEFAULTS.items() if key != "type_vocab_size"}
+        | dict(pad_token_id=1, bos_token_id=0, eos_token_id=2),
+        # transformers computes with 32, no matter how long the table is.
+        only=TIED | dict(relative_attention_num_buckets=32),
+        read=lambda raw: {"max_position_embeddings": raw["max_position_embeddings"] - 2},
+        write=write_roberta,
+        drop="mpnet.embeddings.position_ids",
+        copies={"lm_head.decoder.bias": "lm_head.bias"},
+    ),
+    "modernbert": Family(
+        "ModernBert",
+        tensors=tensor_map("model.", "layers.{}.", MODERNBERT),
+        fields=COMMON
+        | BIASES
+        | name_map("""
+            norm_eps norm_bias mlp_bias layer_types embedding_dropout hidden_act=hidden_activation
+            sliding_window=local_attention rope_scaling rope_theta=global_rope_theta
+            rope_local_base_freq=local_rope_theta classifier_pooling head_act=classifier_activation
+            head_dense_bias=classifier_bias head_bias=decoder_bias head_dropout=classifier_dropout
+        """),
+        heads={"mlm": head_table(MODERNBERT_HEAD + "head.out=decoder", head_norm=True)}
+        | {
+            head: head_table(
+                MODERNBERT_HEAD + "head.out=classifier", head_norm=True, head_bias=True
+            )
+            for head in ("classify", "tokens", "qa")
+        }
+        | {None: head_table(head_act=None, head_dense_bias=False)},
+        fixed=dict(causal=False, norm="layer", first_norm=False, embedding_norm=True),
+        defaults=dict(
+            hidden_activation="gelu",
+            max_position_embeddings=8192,
+            norm_eps=1e-5,
+            norm_bias=False,
+            global_rope_theta=160000.0,
+            local_rope_theta=10000.0,
+            local_attention=128,
+            global_attn_every_n_layers=3,
+            classifier_pooling="cls",
+            classifier_activation="gelu",
+            classifier_bias=False,
+            classifier_dropout=0.0,
+            decoder_bias=True,
+            cls_token_id=50281,
+            bos_token_id=50281,
+            eos_token_id=50282,
+            pad_token_id=50283,
+        ),
+        only=dict(head_dim=None, sliding_window=None),
+        read=read_modernbert,
+        write=write_modernbert,
+        drop="",
+    ),
     "distilbert": Family(
         "DistilBert",
         tensors=tensor_map("distilbert.", "transformer.layer.{}.", DISTILBERT),
@@ -1101,15 +1337,17 @@ FAMILIES |= {
 NO_EFFECT = set(
     """
     activation_dropout architectures attn_implementation chunk_size_feed_forward classifier_dropout
-    decoder_layerdrop dtype encoder_layerdrop id2label init_std initializer_factor initializer_range
-    label2id model_type num_labels output_attentions output_hidden_states pretraining_tp qa_dropout
-    reorder_and_upcast_attn return_dict sinusoidal_pos_embds summary_activation summary_first_dropout
+    decoder_layerdrop deterministic_flash_attn dtype encoder_layerdrop id2label init_std
+    initializer_cutoff_factor initializer_factor initializer_range label2id mlp_dropout model_type num_labels output_attentions output_hidden_states pretraining_tp qa_dropout
+    reorder_and_upcast_attn return_dict sinusoidal_pos_embds sparse_pred_ignore_index sparse_prediction
+    summary_activation summary_first_dropout
     summary_last_dropout summary_proj_to_labels summary_type summary_use_proj torch_dtype
     transformers_version use_cache
 
     auto_map cache_implementation directionality extra_pos_embeddings finetuning_task
     gradient_checkpointing is_llama_config n_ctx n_positions output_past pooler_fc_size
-    pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type prefix sep_token_id
+    pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type prefix
+    reference_compile repad_logits_with_grad sep_token_id
     task_specific_params tie_weights_ tinylm_replaced tokenizer_class transformers.js_config unk_token_id
     """.split()
 )
@@ -1198,16 +1436,18 @@ def flatten_rope(family: Family, raw: dict, place: str) -> list:
     for value in (rope, scaling):
         require(isinstance(value, dict), f"{place}: rope_scaling = {value!r}, expected an object")
     original_beside = raw.pop(tinylm.ORIGINAL, None)
-    if "rope_local_base_freq" in family.defaults:
-        rope = full_attention_rope(raw, rope, place) | scaling
+    local = family.fields.get("rope_local_base_freq")
+    if local in family.defaults:
+        rope = full_attention_rope(raw, rope, local, place) | scaling
         # In this family transformers reads neither.
         original_beside = None
         rope.pop("truncate", None)
     elif scaling:
         rope = scaling
     rope = {key: value for key, value in rope.items() if value is not None}
-    for key in ("rope_theta", "partial_rotary_factor"):
-        raw[key] = rope.pop(key, raw.get(key))
+    for name in ("rope_theta", "partial_rotary_factor"):
+        key = family.fields.get(name, name)
+        raw[key] = rope.pop(name, raw.get(key))
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(
         rope.pop("type", kind) == kind,
@@ -1241,12 +1481,13 @@ def complete_rope(rope: dict, kind: str, length: int, place: str):
         require(low < high, f"{place}: low_freq_factor = {low}, expected less than {high}")
 
 
-def full_attention_rope(raw: dict, rope: dict, place: str) -> dict:
-    """The part of Gemma 3's `rope_parameters` for full layers; its sliding layers only have a theta, written to raw."""
+def full_attention_rope(raw: dict, rope: dict, local: str, place: str) -> dict:
+    """The part of Gemma 3's `rope_parameters` for full layers; its sliding layers only have a theta, written to raw as
+    `local`."""
     unknown = [key for key in rope if key not in tinylm.LAYER_TYPES]
     require(not unknown, f"{place}: rope_parameters has {unknown}, expected {tinylm.LAYER_TYPES}")
     full, sliding = (dict(rope.get(layer_type) or {}) for layer_type in tinylm.LAYER_TYPES)
-    raw["rope_local_base_freq"] = sliding.pop("rope_theta", raw["rope_local_base_freq"])
+    raw[local] = sliding.pop("rope_theta", raw[local])
     scaled = {key: value for key, value in sliding.items() if value != "default"}
     require(
         not scaled,
@@ -1361,6 +1602,11 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
     name = str(name)
     if os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]{,95}(/[\w-][\w.-]{,95})?", name):
         require(os.path.isdir(name), f"{name}: no such folder")
+        best = os.path.join(name, "best")
+        require(
+            os.path.exists(os.path.join(name, "config.json")) or not os.path.isdir(best),
+            f"{name}: the folder of a run, expected a checkpoint in it: {best}",
+        )
         require(
             revision is None, f"revision = {revision!r}: {name} is a folder, not a name on the hub"
         )
@@ -1413,7 +1659,7 @@ def to_stored(
     """Our tensor as a family stores it, fused parts separated."""
     names = stored_names(name, model_type, config.head)
     parts = tensor.split(fused_sizes(name, config)) if len(names) > 1 else [tensor]
-    return {n: n.save(part) for n, part in zip(names, parts)}
+    return {n: n.save(part, config) for n, part in zip(names, parts)}
 
 
 def to_checkpoint(state: dict, config: Config, model_type: str) -> dict[str, Tensor]:
@@ -1552,7 +1798,7 @@ class Checkpoint:
                 new = fresh.get(name, torch.zeros(tensor.shape))
                 state[name] = new.to(self.device, self.dtype)
             else:
-                found = [n.load(self.fetch(n, part.shape)) for n, part in parts.items()]
+                found = [n.load(self.fetch(n, p.shape), self.config) for n, p in parts.items()]
                 state[name] = torch.cat(found) if len(found) > 1 else found[0].contiguous()
         self.check_copies(used)
         self.check_unexpected(used)

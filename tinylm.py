@@ -137,6 +137,7 @@ ACTIVATIONS = {
 Act = Literal[tuple(ACTIVATIONS)]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 LAYER_TYPES = ("full_attention", "sliding_attention")
+POSITIONS = ("rope", "learned", "sinusoidal", "relative", "learned_relative")
 # rope_type -> keys of rope_scaling that it needs, and optional ones.
 ROPE_KEYS = {
     "default": (),
@@ -191,7 +192,8 @@ class Config:
     attention_output_bias: bool | None = None  # bias of o; None: as attention_bias
     query_pre_attn_scalar: Real | None = None  # scores are q.k / sqrt(this); None: head_dim
     attn_logit_softcapping: Real | None = None  # c: scores become c tanh(scores / c)
-    sliding_window: Size | None = None  # keys that a sliding layer sees, the token's own included
+    attention_multiplier: Real | None = None  # scores are q.k times this (Granite)
+    sliding_window: Size | None = None  # a sliding layer sees keys at a distance below this
     layer_types: tuple | list | None = None  # one of LAYER_TYPES per layer; None: all alike
 
     # Norms
@@ -200,7 +202,11 @@ class Config:
     norm_offset: float = 0.0  # added to the RMS norm's weight (Gemma: 1)
     # pre: x + f(norm(x)); post: norm(x + f(x)); output: x + norm(f(x)); sandwich: x + norm(f(norm(x)))
     norm_position: Literal["pre", "post", "output", "sandwich"] = "pre"
+    norm_bias: bool = True  # of layer norms
+    first_norm: bool = True  # a norm before the first layer's attention
     final_norm: bool = True  # a norm after the last layer
+    use_parallel_residual: bool = False  # x + attention(norm(x)) + mlp(norm(x))
+    residual_multiplier: Real = 1.0  # of what each sub-layer adds to the residual stream
 
     # MLP
     hidden_act: Act = "silu"
@@ -208,11 +214,12 @@ class Config:
     mlp_bias: bool = False
 
     # Positions
-    position: Literal["rope", "learned", "sinusoidal", "relative"] = "rope"
-    position_offset: Count = 0  # unused rows of a learned table before position 0
+    position: Literal[POSITIONS] = "rope"  # learned_relative: both of them (MPNet)
+    position_offset: Count = 0  # unused positions of a table before position 0
     rope_theta: Real = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": a key of ROPE_KEYS, "factor": ...}
     rope_local_base_freq: Real | None = None  # theta of sliding layers, unscaled; None: rope_theta
+    no_rope_layers: tuple | list | None = None  # per layer: 1 rotates, 0 does not; None: all do
     partial_rotary_factor: Share = 1.0  # share of each head's channels that rotate
     relative_attention_num_buckets: Annotated[int, 4, 2**20] = 32
     relative_attention_max_distance: Annotated[int, 2, 2**31] = 128
@@ -221,6 +228,7 @@ class Config:
     embedding_size: Width | None = None  # projected to hidden_size; None: hidden_size
     type_vocab_size: Count = 0  # token types; 0: none
     scale_embedding: bool = False  # embeddings times sqrt(hidden_size)
+    embedding_multiplier: Real = 1.0  # embeddings times this
     embedding_norm: bool = False  # a norm after all embeddings are added
     tie_word_embeddings: bool = True  # the head's weight is the embedding
     initializer_range: Real = 0.02  # standard deviation of random weights
@@ -228,9 +236,13 @@ class Config:
     # Head
     head: Literal["lm", "mlm", "classify", "tokens", "qa", None] = "lm"  # None: hidden states
     head_act: Act | None = None  # a dense layer with this activation before the head's output
+    head_dense_bias: bool = True
     head_norm: bool = False  # and a norm after that
     head_bias: bool = False  # bias of the head's output
+    # The state that a classifier reads. None: the first token's in an encoder, else the last one's.
+    classifier_pooling: Literal["cls", "last", "mean", None] = None
     scale_logits: bool = False  # the head's input over sqrt(hidden_size) (T5)
+    logits_scaling: Real = 1.0  # a language model's logits are divided by this
     final_logit_softcapping: Real | None = None  # c: logits become c tanh(logits / c)
     id2label: dict | None = None  # classes of a classifying head; None: two
     problem_type: Problem | None = None  # what the loss takes labels for; None: a single label
@@ -305,12 +317,17 @@ class Config:
             heads % self.num_key_value_heads == 0,
             f"a divisor of num_attention_heads = {heads}",
         )
-        if self.position == "relative":
+        if "relative" in self.position:
             self._expect(
                 "position",
                 heads == self.num_key_value_heads and self.attn_logit_softcapping is None,
                 "another: relative positions support neither grouped queries nor soft-capping",
             )
+        self._expect(
+            "use_parallel_residual",
+            not self.use_parallel_residual or self.norm_position != "post",
+            "False where norm_position is post",
+        )
         self._expect(
             "encoder_attention_heads",
             self.encoder_attention_heads in (None, heads)
@@ -325,12 +342,18 @@ class Config:
             f"{self.num_hidden_layers} of {', '.join(LAYER_TYPES)}",
         )
         if "sliding_attention" in types:
-            self._expect("sliding_window", self.causal, "none in an encoder")
             self._expect(
                 "sliding_window",
                 self.sliding_window,
                 "a number, as layer_types has a sliding_attention",
             )
+
+        rotates = self.no_rope_layers
+        self._expect(
+            "no_rope_layers",
+            rotates is None or len(rotates) == self.num_hidden_layers and {*rotates} <= {0, 1},
+            f"{self.num_hidden_layers} of 0 and 1",
+        )
 
     def _check_head(self):
         projected = self.head == "mlm" and self.head_act
@@ -394,6 +417,7 @@ class Config:
             intermediate_size=self.encoder_intermediate_size,
             layer_types=None,
             sliding_window=None,
+            no_rope_layers=None,
             head=None,
             head_act=None,
         )
@@ -523,14 +547,16 @@ class Norm(nn.Module):
         self.eps = config.norm_eps
         self.offset = config.norm_offset
         self.weight = nn.Parameter(torch.full((size,), 1.0 - self.offset))
-        self.bias = nn.Parameter(torch.zeros(size)) if config.norm == "layer" else None
+        self.layer = config.norm == "layer"
+        biased = self.layer and config.norm_bias
+        self.bias = nn.Parameter(torch.zeros(size)) if biased else None
 
     def forward(self, x: Tensor) -> Tensor:
         size = len(self.weight)
         if x.shape[-1] != size:
             heads = rearrange(x, "... (h d) -> ... h d", d=size)
             return rearrange(self(heads), "... h d -> ... (h d)")
-        if self.bias is not None:
+        if self.layer:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         weight = self.weight.float() + self.offset if self.offset else self.weight
         return rms_norm(x, weight, self.eps)
@@ -637,6 +663,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.causal = config.causal and not cross
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        if config.attention_multiplier is not None:
+            self.scale = config.attention_multiplier
         self.softcap = config.attn_logit_softcapping
         self.dropout = config.attention_dropout
         q_size, k_size, v_size = self.sizes
@@ -718,6 +746,8 @@ class Block(nn.Module):
             return Norm(config, config.hidden_size) if present else nn.Identity()
 
         self.post = config.norm_position == "post"
+        self.parallel = config.use_parallel_residual
+        self.multiplier = config.residual_multiplier
         self.attention_norm = norm(before)
         self.attention_output_norm = norm(after)
         self.attention = Attention(config)
@@ -743,27 +773,32 @@ class Block(nn.Module):
         """x (batch, seq, hidden); cross_kv: for every layer, keys and values (batch, source, kv_heads * head_dim) of the
         encoder's output; encoder_mask (batch, 1, 1, source), True for tokens, or None without padding."""
         attention = self.attention, self.attention_norm, self.attention_output_norm
-        x = self.add(x, *attention, rope, mask, cache, layer)
+        before, x = x, self.add(x, *attention, rope, mask, cache, layer)
         if cross_kv is not None:
             norms = self.cross_attention_norm, self.cross_attention_output_norm
             arguments = None, encoder_mask, None, layer, cross_kv[layer]
             x = self.add(x, self.cross_attention, *norms, *arguments)
-        return self.add(x, self.mlp, self.mlp_norm, self.mlp_output_norm)
+        mlp = self.mlp, self.mlp_norm, self.mlp_output_norm
+        return x + self.output(before, *mlp) if self.parallel else self.add(x, *mlp)
 
     def add(
         self, x: Tensor, sublayer, norm: nn.Module, output_norm: nn.Module, *arguments
     ) -> Tensor:
         """x plus the sub-layer's output, normed where norm_position says."""
+        y = x + self.output(x, sublayer, norm, output_norm, *arguments)
+        return norm(y) if self.post else y
+
+    def output(self, x: Tensor, sublayer, norm, output_norm, *arguments) -> Tensor:
         y = self.dropout(output_norm(sublayer(x if self.post else norm(x), *arguments)))
-        return norm(x + y) if self.post else x + y
+        return y if self.multiplier == 1 else y * self.multiplier
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Positions and the key-value cache. One rule masks everything: a query sees keys at its own or earlier positions (in a
-# sliding layer, within the window), or in an encoder all keys except padding. Padding has a position after all others.
+# sliding layer, within the window), or in an encoder later ones too, except padding. Padding has a position after all.
 # ---------------------------------------------------------------------------------------------------------------------
 # Kinds of positions that cannot exceed max_position_embeddings.
-LIMITED = ("learned", "sinusoidal")
+LIMITED = ("learned", "sinusoidal", "learned_relative")
 # The position of padding and of cache columns that are not written yet.
 NEVER = 2**30
 
@@ -778,9 +813,11 @@ def visible(
     positions: Tensor, key_positions: Tensor, window: int | None = None, causal: bool = True
 ) -> Tensor:
     """The attention mask (batch, 1, seq, keys) for query and key positions, True where attention is allowed."""
-    if not causal:
+    if not causal and window is None:
         return (key_positions < NEVER)[:, None, None, :]
     distance = positions[:, None, :, None] - key_positions[:, None, None, :]
+    if not causal:
+        return distance.abs() < window
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
@@ -791,13 +828,21 @@ def last_column(mask: Tensor) -> Tensor:
 
 
 def pooled_column(input_ids: Tensor, mask: Tensor | None, config: Config) -> Tensor:
-    """The column (batch, 1) whose state represents the text: the first token in an encoder, else the last one that is
-    not a pad id, even if the mask covers it, as in transformers."""
+    """The column (batch, 1) whose state represents the text: the first token's in an encoder, else the last one's that
+    is not a pad id, even if the mask covers it, as in transformers. classifier_pooling may say which."""
     real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-    if not config.causal:
+    if config.classifier_pooling == "cls" or not config.causal and not config.classifier_pooling:
         return real.float().argmax(-1, keepdim=True)
     pad = -1 if config.pad_token_id is None else config.pad_token_id
     return last_column(real & (input_ids != pad))
+
+
+def mean_state(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean (batch, 1, hidden) of the states of a text's tokens."""
+    if mask is None:
+        return x.mean(1, keepdim=True)
+    real = mask[..., None].to(x.dtype)
+    return (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
 
 
 class KVCache:
@@ -862,12 +907,12 @@ class Stack(nn.Module):
         hidden = config.hidden_size
         width = config.embedding_size
         limit = config.max_position_embeddings
-        if config.position == "learned":
+        if config.position in ("learned", "learned_relative"):
             self.position_embed = nn.Embedding(limit + config.position_offset, width)
-        elif config.position == "relative":
+        if "relative" in config.position:
             buckets = config.relative_attention_num_buckets
             self.relative_bias = nn.Embedding(buckets, config.num_attention_heads)
-        else:
+        elif config.position != "learned":
             dim = config.rotary_dim if config.position == "rope" else width
             full = Rotary(dim, config.rope_theta, limit, config.rope_scaling)
             self.rotary = nn.ModuleDict({"full_attention": full})
@@ -879,6 +924,8 @@ class Stack(nn.Module):
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.embedding_project = Linear(width, hidden) if width != hidden else nn.Identity()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        if not config.first_norm:
+            self.layers[0].attention_norm = nn.Identity()
         self.norm = Norm(config, hidden) if config.final_norm else nn.Identity()
 
     def states(
@@ -906,8 +953,10 @@ class Stack(nn.Module):
                 rotary = self.rotary[kind if kind in self.rotary else "full_attention"]
                 ropes[kind] = rotary(positions)
         x = self.embed_positions(x, positions, token_type_ids)
+        rotates = self.config.no_rope_layers or [1] * len(self.layers)
         for layer, (block, kind) in enumerate(zip(self.layers, self.config.layer_types)):
-            x = block(x, ropes.get(kind), masks[kind], cache, layer, cross_kv, encoder_mask)
+            rope = ropes.get(kind) if rotates[layer] else None
+            x = block(x, rope, masks[kind], cache, layer, cross_kv, encoder_mask)
         return self.norm(x)
 
     def embed_positions(
@@ -918,11 +967,13 @@ class Stack(nn.Module):
         if config.scale_embedding:
             # The factor is rounded to the dtype, as in the reference implementation.
             x = x * x.new_full((), config.hidden_size**0.5)
-        if config.position == "learned":
+        if config.embedding_multiplier != 1:
+            x = x * config.embedding_multiplier
+        if config.position in ("learned", "learned_relative"):
             x = x + self.position_embed(positions + config.position_offset)
         if config.position == "sinusoidal":
             # Sines, then cosines, as in Marian.
-            cos, sin = self.rotary["full_attention"](positions)
+            cos, sin = self.rotary["full_attention"](positions + config.position_offset)
             x = x + torch.cat((sin, cos), dim=-1)[..., : x.shape[-1]].to(x.dtype)
         if self.type_embed is not None:
             types = torch.zeros_like(positions) if token_type_ids is None else token_type_ids
@@ -935,9 +986,9 @@ class Stack(nn.Module):
         """The attention mask of a layer type, as `attend` takes it; plain: no cache and no padding."""
         config = self.config
         window = config.sliding_window if kind == "sliding_attention" else None
-        if config.position == "relative":
+        if "relative" in config.position:
             return self.relative_mask(positions, key_positions, window, dtype)
-        if plain and (window is None or config.causal and positions.shape[1] <= window):
+        if plain and (window is None or positions.shape[1] <= window):
             return None
         return visible(positions, key_positions, window, config.causal)
 
@@ -972,7 +1023,7 @@ class Head(nn.Module):
         self.act = ACTIVATIONS.get(config.head_act)
         if config.head_act:
             inner = config.embedding_size if config.head == "mlm" else width
-            self.dense = Linear(width, inner)
+            self.dense = Linear(width, inner, bias=config.head_dense_bias)
             width = inner
         self.norm = Norm(config, width) if config.head_norm else nn.Identity()
         dropout = config.head_dropout
@@ -1176,7 +1227,9 @@ class TinyLM(Stack):
         check_inputs(self.config, ids, mask, types, cache, name)
         x = look_up(self.embed, ids, name)
         x = self.states(x, mask, types, cache, cross_kv, encoder_mask)
-        if self.config.head == "classify":
+        if self.config.head == "classify" and self.config.classifier_pooling == "mean":
+            x = mean_state(x, mask)
+        elif self.config.head == "classify":
             columns = pooled_column(ids, mask, self.config)
         if columns is not None:
             x = x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
@@ -1185,6 +1238,8 @@ class TinyLM(Stack):
         if not apply_head:
             return x
         logits = self.head(x, self.embed.weight)
+        if self.config.logits_scaling != 1 and self.config.head == "lm":
+            logits = logits / self.config.logits_scaling
         cap = self.config.final_logit_softcapping
         if cap is not None and self.config.head == "lm":
             logits = cap * torch.tanh(logits / cap)
@@ -1509,13 +1564,18 @@ def load_tensors(lm: nn.Module, path: Path):
 
 
 def usable_device(name=None) -> torch.device:
-    """The device of that name, or by default CUDA if there is one."""
+    """The device of that name, or by default CUDA if there is one. Raises Error for one that cannot compute here."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        x = torch.zeros(1, device=name)
+        # a value that is read back: the meta device has none
+        x.item()
+        return x.device
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError):
         # A build without CUDA raises AssertionError.
-        raise Error(f"--device {name} cannot be used ({str(error).splitlines()[0]})") from None
+        there = torch.accelerator.current_accelerator(check_available=True)
+        devices = "cpu" if there is None else f"cpu or {there.type}"
+        raise Error(f"--device {name} cannot be used here, expected {devices}") from None
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -98,6 +98,26 @@ def gemma3(**changes):
     return common(**fields | changes)
 
 
+def olmo3(**changes):
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    return common(**dict(num_hidden_layers=3, sliding_window=6, layer_types=types) | changes)
+
+
+GRANITE = dict(
+    embedding_multiplier=1.7,
+    attention_multiplier=0.31,
+    residual_multiplier=0.6,
+    logits_scaling=2.3,
+)
+
+
+def neox(**changes):
+    sizes = dict(rope_parameters=rope(theta=1000.0, partial_rotary_factor=0.4))
+    fields = common(**sizes | changes)
+    del fields["num_key_value_heads"]
+    return fields
+
+
 def family_of(name):
     """The family that a case's name begins with: a new one needs a row in pretrained.py and a case here."""
     return max((family for family in pretrained.FAMILIES if name.startswith(family)), key=len)
@@ -208,6 +228,37 @@ CASES = [
             rms_norm_eps=1e-2,
             rope_parameters=rope("linear", factor=2.5),
         ),
+        "olmo3": olmo3(),
+        "olmo3-yarn": olmo3(
+            rope_parameters=dict(
+                full_attention=rope("yarn", 100.0, factor=4.0, original_max_position_embeddings=16),
+                sliding_attention=rope(theta=70.0),
+            ),
+            num_key_value_heads=3,
+            rms_norm_eps=1e-2,
+        ),
+        "smollm3": common(num_hidden_layers=5, tie_word_embeddings=False),
+        "smollm3-window": common(
+            num_hidden_layers=4,
+            no_rope_layers=[0, 1, 0, 1],
+            head_dim=16,
+            use_sliding_window=True,
+            sliding_window=6,
+            attention_bias=True,
+            mlp_bias=True,
+        ),
+        "granite": common(**GRANITE),
+        "granite-tied": common(
+            tie_word_embeddings=True, num_key_value_heads=3, attention_bias=True, **GRANITE
+        ),
+        "gpt_neox": neox(),
+        "gpt_neox-serial": neox(
+            use_parallel_residual=False,
+            attention_bias=False,
+            rope_parameters=rope(theta=50.0, partial_rotary_factor=1.0),
+            tie_word_embeddings=True,
+            hidden_act="relu",
+        ),
         "starcoder2": common(),
         "starcoder2-window": common(
             sliding_window=7, use_bias=False, tie_word_embeddings=False, norm_epsilon=1e-3
@@ -279,6 +330,34 @@ def electra(**changes):
     return bert(**dict(embedding_size=26) | changes)
 
 
+def mpnet(**changes):
+    fields = roberta(**changes)
+    del fields["type_vocab_size"]
+    return fields
+
+
+def modernbert(**changes):
+    """A window of three keys to each side, shorter than the prompts."""
+    rotations = dict(full_attention=rope(theta=5000.0), sliding_attention=rope(theta=100.0))
+    sizes = dict(
+        vocab_size=211,
+        hidden_size=60,
+        intermediate_size=82,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        max_position_embeddings=37,
+        local_attention=6,
+        norm_eps=1e-3,
+        rope_parameters=rotations,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        cls_token_id=1,
+        sep_token_id=2,
+    )
+    return sizes | changes
+
+
 def heads(name, fields, **more):
     """A case for each head: `more` has the labels of classify, where they are not the sentiments."""
     more = dict(classify=SENTIMENTS, tokens=NAMES) | more
@@ -294,6 +373,25 @@ ENCODERS = [
     *heads("xlm-roberta", roberta(num_attention_heads=6, type_vocab_size=2, layer_norm_eps=1e-3)),
     *heads("distilbert", distilbert(), classify=SCORE),
     *heads("electra", electra(), classify=TOPICS),
+    *heads("camembert", roberta(type_vocab_size=1), classify=SCORE),
+    *heads("mpnet", mpnet(), classify=TOPICS),
+    *heads("modernbert", modernbert(), classify=TOPICS),
+    *heads(
+        "modernbert_mean",
+        modernbert(
+            classifier_pooling="mean",
+            norm_bias=True,
+            attention_bias=True,
+            mlp_bias=True,
+            classifier_bias=True,
+            decoder_bias=False,
+            classifier_activation="relu",
+            hidden_activation="silu",
+            layer_types=["sliding_attention", "full_attention"],
+            num_hidden_layers=2,
+        ),
+        classify=SCORE,
+    ),
     # An activation that the head must take over (BERT, DistilBERT), or must not (the others have GELU or tanh in theirs)
     *heads(
         "bert_relu",
@@ -312,6 +410,10 @@ ENCODERS = [
     *heads("electra_relu", electra(embedding_size=60, hidden_act="relu", num_hidden_layers=2)),
 ]
 
+ENCODERS += [
+    Case("gemma3_text_both-bare", "gemma3_text", gemma3(use_bidirectional_attention=True), None),
+]
+
 CLASSIFIERS = [
     Case(f"{family}-classify", family, fields, "classify")
     for family, fields in {
@@ -319,6 +421,7 @@ CLASSIFIERS = [
         "llama": common(rope_parameters=rope(), **TOPICS),
         "qwen2": common(num_key_value_heads=3, **SCORE),
         "qwen3": common(head_dim=16, **SENTIMENTS),
+        "gemma3_text": gemma3(**SENTIMENTS),
     }.items()
 ]
 
@@ -417,6 +520,11 @@ READERS = [
     "electra-tokens",
     "bert-qa",
     "qwen3-classify",
+    "modernbert-qa",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("modernbert_mean-classify", "mpnet-tokens", "gemma3_text_both-bare")
+    ),
 ]
 WRITERS = [
     "t5",
@@ -543,6 +651,8 @@ def legacy(config):
     """The same model in the older dialect: flat rope fields, `torch_dtype`, a rule in the place of `layer_types`."""
     config = dict(config, transformers_version="4.37.0", torch_dtype=config["dtype"])
     del config["dtype"]
+    if config["model_type"] == "olmo3":  # it never had another
+        return config
     if "rope_parameters" not in config:
         return dict(config, n_ctx=config.get("n_positions"))
     parameters = config.pop("rope_parameters")
@@ -555,6 +665,10 @@ def legacy(config):
         plain = {key: value for key, value in config.items() if key != "layer_types"}
         if AutoConfig.for_model(**plain).layer_types == config["layer_types"]:
             config = plain
+    if config["model_type"] == "gpt_neox":
+        config["rotary_pct"] = parameters["partial_rotary_factor"]
+        config["rotary_emb_base"] = parameters["rope_theta"]
+        return config
     parameters = {key: value for key, value in parameters.items() if key != "partial_rotary_factor"}
     config["rope_theta"], kind = parameters.pop("rope_theta"), parameters.pop("rope_type")
     name = "type" if config["model_type"] == "llama" else "rope_type"  # the oldest files say "type"

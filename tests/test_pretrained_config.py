@@ -51,6 +51,7 @@ RAW = {  # a config.json with nothing but sizes, for each family
     }
     for name in NAMES
 }
+RAW["gpt_neox"]["hidden_size"] = 256  # a quarter of each head rotates
 LLAMA, BERT, BART = RAW["llama"], RAW["bert"], RAW["bart"]
 
 
@@ -145,7 +146,6 @@ REFUSED = [  # what transformers computes with in that family, or in any, and th
     (RAW["gpt2"], dict(sliding_window=16)),
     (RAW["gpt2"], dict(hidden_size=32)),
     (RAW["t5"], dict(dense_act_fn="gelu_new")),
-    (RAW["gemma3_text"], dict(use_bidirectional_attention=True)),
     (RAW["gemma3_text"], dict(attn_logit_softcapping=30.0)),
 ]
 

@@ -487,7 +487,6 @@ def test_unknown_model_type(copy):
         ("gpt2", "scale_attn_weights", False),
         ("gpt2", "add_cross_attention", True),
         ("qwen3", "layer_types", ["full_attention"] * 2 + ["linear_attention"]),
-        ("gemma3_text", "use_bidirectional_attention", True),
         ("mistral", "num_key_value_heads", 4),
         ("llama", "hidden_size", "60"),
         ("llama", "num_hidden_layers", 0),

@@ -251,7 +251,8 @@ def test_help_says_what_is_public():
     "changes, field",
     [
         (dict(embedding_size=16), "embedding_size"),
-        (dict(causal=False, sliding_window=2), "sliding_window"),
+        (dict(use_parallel_residual=True, norm_position="post"), "use_parallel_residual"),
+        (dict(no_rope_layers=[2]), "no_rope_layers"),
     ],
 )
 def test_fields_that_do_not_go_together(changes, field):

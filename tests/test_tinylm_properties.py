@@ -19,9 +19,9 @@ def configs(draw, causal=True):
     heads, groups = one((1, 1), (2, 1), (3, 3), (4, 2), (6, 3))
     layers, position = (
         one(1, 2, 3),
-        one("rope", "rope", "rope", "learned", "sinusoidal", "relative"),
+        one("rope", "rope", "rope", "learned", "sinusoidal", "relative", "learned_relative"),
     )
-    groups, width = heads if position == "relative" else groups, one(8, 12, 14)
+    groups, width = heads if "relative" in position else groups, one(8, 12, 14)
     scaling = one(
         None,
         None,
@@ -29,7 +29,8 @@ def configs(draw, causal=True):
         {"rope_type": "yarn", "factor": 4.0},
         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     )
-    window = one(None, None, 1, 3, 6) if causal and position != "relative" else None
+    window = one(None, None, 1, 3, 6) if "relative" not in position else None
+    norm_position = one("pre", "post", "output", "sandwich")
     kinds = (
         tuple(one("full_attention", "sliding_attention") for _ in range(layers)) if window else None
     )
@@ -47,7 +48,15 @@ def configs(draw, causal=True):
         norm_offset=one(0.0, 1.0),
         position=position,
         position_offset=one(0, 2),
-        norm_position=one("pre", "post", "output", "sandwich"),
+        norm_position=norm_position,
+        norm_bias=one(True, False),
+        first_norm=one(True, True, False),
+        use_parallel_residual=norm_position != "post" and one(True, False),
+        residual_multiplier=one(1.0, 0.7),
+        attention_multiplier=one(None, 0.4),
+        embedding_multiplier=one(1.0, 1.3),
+        logits_scaling=one(1.0, 2.0),
+        no_rope_layers=one(None, [i % 2 for i in range(layers)]),
         rope_scaling=scaling if position == "rope" else None,
         partial_rotary_factor=1.0 if width == 14 else one(1.0, 0.5),
         rope_local_base_freq=one(None, 50.0),
@@ -56,7 +65,7 @@ def configs(draw, causal=True):
         qk_norm=one(None, "head", "full"),
         attention_bias=one(True, False),
         mlp_bias=one(True, False),
-        attn_logit_softcapping=None if position == "relative" else one(None, 2.0),
+        attn_logit_softcapping=None if "relative" in position else one(None, 2.0),
         hidden_act=one(*ACTIVATIONS),
         final_logit_softcapping=one(None, 3.0),
         gated=one(True, False),

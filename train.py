@@ -948,9 +948,11 @@ def same_labels(new: dict, known: dict, names: list[str]) -> dict | None:
         return new["id2label"]
     spelled = {datafiles.name_key(name): name for name in ours}
     keys = {i: datafiles.name_key(name) for i, name in known.items()}
-    if {*keys.values()} == spelled.keys() and len(keys) == len(spelled) == len(ours):
-        return {i: spelled[key] for i, key in keys.items()}
-    return None
+    if {*keys.values()} != spelled.keys() or not len(keys) == len(spelled) == len(ours):
+        return None
+    if new["problem_type"] is None:  # B- and I- of tags mean something, b- and i- don't
+        return known
+    return {i: spelled[key] for i, key in keys.items()}
 
 
 def class_weights(config: Config, examples: list) -> Tensor:

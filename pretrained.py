@@ -14,7 +14,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, KeysView
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -1497,6 +1497,66 @@ def full_attention_rope(raw: dict, rope: dict, local: str, place: str) -> dict:
     return full
 
 
+# model_type of a model with a text model inside -> the text model's type and sizes, where its text_config lacks them
+MULTIMODAL = {
+    "gemma3": dict(
+        model_type="gemma3_text",
+        vocab_size=262208,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+    ),
+    "llava": dict(
+        model_type="llama",
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    ),
+    "mistral3": dict(
+        model_type="mistral",
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    ),
+}
+SHARED_KEYS = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", *COMMON_ONLY)
+
+
+def text_config(raw: dict, file: str) -> dict:
+    """The config of the text model in a multimodal config.json. Any other config.json is returned as it is."""
+    if raw.get("model_type") not in [*MULTIMODAL]:
+        return raw
+    text = raw.get("text_config")
+    require(isinstance(text, dict), f"{file}: text_config = {text!r}, expected an object")
+    shared = {key: raw[key] for key in SHARED_KEYS if key in raw and key != "text_config"}
+    return MULTIMODAL[raw["model_type"]] | text | shared | {"architectures": None}
+
+
+def text_names(names: KeysView[str], place: Path) -> dict[str, str]:
+    """Stored name -> its name in a text model. Other tensors of a multimodal model are left out, with one warning."""
+    found = {}
+    for name in names:
+        inner = name.removeprefix("model.")
+        if inner.startswith("language_model."):
+            rest = inner.removeprefix("language_model.")
+            found[name] = (
+                rest if rest.startswith("lm_head.") else f"model.{rest.removeprefix('model.')}"
+            )
+        elif name.startswith("lm_head."):
+            found[name] = name
+    if all(name.startswith("lm_head.") for name in found):
+        return {name: name for name in names}
+    parts = sorted({name.removeprefix("model.").split(".")[0] for name in names - found.keys()})
+    if parts:
+        warnings.warn(f"{place}: only the text model is read, not {', '.join(parts)}", stacklevel=4)
+    return found
+
+
 # Cleared, so that a key that is missing in config.json does not get our own default.
 NO_DEFAULTS = dict.fromkeys(
     ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "qk_norm")
@@ -1510,10 +1570,12 @@ def config_from_hf(raw: dict, file: str = "config.json", head="config") -> Confi
     Warns of keys that are ignored because they change nothing. Raises Error, beginning with `file`, for an unknown
     model_type and for any key that changes the outputs in a way that is not supported.
     """
+    raw = text_config(raw, file)
     name = raw.get("model_type")
     require(
         name in [*FAMILIES],
-        f"{file}: model_type = {name!r} is not supported (supported: {', '.join(FAMILIES)})",
+        f"{file}: model_type = {name!r} is not supported (supported: "
+        f"{', '.join((*FAMILIES, *MULTIMODAL))})",
     )
     family = FAMILIES[name]
     try:
@@ -1728,10 +1790,12 @@ class Checkpoint:
         BERT's gamma and beta."""
         opened = {file: tinylm.open_tensors(file) for file in sorted({*files.values()})}
         heads = self.head_tensors()
-        bare = not any(name.startswith(self.family.prefix) for name in files)
+        names = text_names(files.keys(), self.place)
+        bare = not any(name.startswith(self.family.prefix) for name in names.values())
         stored = {}
-        for name, file in files.items():
-            new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        for name, new in names.items():
+            file = files[name]
+            new = new.replace("LayerNorm.gamma", "LayerNorm.weight")
             new = new.replace("LayerNorm.beta", "LayerNorm.bias")
             if bare and new not in heads:
                 new = self.family.prefix + new

@@ -12,6 +12,7 @@ from families import (
     Case,
     common,
     difference,
+    gemma3,
     gpt2,
     load_oracle,
     prompts,
@@ -23,6 +24,7 @@ from families import (
 )
 from helpers import LAYOUTS, assert_same_weights, every, refuses
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tinylm import TinyLM
 
@@ -110,6 +112,42 @@ def test_saved_folder_is_the_same_model_here_and_in_transformers(case, dialect, 
     assert set(load_file(tmp_path / "model.safetensors")) == set(
         load_file(folder(case) / "model.safetensors")
     )
+
+
+TEXT_SIZES = common(head_dim=14)
+VISION_SIZES = dict(
+    hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2
+) | dict(image_size=28, patch_size=14)
+
+
+@pytest.mark.parametrize(
+    "kind, text, vision",
+    [
+        ("gemma3", gemma3(), "siglip_vision_model"),
+        ("mistral3", TEXT_SIZES | dict(model_type="mistral", sliding_window=None), "pixtral"),
+        ("llava", TEXT_SIZES | dict(model_type="llama"), "clip_vision_model"),
+    ],
+)
+def test_the_text_model_of_a_multimodal_folder(kind, text, vision, tmp_path):
+    """Its tensors have another prefix, and its config lies inside: all of them were refused. It is saved as the text
+    model alone."""
+    config = AutoConfig.for_model(
+        kind, text_config=text, vision_config=VISION_SIZES | dict(model_type=vision)
+    )
+    torch.manual_seed(0)
+    oracle = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    for parameter in oracle.parameters():
+        parameter.data += torch.randn(parameter.shape) * 0.1
+    oracle.save_pretrained(tmp_path / "whole")
+    with pytest.warns(UserWarning, match="only the text model is read, not .*vision"):
+        ours = TinyLM.from_pretrained(tmp_path / "whole")
+    ids = torch.randint(3, 200, (2, LENGTH))
+    with torch.no_grad():
+        expected = oracle(input_ids=ids).logits
+        assert difference(ours(ids), expected) < 1e-4
+        ours.save_pretrained(tmp_path / "text")
+        assert difference(load_oracle(tmp_path / "text")(ids).logits, expected) < 1e-4
+    assert_same_weights(TinyLM.from_pretrained(tmp_path / "text"), ours)
 
 
 @every(FAMILIES)

@@ -32,6 +32,16 @@ def make(folder, kind="bert"):
     sizes |= dict(intermediate_size=48, max_position_embeddings=40)
     if kind == "bert":
         transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(folder)
+    elif kind == "gemma3":
+        config = transformers.Gemma3TextConfig(
+            **sizes | dict(num_hidden_layers=2, sliding_window=6, query_pre_attn_scalar=20),
+            num_key_value_heads=1,
+            head_dim=16,
+            pad_token_id=0,
+            use_bidirectional_attention=True,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+        transformers.Gemma3TextModel(config).save_pretrained(folder)
     else:
         config = transformers.Qwen3Config(
             **sizes, num_key_value_heads=1, head_dim=16, pad_token_id=0, tie_word_embeddings=True
@@ -101,6 +111,12 @@ def saved(*layers, **options):
         whole.save_pretrained(str(folder))
 
     return edit
+
+
+def dense_of(width, out):
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    return Dense(width, out, bias=False, activation_function=torch.nn.Identity())
 
 
 def dense(activation, bias=True):
@@ -234,6 +250,18 @@ def test_a_decoder_embeds(tmp_path):
     export_onnx(folder, tmp_path / "out")
     for model in (in_torch(folder), OnnxLM(tmp_path / "out", providers=CPU)):
         assert np.abs(ours(model) - expected).max() < 1e-5
+
+
+def test_embeddinggemma_embeds(tmp_path):
+    """A Gemma 3 that looks both ways, in windows shorter than the texts, with two Dense layers and prompts."""
+    folder = make(tmp_path / "st", "gemma3")
+    back = lambda: dense_of(24, 32)  # noqa: E731
+    saved(lambda: dense_of(32, 24), back, normalize, prompts={"query": "w20 w21 "})(folder)
+    export_onnx(folder, tmp_path / "out")
+    for options in ({}, {"prompt_name": "query"}):
+        expected = theirs(folder, **options)
+        for model in (in_torch(folder), OnnxLM(tmp_path / "out", providers=CPU)):
+            assert np.abs(ours(model, **options) - expected).max() < 1e-5
 
 
 def rename_type(name):

@@ -7,10 +7,8 @@ Text, JSON, tables, CoNLL, parquet, single files or folders of them; no torch.
 
 from __future__ import annotations
 
-import ast
 import codecs
 import contextlib
-import csv
 import gzip
 import io
 import itertools
@@ -19,14 +17,15 @@ import math
 import random
 import re
 import sys
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal, TextIO
 
 import onnxlm
-from onnxlm import check_fields, require
+from onnxlm import cell_list, check_fields, json_lines, lookup, require, table_records
 
 TASK_ROLES = {  # task -> roles of its rows: what the model reads, what there is to learn
     "lm": ("messages", "text"),
@@ -216,28 +215,26 @@ def file_records(file: Path, options: DataOptions, root: Path, notices: list, gu
     if may_map and is_mappable(file):
         yield name, {"text": MappedText(file)}
         return
-    data = sys.stdin.buffer.read() if from_stdin else file.read_bytes()
-    require(
-        data[:4] not in (b"PK\3\4", b"PAR1") and data[:2] != b"\x80\x05",
-        f"{name}: binary, expected text; its suffix does not say what it is",
-    )
-    text = decode_text(data, name, options.encoding, notices)
-    if kind is None:
-        kind = "text" if plain else "table"
-        if looks_like_json_lines(text):
-            kind = "json"
-    if kind == "text":
-        tagged = looks_like_conll(text) if guess else options.task == "tokens"
-        kind = "conll" if tagged else "table" if options.delimiter else "text"
-    if kind == "json":
-        yield from json_records(name, text, lines=suffix != ".json")
-    elif kind == "table":
-        yield from table_records(name, text, options.delimiter, "\t" if suffix == ".tsv" else ",")
-    elif kind == "conll":
-        yield from conll_records(name, text, universal=suffix == ".conllu")
-    else:
-        label = class_folder(file, root) if file != root else None
-        yield name, {"text": text} | ({"label": label} if label else {})
+    with open_text(file, name, options.encoding, notices) as text:
+        if kind is None:
+            kind = "text" if plain else "table"
+            if looks_like_json_lines(text):
+                kind = "json"
+        if kind == "text":
+            tagged = looks_like_conll(text) if guess else options.task == "tokens"
+            kind = "conll" if tagged else "table" if options.delimiter else "text"
+        names = {} if from_stdin or kind not in ("json", "table") else names_beside(file)
+        if kind == "json":
+            yield from named_records(json_records(name, text, lines=suffix != ".json"), names)
+        elif kind == "table":
+            usual = "\t" if suffix == ".tsv" else ","
+            delimiter = {"\\t": "\t", "tab": "\t"}.get(options.delimiter, options.delimiter)
+            yield from named_records(table_records(name, text, delimiter, usual), names)
+        elif kind == "conll":
+            yield from conll_records(name, text, universal=suffix == ".conllu")
+        else:
+            label = class_folder(file, root) if file != root else None
+            yield name, {"text": text.read()} | ({"label": label} if label else {})
 
 
 class MappedText:
@@ -278,64 +275,101 @@ def is_mappable(file: Path) -> bool:
     return True
 
 
-def decode_text(data: bytes, file, encoding: str, notices: list) -> str:
-    """A file's bytes as text with \\n at the ends of lines: in the encoding given; else by its byte order mark, in
-    UTF-8, or in cp1252, which is said once. Raises Error for what is no text."""
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
-            raise onnxlm.Error(f"{file}: not readable as gzip ({error})") from None
-    marks = {codecs.BOM_UTF8: "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-    marked = next((name for mark, name in marks.items() if data.startswith(mark)), None)
-    if not encoding and not marked:
+@contextlib.contextmanager
+def open_text(file: Path, name: str, encoding: str, notices: list) -> Iterator[TextIO]:
+    """A file's text, or standard input's, with \\n at the ends of lines; it can be read again from the start. All of it
+    is decoded once before. Raises Error for what is no text."""
+    with contextlib.ExitStack() as opened:
+        if str(file) == "-":
+            data: BinaryIO = io.BytesIO(sys.stdin.buffer.read())
+        else:
+            data = opened.enter_context(open(file, "rb"))
+        start = data.read(4)
         require(
-            b"\0" not in data,
-            f"{file}: binary (a NUL byte at {data.find(bytes(1))}), expected text; of UTF-16 say --encoding utf-16",
+            start not in (b"PK\3\4", b"PAR1") and start[:2] != b"\x80\x05",
+            f"{name}: binary, expected text; its suffix does not say what it is",
         )
+        data.seek(0)
+        if start[:2] == b"\x1f\x8b":
+            data = gzip.GzipFile(fileobj=data)
+        try:
+            encoding = text_encoding(data, name, encoding, notices)
+        except (OSError, EOFError, zlib.error) as error:
+            require(start[:2] == b"\x1f\x8b", f"{name}: not readable ({error})")
+            raise onnxlm.Error(f"{name}: not readable as gzip ({error})") from None
+        data.seek(0)
+        yield opened.enter_context(io.TextIOWrapper(data, encoding))
+
+
+def text_encoding(data: BinaryIO, name: str, encoding: str, notices: list) -> str:
+    """The encoding given; else by the byte order mark, UTF-8, or cp1252, which is said once. Raises Error for bytes that
+    are not text in it."""
+    start = data.read(2**16)
+    marks = {codecs.BOM_UTF8: "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    marked = next((name for mark, name in marks.items() if start.startswith(mark)), "")
+    expected = encoding or marked or "utf-8"
+    require(
+        encoding or marked or b"\0" not in start,
+        f"{name}: binary (a NUL byte at {start.find(bytes(1))}), expected text; of UTF-16 say --encoding utf-16",
+    )
     try:
-        text = data.decode(encoding or marked or "utf-8")
+        nul = any("\0" in part for part in decoded(data, expected))
+        require(not nul, f"{name}: binary (a NUL character), expected text")
+        return expected
     except UnicodeError as error:
-        require(not encoding and not marked, f"{file}: not {encoding or marked} ({error})")
-        text = decode_cp1252(data, file, error)
-        if not any("cp1252" in line for line in notices):
-            notices.append(f"{file}: not UTF-8, read as cp1252 (--encoding names another)")
-    require("\0" not in text, f"{file}: binary (a NUL character), expected text")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def decode_cp1252(data: bytes, file, error: UnicodeError) -> str:
-    """Text of Western Europe; bytes that it does not have, and control characters, are no text."""
+        reason = error
+    require(expected == "utf-8" and not encoding, f"{name}: not {expected} ({reason})")
     with contextlib.suppress(UnicodeError):
-        text = data.decode("cp1252")
-        if not re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]", text):
-            return text
+        if not any(CONTROL.search(part) for part in decoded(data, "cp1252")):
+            if not any("cp1252" in line for line in notices):
+                notices.append(f"{name}: not UTF-8, read as cp1252 (--encoding names another)")
+            return "cp1252"
     raise onnxlm.Error(
-        f"{file}: neither UTF-8 nor cp1252 ({error}), expected text; --encoding names it"
+        f"{name}: neither UTF-8 nor cp1252 ({reason}), expected text; --encoding names it"
     )
 
 
-def looks_like_json_lines(text: str) -> bool:
-    first = text.lstrip().partition("\n")[0]
+# Control characters, which no text has.
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+
+
+def decoded(data: BinaryIO, encoding: str) -> Iterator[str]:
+    """A text in parts."""
+    data.seek(0)
+    decoder = codecs.getincrementaldecoder(encoding)()
+    while part := data.read(2**20):
+        yield decoder.decode(part)
+    yield decoder.decode(b"", True)
+
+
+def first_lines(text: TextIO, count: int) -> list[str]:
+    """The first lines that are not blank; the text is then at its start again."""
+    text.seek(0)
+    lines = [*itertools.islice((line for line in text if line.strip()), count)]
+    text.seek(0)
+    return lines
+
+
+def looks_like_json_lines(text: TextIO) -> bool:
     try:
-        return isinstance(json.loads(first), dict)
+        return isinstance(json.loads(*first_lines(text, 1) or [""]), dict)
     except (ValueError, RecursionError):
         return False
 
 
-def looks_like_conll(text: str) -> bool:
+def looks_like_conll(text: TextIO) -> bool:
     """Do all of the first lines end with a tag (O, B-ORG, ...)?"""
-    lines = [line.split() for line in text.split("\n")[:200] if line.strip()][:100]
+    lines = [line.split() for line in first_lines(text, 100)]
     tags = [line[-1] for line in lines if len(line) > 1]
     tagged = all(re.fullmatch(r"O|[BIESLU]-\S+", tag) for tag in tags)
     return len(tags) > 1 and len(tags) == len(lines) and tagged
 
 
-def json_records(name: str, text: str, lines: bool):
+def json_records(name: str, text: TextIO, lines: bool):
     """Records of a JSON file, or of one object in each line; each of the two is read under the other's suffix too."""
-    if not lines or text.lstrip().startswith("["):
+    if not lines or "".join(first_lines(text, 1)).lstrip().startswith("["):
         try:
-            content = json.loads(text) if text.strip() else []
+            content = json.loads(text.read().strip() or "[]")
         except RecursionError:
             raise onnxlm.Error(f"{name}: nested too deeply, expected records") from None
         except ValueError as error:
@@ -345,17 +379,7 @@ def json_records(name: str, text: str, lines: bool):
             for n, record in enumerate(json_rows(name, content), 1):
                 yield f"{name}, record {n}", record
             return
-    for n, line in enumerate(
-        text.split("\n"), 1
-    ):  # at no other end of line: a string may hold U+2028
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                raise onnxlm.Error(
-                    f"{name}, line {n}: {line[:60]!r}, expected a JSON object"
-                ) from None
-            yield f"{name}, line {n}", record
+    yield from json_lines(name, text)
 
 
 def json_rows(name: str, content) -> list:
@@ -400,56 +424,11 @@ def squad_rows(name: str, articles: list) -> list:
         ) from None
 
 
-def table_records(name: str, text: str, delimiter: str, usual: str):
-    """Records of a table with a header, by default divided as its header shows."""
-    text = text.lstrip("\n")
-    delimiter = {"\\t": "\t", "tab": "\t"}.get(delimiter, delimiter)
-    header = text.partition("\n")[0]
-    if not delimiter:
-        delimiter = usual if usual in header else max(",;\t|", key=header.count)
-    spaced = delimiter + " " in header  # then spaces behind a delimiter mean nothing
-    quoting = csv.QUOTE_MINIMAL
-    if delimiter == "\t" and not is_quoted(text):
-        quoting = csv.QUOTE_NONE
-    csv.field_size_limit(2**31 - 1)
-    table = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter=delimiter,
-        strict=True,
-        quoting=quoting,
-        skipinitialspace=spaced,
-    )
-    columns = None
-    first = 1  # line of the record that is being read
-    try:
-        for values in table:
-            place = f"{name}, line {table.line_num}"
-            first = table.line_num + 1
-            if columns is None:
-                columns = [column.strip() for column in values]
-            elif values:
-                require(len(values) <= len(columns), f"{place}: more fields than columns")
-                yield place, dict.fromkeys(columns) | dict(zip(columns, values))
-    except csv.Error as error:
-        raise onnxlm.Error(
-            f"{name}, line {first}: a quote that is not closed or doubled ({error})"
-        ) from None
-
-
-def is_quoted(text: str) -> bool:
-    """Is a table with tabs to be read with quotes (as spreadsheets write it) rather than without?"""
-    try:
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
-        return len({len(row) for row in rows if row}) == 1
-    except csv.Error:
-        return False
-
-
-def conll_records(name: str, text: str, universal: bool):
+def conll_records(name: str, text: TextIO, universal: bool):
     """A sentence's words and tags: the first and last columns of its lines (of CoNLL-U the second and the fourth), with
     an empty line between sentences."""
     words, tags = [], []
-    for n, line in enumerate([*text.split("\n"), ""], 1):
+    for n, line in enumerate(itertools.chain(text, [""]), 1):
         fields = line.rstrip().split("\t") if "\t" in line.strip() else line.split()
         if not fields or fields == [""] or fields[0] == "-DOCSTART-":
             if words:
@@ -483,34 +462,91 @@ def arrow_records(file: Path, suffix: str):
         else:
             batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
             schema = batches.schema
-        names = class_names(schema)
+        noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = class_names(noted.get("info", {}).get("features"))
         records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        for n, record in enumerate(records, 1):
-            for column in names.keys() & record.keys():
-                record[column] = with_names(record[column], names[column])
-            yield f"{file}, row {n}", record
+        places = ((f"{file}, row {n}", record) for n, record in enumerate(records, 1))
+        yield from named_records(places, names)
     except (pyarrow.ArrowException, OSError) as error:
         raise onnxlm.Error(f"{file}: not readable ({str(error).splitlines()[0]})") from None
 
 
-def class_names(schema) -> dict:
-    """Column -> names of its classes, as `datasets` notes them in a schema."""
-    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+@contextlib.contextmanager
+def open_parquet(path: Path, columns: list[str], rows: Callable, types: dict) -> Iterator[Callable]:
+    """A function that appends rows to a new .parquet, see `onnxlm.open_table`; rows() yields (record, ...), whose columns
+    have the types that all records fit, and `types` are those of the new columns."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise onnxlm.Error(f"{path}: needs `pip install pyarrow`") from None
+    text, number, place = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
+    entity = dict(entity_group=text, word=text, score=number, start=place, end=place)
+    new = {
+        str: text,
+        float: number,
+        list[str]: pyarrow.list_(text),
+        list[float]: pyarrow.list_(pyarrow.float32()),
+        list[dict]: pyarrow.list_(pyarrow.struct(entity)),
+    }
+    schemas = []
+    records = (dict.fromkeys(columns) | record for record, *_ in rows())
+    while some := [*itertools.islice(records, 4096)]:
+        schemas.append(pyarrow.Table.from_pylist(some).select(columns[: -len(types)]).schema)
+    try:
+        schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise onnxlm.Error(f"{path}: columns of several types ({reason}); write .jsonl") from None
+    for name, kind in types.items():
+        schema = schema.append(pyarrow.field(name, new[kind]))
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        yield lambda rows: writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+
+
+def names_beside(file: Path) -> dict:
+    """Column -> names of its classes, by the dataset_info.json (or dataset_infos.json) of `datasets` beside a file."""
+    info = onnxlm.read_json(file.with_name("dataset_info.json"), {})
+    several = [*onnxlm.read_json(file.with_name("dataset_infos.json"), {}).values()]
+    if not info and len(several) == 1:
+        info = several[0]
+    return class_names(info.get("features"))
+
+
+def class_names(features: dict | None) -> dict:
+    """Column -> names of its classes, of the features that `datasets` notes in a schema or beside a file."""
     found = {}
-    for column, feature in noted.get("info", {}).get("features", {}).items():
+    for column, feature in features.items() if isinstance(features, dict) else ():
         feature = feature[0] if isinstance(feature, list) else feature
         feature = feature.get("feature", feature)
-        if feature.get("_type") == "ClassLabel":
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
             found[column] = feature["names"]
     return found
 
 
+def named_records(records: Iterator, names: dict) -> Iterator:
+    """(place, record) with the names of classes in place of their numbers."""
+    for place, record in records:
+        for column in names.keys() & record.keys() if isinstance(record, dict) else ():
+            record[column] = with_names(record[column], names[column])
+        yield place, record
+
+
 def with_names(value, names: list):
-    """A class's name in place of its number; -1 stands for none."""
-    if value is None:
-        return None
+    """A class's name in place of its number, which a table has as text; -1 stands for none."""
+    if is_spelled_list(value):
+        value = as_cell_list(value)
     if isinstance(value, list):
         return [with_names(item, names) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"-?\d+", value) and value not in names:
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    require(
+        value < len(names), f"class {value}: expected less than {len(names)}, the names there are"
+    )
     return names[value] if value >= 0 else None
 
 
@@ -524,13 +560,17 @@ def as_text(value) -> str:
     return value
 
 
+# Several 0 and 1, as 1,0,1 or 1 0 1 or (1, 0, 1).
+HOT_CELL = re.compile(r"\s*\(?[01](\.0?)?(\s*[,;\s]\s*[01](\.0?)?)+\)?\s*")
+
+
 def as_label(value):
     """A class's name, a number, or a list of either; `settle_labels` decides between numbers and classes. A table's
     cell may hold a list, as pandas writes it."""
     value = value.tolist() if hasattr(value, "tolist") else value  # numpy's
-    if isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
+    if is_spelled_list(value) or isinstance(value, str) and HOT_CELL.fullmatch(value):
         value = as_cell_list(value)
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         if not all(isinstance(item, (str, int, float)) for item in value):
             raise TypeError
         return [item.strip() if isinstance(item, str) else item for item in value]
@@ -539,15 +579,18 @@ def as_label(value):
     return value if isinstance(value, float) else str(int(value))
 
 
+def is_spelled_list(value) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL))
+
+
 def as_cell_list(text: str):
-    """The list that a cell spells in JSON, in Python or as numpy prints one of numbers; else the text itself."""
-    python = re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", text.strip())  # numpy writes no commas
-    for read, spelled in ((json.loads, text), (ast.literal_eval, python)):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            if isinstance(value := read(spelled), list):
-                return value
-    numbers = [as_number(word) for word in text.strip()[1:-1].split()]
-    return text if None in numbers or not numbers else numbers
+    """The list that a cell spells in JSON, in Python or as numbers with spaces, commas or semicolons between them; else
+    the text itself."""
+    value = cell_list(text)
+    if value is not None:
+        return value
+    numbers = [as_number(word) for word in re.split(r"[\s,;]+", text.strip(" \t\n()[]"))]
+    return text if None in numbers else numbers
 
 
 def as_hot(value) -> int | None:
@@ -576,7 +619,11 @@ def as_answers(value) -> list:
 
 
 def as_list(value) -> list:
-    return [str(item) for item in (value.split() if isinstance(value, str) else [*value])]
+    """Words or tags: a list, a cell that spells one, or a text with spaces between them."""
+    if is_spelled_list(value):
+        value = as_cell_list(value)
+    items = value.split() if isinstance(value, str) else [*value]
+    return [str(int(item)) if isinstance(item, float) else str(item) for item in items]
 
 
 SHAREGPT_ROLES = {  # who says something -> role in a chat template
@@ -664,6 +711,8 @@ ROLES = {  # role -> (the option that names its column, the usual names, how it 
 }
 COLUMNS = tuple(dict.fromkeys(option for option, *_ in ROLES.values() if option))
 OPTIONAL = ("messages", "pair")
+# Roles that the model does not read for a prediction.
+NOT_READ_BY_RUN = ("messages", "label", "tags", "answer", "target")
 TEXT_PAIRS = (  # columns that are a pair of texts where both are there
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -682,15 +731,17 @@ class Incomplete(Exception):
     """A row that nothing can be learnt from, and why."""
 
 
-def read_splits(data, options: DataOptions, notices: list, seed: int = 0) -> tuple[list, list]:
+def read_splits(
+    data, options: DataOptions, notices: list, seed: int = 0, known: dict | None = None
+) -> tuple[list, list]:
     """Rows to train on, and those to validate on: of --val, of the data's own validation split, or --val-share of
-    the data."""
+    the data. `known`: see `read_rows`."""
     if isinstance(data, dict):  # splits in memory
         require("train" in data, "data: expected a split `train`")
-        rows = read_rows(data["train"], options, notices=notices)
+        rows = read_rows(data["train"], options, notices=notices, known=known)
         held = data.get("validation")
     else:
-        rows = read_rows(data, options, notices=notices)
+        rows = read_rows(data, options, notices=notices, known=known)
         in_folder = isinstance(data, (str, Path)) and Path(data).is_dir()
         splits = data_files(Path(data)) if in_folder else {}
         held = data if "validation" in splits else None
@@ -707,9 +758,9 @@ def read_splits(data, options: DataOptions, notices: list, seed: int = 0) -> tup
             numbers = isinstance(rows[0]["label"], float)
             options = replace(options, regression=numbers, classes=not numbers)
         splits = ("validation", "test", "train") if options.val else ("validation",)
-        held = read_rows(held, options, splits, notices)
-    known = {identity(row) for row in rows}
-    twice = sum(identity(row) in known for row in held)
+        held = read_rows(held, options, splits, notices, dict(known or {}))
+    learnt = {identity(row) for row in rows}
+    twice = sum(identity(row) in learnt for row in held)
     if twice:
         notices.append(
             f"{twice:,} of the {counted(len(held), 'row')} to validate on are among those to train on too: "
@@ -771,17 +822,23 @@ def split_text(rows: list, share: float | None) -> tuple[list, list]:
 
 
 def read_rows(
-    path, options: DataOptions, splits: tuple = ("train",), notices: list | None = None
+    path,
+    options: DataOptions,
+    splits: tuple = ("train",),
+    notices: list | None = None,
+    known: dict | None = None,
 ) -> list[dict]:
     """Rows, with the roles that the task needs, of a file, of a folder's files of the first of the splits that it has,
-    of standard input ("-"), or of records in memory. Rows where something is empty are left out. What there is to say
-    of it goes to stderr, or to the list `notices`.
+    of standard input ("-"), or of records in memory, a pandas DataFrame too. Rows where something is empty are left out.
+    What there is to say of it goes to stderr, or to the list `notices`. known: option -> column, which is preferred to
+    the usual names where a row has it; gets the columns of the first row.
 
     Raises Error where a column is missing or has something else in it.
     """
     name = "rows"
     rows = []
     columns = {}  # of the first row
+    known = {} if known is None else known
     dropped = Counter()  # reason -> rows
     lines = notices if notices is not None else []
     if isinstance(path, (str, Path)):
@@ -805,11 +862,13 @@ def read_rows(
             file_records(file, options, path, lines) for file in files
         )
     else:
-        records = ((f"row {n}", record) for n, record in enumerate(path, 1))
+        records = numbered(path)
     for place, record in records:
         try:
-            columns = columns or choose_columns(place, from_instruction(record, options), options)
-            rows.append(read_row(place, record, options))
+            if not columns:
+                columns = choose_columns(place, from_instruction(record, options), options, known)
+                known |= by_option(columns)
+            rows.append(read_row(place, record, options, known))
         except Incomplete as reason:
             dropped[str(reason)] += 1
     reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
@@ -830,6 +889,19 @@ def read_rows(
     return rows
 
 
+def numbered(records) -> Iterator[tuple[str, dict]]:
+    """(place, record) of records in memory: dicts, or the rows of a pandas DataFrame."""
+    if hasattr(records, "iterrows"):
+        records = records.astype(object).where(records.notna(), None).to_dict("records")
+    return ((f"row {n}", record) for n, record in enumerate(records, 1))
+
+
+def by_option(columns: dict) -> dict[str, str]:
+    """Option -> column, of role -> column or columns; as on the command line."""
+    named = {ROLES[role][0]: column for role, column in columns.items() if ROLES[role][0]}
+    return {name: ",".join(x) if isinstance(x, list) else x for name, x in named.items()}
+
+
 def describe_column(role: str, column: str | list) -> str:
     column = " + ".join(column) if isinstance(column, list) else column
     return role if role == column else f"{role} = {column}"
@@ -839,11 +911,11 @@ def counted(number: int, name: str) -> str:
     return f"{number:,} {name}{'s' * (number != 1)}"
 
 
-def read_row(place: str, record, options: DataOptions) -> dict:
+def read_row(place: str, record, options: DataOptions, known: dict = {}) -> dict:
     """Role -> value. Raises Incomplete for a row where one is empty, Error for one of another kind."""
     row = {}
     record = from_instruction(record, options)
-    for role, column in choose_columns(place, record, options).items():
+    for role, column in choose_columns(place, record, options, known).items():
         if isinstance(column, list):
             row[role] = {name: read_hot(place, record, name) for name in column}
             continue
@@ -897,19 +969,27 @@ def read_hot(place: str, record: dict, column: str) -> int:
     return hot
 
 
-def choose_columns(place: str, record, options: DataOptions) -> dict[str, str | list]:
-    """Role -> the column that has it, for the roles of the task; a list for several columns of labels."""
+def choose_columns(
+    place: str, record, options: DataOptions, known: dict = {}, inputs: bool = False
+) -> dict[str, str | list]:
+    """Role -> the column that has it, for the roles of the task, or only those that the model reads; a list for several
+    columns of labels. A column is that of its option, or `known`, or has one of the usual names."""
     require(isinstance(record, dict), f"{place}: {str(record)[:60]!r}, expected an object")
     columns = {str(name).lower(): name for name in record}
     chosen = {}
     for role in TASK_ROLES[options.task]:
+        if inputs and role in NOT_READ_BY_RUN:
+            continue
         option, names, _, _ = ROLES[role]
+        several = role == "label"
         column = getattr(options, option, "")
         if column:
-            column = find_column(record, columns, column, several=role == "label")
+            column = find_column(record, columns, column, several)
         else:
             names = usual_names(role, columns, chosen, options)
             column = next((columns[name] for name in names if name in columns), None)
+            if known.get(option):
+                column = find_column(record, columns, known[option], several) or column
         if column is not None:
             chosen[role] = column
         elif role not in OPTIONAL and "messages" not in chosen:
@@ -961,16 +1041,6 @@ def column_names(record: dict) -> list[str]:
         nested = isinstance(value, dict) and all(isinstance(key, str) for key in value)
         names += [f"{name}.{key}" for key in value] if nested and value else [str(name)]
     return names
-
-
-def lookup(record: dict, column: str):
-    """A column's value; of nested ones, `translation.en`, that of a name in it. Raises KeyError."""
-    if column in record:
-        return record[column]
-    value = record
-    for name in column.split("."):
-        value = value[name] if isinstance(value, dict) else None
-    return value
 
 
 def from_instruction(record, options: DataOptions):

@@ -9,8 +9,10 @@ python onnxlm.py FOLDER INPUT...
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import copy
+import csv
 import ctypes
 import datetime
 import functools
@@ -29,8 +31,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from types import NoneType, SimpleNamespace, UnionType
+from typing import (
+    Annotated,
+    Literal,
+    NamedTuple,
+    TextIO,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import numpy as np
 
@@ -135,6 +146,8 @@ class Session:
         self.outputs = {o.name: o.shape for o in self.session.get_outputs()}
         self.metadata = self.session.get_modelmeta().custom_metadata_map
         self.limit = int(self.metadata.get("max_position_embeddings", 2**31))
+        # Longer rows have other rotary positions (longrope).
+        self.original = int(self.metadata.get("original_max_position_embeddings", 2**31))
 
     def buffer(self, name: str, *shape):
         """Uninitialized memory of an input's type on the graph's device."""
@@ -1452,6 +1465,14 @@ def generate_steps(
         if state.done.all():
             return
         input_ids, mask = token[:, None], longest[:, : seq + state.count]
+        lengths = [len(ids) for ids in state.texts]
+        if lm.session.original + 1 in lengths:
+            # Its earlier keys change too, so everything is read again.
+            seq, past = max(lengths) - state.count, None
+            rows = [[0] * (max(lengths) - len(ids)) + ids for ids in state.texts]
+            input_ids = np.array(rows)
+            mask = (np.arange(max(lengths)) >= max(lengths) - np.array(lengths)[:, None]) * 1
+            longest = np.concatenate([mask, written], axis=1)
 
 
 class TextStream:
@@ -1547,7 +1568,7 @@ UNSPACED = (
     "\ua9e0-\ua9fe\uaa60-\uaadf\uf900-\ufaff\uff66-\uff9f\U00016fe0-\U0001b2ff\U00020000-\U0003ffff"
 )
 # U.S. and J., and signs that belong to a word.
-ABBREVIATION = re.compile(r"\.\w+\.$|^[^\W\d_]\.$|[-%&/*_]$")
+ABBREVIATION = re.compile(r"\.\w+\.$|^[A-ZÀ-ÞΑ-ΩА-Я]\.$|[-%&/*_]$")
 HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff"
 
 
@@ -1715,6 +1736,14 @@ class Reader:
         found = self.read(texts, pairs, batch)
         return [self.decide(*both, *reading) for *both, reading in zip(texts, pairs, found)]
 
+    def columns(self) -> dict:
+        """The columns of a table that take what it decides -> their types."""
+        return {"prediction": str, "score": float}
+
+    def cells(self, found: list[dict]) -> dict:
+        """A text's values of these columns: the first ones of the likeliest."""
+        return dict(zip(self.columns(), found[0].values()))
+
     def notices(self) -> list[str]:
         """What the results do not say by themselves, a line each."""
         return [cut_notice(self.cut, self.texts, self.limit, self.model.tokenizer)] * bool(self.cut)
@@ -1747,6 +1776,22 @@ def label_scores(logits, config: dict) -> np.ndarray:
 class Classifier(Reader):
     """All labels with their scores."""
 
+    def columns(self):
+        kind = self.model.config.get("problem_type")
+        if kind == "regression":
+            return {"prediction": float}
+        several = kind == "multi_label_classification"
+        return {"prediction": list[str], "score": list[float]} if several else super().columns()
+
+    def cells(self, found):
+        kind = self.columns()["prediction"]
+        if kind is float:
+            return {"prediction": found[0]["score"]}
+        if kind is str:
+            return super().cells(found)
+        labels = [row.values() for row in found if row["score"] > 0.5]
+        return dict(zip(self.columns(), map(list, zip(*labels) if labels else ((), ()))))
+
     def decide(self, text, pair, windows, outputs):
         (logits,) = outputs
         config = self.model.config
@@ -1763,6 +1808,12 @@ class Tagger(Reader):
     def windows(self, text, pair):
         words = [text[start:end] for start, end in self.words(text)]
         return word_windows(self.model.tokenizer, words, self.limit)[0]
+
+    def columns(self):
+        return {"prediction": list[dict]}
+
+    def cells(self, found):
+        return {"prediction": found}
 
     def words(self, text: str) -> list[tuple[int, int]]:
         return split_words(text, self.model.remembered)
@@ -1806,11 +1857,12 @@ def word_windows(tokenizer, words: list[str], limit: int) -> tuple[list[Window],
 def first_tokens(words: list[str], windows: list[Window]) -> dict[int, tuple[int, int]]:
     """Word -> (window, column) of its first token, where that has most context. A word that the tokenizer makes nothing
     of is left out."""
+    text = " ".join(words)
     word_at = [i for i, word in enumerate(words) for _ in word + " "]
     first: dict = {}
     for number, column in widest_context(windows).values():
         start, end = windows[number].offsets[column]
-        if end > start:  # a token may begin with the space before it
+        if text[start:end].strip():  # a token may begin with the space before its word
             first.setdefault(word_at[end - 1], (number, column))
     return first
 
@@ -2083,6 +2135,11 @@ class MaskFiller(Reader):
         require(found, f"{text[:60]!r}: expected {self.name} or <mask> in it")
         return found
 
+    def cells(self, found):
+        likeliest = found[:: self.top_k]
+        tokens = " ".join(row["token_str"].strip() for row in likeliest)
+        return {"prediction": tokens, "score": math.prod(row["score"] for row in likeliest)}
+
 
 POOLINGS = {  # of sentence-transformers, in its order: states (tokens, hidden) and weights (tokens, 1) -> a vector
     "cls": lambda x, weights: x[0],
@@ -2340,6 +2397,9 @@ class Embedder(Reader):
         (states,) = outputs
         return [{"embedding": self.modules.pool(states, self.skip).tolist()}]
 
+    def columns(self):
+        return {"embedding": list[float]}
+
 
 class Writer(Reader):
     """What follows a text, or what is written of a source; through a chat template, where there is one, what answers
@@ -2395,6 +2455,9 @@ class Writer(Reader):
 
     def decide(self, text, pair, windows, outputs):
         return [{"generated_text": written} for written in outputs]
+
+    def columns(self):
+        return {"prediction": str}
 
     def notices(self):
         found = super().notices()
@@ -2455,12 +2518,17 @@ def remembered(folder: str | Path | None) -> dict:
 
 
 def run(
-    model, texts: list[str], pairs: list | None = None, batch: int = 32, **options
+    model,
+    texts: list[str] | str,
+    pairs: list | str | None = None,
+    batch: int = 32,
+    **options,
 ) -> list[list[dict]]:
     """A list of dicts for each text (and its pair: of a question the context), the likeliest first: {"label", "score"},
     {"entity_group", "word", "score", "start", "end"}, {"answer", "score", "start", "end"}, {"token_str", "score",
-    "sequence"}, {"embedding"} or {"generated_text"}. Runs in batches of texts of like length. Options: those of the
-    task's reader (`TASKS`). Warns of texts that are cut, and of those that came to no end."""
+    "sequence"}, {"embedding"} or {"generated_text"}. A string is one text; as `pairs` it is the pair of every text. Runs
+    in batches of texts of like length. Options: those of the task's reader (`TASKS`). Warns of texts that are cut, and
+    of those that came to no end."""
     reader = TASKS[model.task](model, **options)
     results = read_all(reader, texts, pairs, batch)
     for notice in reader.notices():
@@ -2468,11 +2536,18 @@ def run(
     return results
 
 
-def read_all(reader: Reader, texts: list[str], pairs: list | None, batch: int) -> list[list[dict]]:
-    """What a reader makes of each text and its pair, in batches of like length."""
-    require(not isinstance(texts, str), f"texts = {str(texts)[:60]!r}: expected a list of texts")
-    texts = list(texts)
-    pairs = [None] * len(texts) if pairs is None else list(pairs)
+def read_all(
+    reader: Reader,
+    texts: list[str] | str,
+    pairs: list | str | None,
+    batch: int,
+    advance: Callable = lambda count: None,
+) -> list[list[dict]]:
+    """What a reader makes of each text and its pair, in batches of like length; `advance` is called with the size of
+    each."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    alike = pairs is None or isinstance(pairs, str)
+    pairs = [pairs] * len(texts) if alike else list(pairs)
     require(
         len(pairs) == len(texts), f"pairs: {len(pairs)} of them, expected the {len(texts)} of texts"
     )
@@ -2488,7 +2563,285 @@ def read_all(reader: Reader, texts: list[str], pairs: list | None, batch: int) -
     for rows in batches_by_length(lengths, batch):
         found = reader.run([texts[i] for i in rows], [pairs[i] for i in rows], batch)
         results.update(zip(rows, found))
+        advance(len(rows))
     return [results[i] for i in range(len(texts))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: rows, and the same rows with predictions
+# ---------------------------------------------------------------------------------------------------------------------
+CHUNK = 64  # batches of rows that lie in memory at a time
+
+
+def file_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields (place, row) of a UTF-8 file: a table, JSON lines, or in .txt a text per line."""
+    kinds = {
+        ".csv": table_records,
+        ".tsv": functools.partial(table_records, usual="\t"),
+        ".jsonl": json_lines,
+        ".ndjson": json_lines,
+        ".txt": text_lines,
+    }
+    kind = kinds.get(path.suffix.lower())
+    require(kind, f"{path}: expected one of {', '.join(kinds)}")
+    with open(path, encoding="utf-8-sig") as text:
+        try:
+            yield from kind(str(path), text)
+        except UnicodeError as error:
+            raise Error(f"{path}: not UTF-8 ({error.reason})") from None
+
+
+def text_lines(name: str, text: TextIO) -> Iterator[tuple[str, dict]]:
+    for n, line in enumerate(text, 1):
+        if line.strip():
+            yield f"{name}, line {n}", {"text": line.rstrip("\n")}
+
+
+def json_lines(name: str, text: TextIO) -> Iterator[tuple[str, dict]]:
+    """A JSON object in each line. No other character ends one: a string may hold U+2028."""
+    for n, line in enumerate(text, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                shown = repr(line.rstrip("\n")[:60])
+                raise Error(f"{name}, line {n}: {shown}, expected a JSON object") from None
+            yield f"{name}, line {n}", record
+
+
+def table_records(
+    name: str, text: TextIO, delimiter: str = "", usual: str = ","
+) -> Iterator[tuple[str, dict]]:
+    """Records of a table with a header, by default divided as its header shows. `text` can be read again."""
+    text.seek(0)
+    header = next((line for line in text if line.strip("\n")), "")
+    if not delimiter:
+        delimiter = usual if usual in header else max(",;\t|", key=header.count)
+    quoting = csv.QUOTE_MINIMAL
+    if delimiter == "\t" and not is_quoted(text):
+        quoting = csv.QUOTE_NONE
+    csv.field_size_limit(2**31 - 1)
+    text.seek(0)
+    # Spaces behind every delimiter mean nothing.
+    spaced = delimiter + " " in header
+    table = csv.reader(
+        text, delimiter=delimiter, strict=True, quoting=quoting, skipinitialspace=spaced
+    )
+    columns = None
+    first = 1  # line of the record that is being read
+    try:
+        for values in table:
+            place = f"{name}, line {table.line_num}"
+            first = table.line_num + 1
+            if not values:
+                continue
+            if columns is None:
+                columns = [column.strip() for column in values]
+            else:
+                require(len(values) <= len(columns), f"{place}: more fields than columns")
+                yield place, dict.fromkeys(columns) | dict(zip(columns, values))
+    except csv.Error as error:
+        raise Error(
+            f"{name}, line {first}: a quote that is not closed or doubled ({error})"
+        ) from None
+
+
+def is_quoted(text: TextIO) -> bool:
+    """Is a table with tabs to be read with quotes (as spreadsheets write it) rather than without?"""
+    text.seek(0)
+    try:
+        rows = csv.reader(text, delimiter="\t", strict=True)
+        return len({len(row) for row in rows if row}) == 1
+    except csv.Error:
+        return False
+
+
+def lookup(record: dict, column: str):
+    """A column's value; of nested ones, `translation.en`, that of a name in it. Raises KeyError."""
+    if column in record:
+        return record[column]
+    value = record
+    for name in column.split("."):
+        value = value[name] if isinstance(value, dict) else None
+    return value
+
+
+def cell_list(cell: str) -> list | None:
+    """The list that a table's cell spells in JSON or in Python."""
+    # numpy prints no commas between strings.
+    python = re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", cell.strip())
+    for read, spelled in ((json.loads, cell), (ast.literal_eval, python)):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            if isinstance(value := read(spelled), list):
+                return value
+    return None
+
+
+INPUT_COLUMNS = {"classify": ("text", "pair"), "qa": ("question", "context")}  # of others, text
+
+
+def input_rows(
+    model, records, columns: dict = {}, view: Callable = lambda record: record
+) -> Iterator[tuple[dict, str | None, str | None]]:
+    """Yields (record, text, pair) of (place, record): what the model reads of it, as `view` shows it; None stands for a
+    text that is missing. `columns`: text, pair, question or context -> its column; else as in the training, or the
+    name."""
+    names = INPUT_COLUMNS.get(model.task, ("text",))
+    named = {name: columns.get(name) or model.remembered.get(name) for name in names}
+    for place, record in records:
+        require(isinstance(record, dict), f"{place}: {str(record)[:60]!r}, expected an object")
+        seen = view(record)
+        texts = []
+        for name in names:
+            candidates = [named[name], name] if not columns.get(name) else [named[name]]
+            column = next((x for x in candidates if x and has_column(seen, x)), None)
+            expected = " or ".join(dict.fromkeys(filter(None, candidates)))
+            require(
+                column or name == "pair" and not named[name],
+                f"{place}: no column {expected} (columns: {', '.join(map(str, seen))[:200]}); --{name} names it",
+            )
+            texts.append(
+                text_in(seen, column, place, words=model.task == "tokens") if column else None
+            )
+        text, pair = (*texts, None)[:2]
+        yield record, text if pair or model.task != "qa" else None, pair
+
+
+def has_column(record: dict, column: str) -> bool:
+    try:
+        lookup(record, column)
+    except KeyError:
+        return False
+    return True
+
+
+def text_in(record: dict, column: str, place: str, words: bool) -> str | None:
+    """The text in a column; of a list of words, with spaces between them; None where it is empty."""
+    value = lookup(record, column)
+    value = value.tolist() if hasattr(value, "tolist") else value  # numpy's
+    if words and isinstance(value, str) and value.lstrip().startswith("["):
+        value = cell_list(value) or value
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        value = " ".join(value)
+    if value is None or value != value:  # NaN
+        return None
+    require(isinstance(value, str), f"{place}: {column} = {str(value)[:60]!r}, expected a text")
+    return value if value.strip() else None
+
+
+@contextlib.contextmanager
+def open_table(path: Path, columns: list[str], **_) -> Iterator[Callable]:
+    """A function that appends rows to a new file: .csv, .tsv or .jsonl."""
+    with open(path, "w", encoding="utf-8", errors="replace", newline="") as file:
+        if path.suffix.lower() in (".jsonl", ".ndjson"):
+
+            def write(rows: list[dict]):
+                file.writelines(strict_json(row, ensure_ascii=False) + "\n" for row in rows)
+
+        else:
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+            table = csv.DictWriter(file, columns, delimiter=delimiter, lineterminator="\n")
+            table.writeheader()
+
+            def write(rows: list[dict]):
+                for row in rows:
+                    table.writerow({name: as_cell(value) for name, value in row.items()})
+
+        yield write
+
+
+def as_cell(value):
+    """A value in a table; lists and objects are JSON."""
+    return strict_json(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+
+
+def strict_json(value, **options) -> str:
+    """JSON as RFC 8259 has it, with null for a number that is none; other values (a date) as text."""
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {name: finite(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False, default=str, **options)
+
+
+def progress_bar(total: int):
+    """A bar of rows on stderr, which appears after two seconds, if tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return contextlib.nullcontext(SimpleNamespace(update=lambda count: None))
+    pause = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(total=total, desc="running", unit=" rows", delay=2, mininterval=pause, leave=False)
+
+
+TABLES = {".csv": open_table, ".tsv": open_table, ".jsonl": open_table}
+
+
+def run_file(
+    model,
+    rows: Callable,
+    out: Path,
+    batch: int = 32,
+    tables: dict = TABLES,
+    bar: Callable = progress_bar,
+    **options,
+):
+    """Writes a file: the rows of another, and in new columns what the model says of each (`Reader.columns`). It appears
+    whole or not at all, and a large one does not lie in memory.
+
+    rows(): yields (record, text, pair), see `input_rows`; it is called twice, so that all rows are read before the first
+    is run. tables: suffix of `out` -> what opens it, see `open_table`. Options: those of the task's reader.
+    """
+    suffix = out.suffix.lower()
+    require(suffix in tables, f"--out {out}: expected one of {', '.join(tables)}")
+    require(out.parent.is_dir(), f"--out {out}: {out.parent} is no folder")
+    reader = TASKS[model.task](model, **options)
+    columns: dict = {}
+    count = empty = 0
+    for record, text, _ in rows():
+        columns |= dict.fromkeys(record)
+        count += 1
+        empty += text is None
+    new = new_columns(reader.columns(), columns)
+    part = out.with_name(f".{os.getpid()}.{out.name}")
+    try:
+        types = dict(zip(new.values(), reader.columns().values()))
+        with (
+            tables[suffix](part, [*columns, *types], rows=rows, types=types) as write,
+            bar(count) as shown,
+        ):
+            remaining = rows()
+            while some := list(itertools.islice(remaining, CHUNK * max(batch, 1))):
+                there = [(text, pair) for _, text, pair in some if text is not None]
+                texts, pairs = zip(*there) if there else ((), ())
+                found = iter(read_all(reader, texts, pairs, batch, shown.update))
+                write([record | cells_of(reader, new, text, found) for record, text, _ in some])
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    lines = [f"{out}: {count:,} rows with {', '.join(types)}"]
+    if empty:
+        lines.append(f"{empty:,} of {count:,} rows have no text: their {', '.join(types)} is empty")
+    for line in (*lines, *reader.notices()):
+        print(line, file=sys.stderr)
+
+
+def new_columns(names, taken) -> dict[str, str]:
+    """Names -> these, or name_2, name_3, ... where a column has one of them."""
+    for n in itertools.count(1):
+        new = {name: f"{name}_{n}" if n > 1 else name for name in names}
+        if not {*new.values()} & {*taken}:
+            return new
+
+
+def cells_of(reader: Reader, new: dict, text: str | None, found: Iterator) -> dict:
+    """The new columns of a row: the next result, unless it has no text."""
+    cells = dict.fromkeys(new) if text is None else reader.cells(next(found))
+    return {new[name]: value for name, value in cells.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2496,17 +2849,34 @@ def read_all(reader: Reader, texts: list[str], pairs: list | None, batch: int) -
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_run_options(parser: argparse.ArgumentParser):
-    """What `onnxlm.py FOLDER` and `train.py run FOLDER` take."""
+def add_precision(parser: argparse.ArgumentParser, help: str):
+    parser.add_argument("--precision", choices=SUFFIXES, help=help)
+
+
+def add_run_options(parser: argparse.ArgumentParser, precision: str):
+    """What `onnxlm.py FOLDER` and `tinylm run FOLDER` take."""
+    add_precision(parser, precision)
     parser.add_argument("folder", help="a model's folder")
     parser.add_argument(
         "inputs",
         nargs="*",
         metavar="INPUT",
         help="texts; a second one to classify, or a question's context, stands behind a tab; "
-        "without any, or for a -, the lines of standard input",
+        "without any, or for a -, the lines of standard input; with --out a file",
     )
-    parser.add_argument("--context", help="the text in which all questions find their answer")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write the rows of the file INPUT with what the model says of them in new columns (prediction, score): "
+        ".csv, .tsv or .jsonl",
+    )
+    parser.add_argument("--text", metavar="COLUMN", help="with --out: column of the text")
+    parser.add_argument("--pair", metavar="COLUMN", help="with --out: column of a second text")
+    parser.add_argument("--question", metavar="COLUMN", help="with --out: column of the question")
+    parser.add_argument(
+        "--context",
+        help="the text in which all questions find their answer; with --out the column that has it",
+    )
     parser.add_argument("--batch", type=int, default=32, help="texts at a time (default: 32)")
     parser.add_argument("--json", action="store_true", help="an object per line")
     parser.add_argument("--max-new-tokens", type=int, help="of a model that writes")
@@ -2518,14 +2888,47 @@ def add_run_options(parser: argparse.ArgumentParser):
     parser.add_argument("--prompt-name", help="of a model that embeds: which of its prompts")
 
 
-def run_lines(model, inputs, context=None, batch: int = 32, json: bool = False, **options):
-    """Print a line for each input: what the model says of it, the likeliest first, with scores."""
-    two = model.task in PAIRS
-    require(context is None or two, "--context: the model reads one text alone")
+def run_command(
+    model,
+    inputs: list,
+    out: str | None,
+    rows: Callable | None = None,
+    tables: dict = TABLES,
+    bar: Callable = progress_bar,
+    **options,
+):
+    """What `onnxlm.py` and `tinylm run` do: print a line for each input, or write a file for one. rows(path, columns)
+    yields the rows of a file, see `input_rows`."""
     own = dict(max_new_tokens=("lm", "seq2seq"), prompt_name=("embed",), max_answer_length=("qa",))
     for name, tasks in own.items():
         if model.task not in tasks or options.get(name) is None:
             options.pop(name, None)
+    columns = {name: options.pop(name) for name in ("text", "pair", "question")}
+    if not out:
+        for name, column in columns.items():
+            require(column is None, f"--{name} {column}: a column, expected with --out FILE")
+        for text in inputs:
+            require(
+                not os.path.isfile(text),
+                f"{text}: is a file; expected --out FILE for a prediction beside each of its rows, or - to read lines, "
+                f"as in `- < {text}`",
+            )
+        return run_lines(model, inputs, **options)
+    columns["context"] = options.pop("context")
+    require(not options.pop("json"), "--json: expected without --out, whose suffix decides")
+    require(len(inputs) == 1, f"--out: {len(inputs)} inputs, expected one file")
+    path = Path(inputs[0])
+    require(path.is_file(), f"{path}: no such file, expected one with --out")
+    same = os.path.exists(out) and os.path.samefile(out, path)
+    require(not same, f"--out {out}: is the input, expected another file")
+    rows = rows or (lambda path, columns: input_rows(model, file_records(path), columns))
+    run_file(model, lambda: rows(path, columns), Path(out), tables=tables, bar=bar, **options)
+
+
+def run_lines(model, inputs, context=None, batch: int = 32, json: bool = False, **options):
+    """Print a line for each input: what the model says of it, the likeliest first, with scores."""
+    two = model.task in PAIRS
+    require(context is None or two, "--context: the model reads one text alone")
     lines = (line.rstrip("\r\n") for line in sys.stdin)
     inputs = itertools.chain.from_iterable(
         (line for line in lines if line.strip()) if text == "-" else [text]
@@ -2567,6 +2970,18 @@ def use_utf8():
             getattr(sys, name).reconfigure(encoding=encoding, errors="replace")
 
 
+@contextlib.contextmanager
+def plain_warnings(command: str):
+    """In its context, a warning is one line on stderr (`tinylm: warning: ...`), without the source line."""
+
+    def print_line(message, *_, **__):
+        print(f"{command}: warning: {first_line(message)}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = print_line
+        yield
+
+
 def close_stdout():
     """What is still to be written goes nowhere, without a message when Python ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -2578,11 +2993,11 @@ def main(argv: list | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="onnxlm", description="Run an exported folder on texts, without torch."
     )
-    add_run_options(parser)
-    parser.add_argument("--precision", choices=SUFFIXES, help="default: the first that is there")
+    add_run_options(parser, "the graph to run (default: the first that is there)")
     options = vars(parser.parse_intermixed_args(argv))
     try:
-        run_lines(OnnxLM(options.pop("folder"), options.pop("precision")), **options)
+        with plain_warnings("onnxlm"):
+            run_command(OnnxLM(options.pop("folder"), options.pop("precision")), **options)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has enough, as `head`
         close_stdout()

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -50,10 +51,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import onnxlm
-from onnxlm import Window, encode_windows, mask_token, question_windows, tag_spans
+import tinylm
+from onnxlm import Window, encode_windows, mask_token, question_windows, strict_json, tag_spans
 from tinylm import (
     LIMITED,
-    Block,
     ByteTokenizer,
     Config,
     Count,
@@ -66,6 +67,7 @@ from tinylm import (
     TinyLM,
     __version__,
     all_reduce,
+    describe_model,
     full_tensor,
     label_weight,
     loss_sum,
@@ -153,7 +155,11 @@ class TrainOptions(datafiles.DataOptions):
         "figure that `best` and --patience go by, as `eval` names it; a tie goes to the lower loss (default: the first, "
         "macro F1 with --class-weights)",
     )
-    patience: Count = option(0, "stop after this many validations without a better one; 0: never")
+    patience: Count = option(
+        0,
+        "stop after this many validations without a better one (5 at least, as long as the figure is always the same); "
+        "0: never",
+    )
     device: str = option("", "cpu, cuda, ...; cuda where there is one")
     parallel: Literal["fsdp", "ddp"] = option(
         "fsdp", "under torchrun: fsdp (each process has a part of the weights) or ddp (has all)"
@@ -556,7 +562,7 @@ class TorchRunner:
         overrides = {key: value for key, value in lm.generation_config.items() if value is not None}
         self.config = pretrained.config_to_hf(lm.config) | overrides
         self.max_length = limit(lm, 2**31)
-        self.task = onnxlm.task_of(self.config, folder)
+        self.task = onnxlm.task_of(self.config, None if lm.config.head else folder)
         self.remembered = onnxlm.remembered(folder) | getattr(lm, "remembered", {})
 
     @torch.no_grad()
@@ -572,6 +578,41 @@ class TorchRunner:
         return self.lm.generate(*arrays, **options).cpu().numpy()
 
 
+class ExportedLM(TinyLM):
+    """The graph of an exported folder in the place of the model: an evaluation of it runs in ONNX Runtime. It has no
+    weights."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, folder: Path, precision: str, providers: list | None = None):
+        graph = onnxlm.OnnxLM(folder, precision, providers)
+        file = folder / "config.json"
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            super().__init__(pretrained.config_from_hf(read_json(file), str(file), "config"))
+        self.graph = graph
+        self.folder, self.remembered = folder, graph.remembered
+        self.tokenizer, self.generation_config = graph.tokenizer, graph.generation_config
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        decoder_input_ids=None,
+        columns=None,
+    ):
+        inputs = (input_ids, attention_mask, token_type_ids, decoder_input_ids)
+        arrays = (None if x is None else x.numpy() for x in inputs)
+        logits = torch.from_numpy(self.graph(*arrays))
+        if columns is not None:
+            logits = logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[2]))
+        return logits
+
+    def generate(self, input_ids, attention_mask=None, **options):
+        mask = None if attention_mask is None else attention_mask.numpy()
+        return torch.from_numpy(self.graph.generate(input_ids.numpy(), mask, **options))
+
+
 class Task:
     """What is common: each row makes its own examples; a model is as good as its loss is low."""
 
@@ -582,6 +623,12 @@ class Task:
     def examples(self, lm: TinyLM, row: dict, block: int):
         """Yield the examples of a row: one, or a window at a time of a long text."""
         yield text_example(lm, block, *(row[name] for name in self.inputs if name in row))
+
+    def text_and_pair(self, row: dict) -> tuple[str, str | None]:
+        """What `run` reads of a row."""
+        values = [row.get(name) for name in self.inputs]
+        texts = [" ".join(value) if isinstance(value, list) else value for value in values]
+        return (*texts, None)[:2]
 
     def remember(self, lm: TinyLM, rows: list, examples: list, options: TrainOptions) -> dict:
         """What a reader of the model has to know of its training, beside the options; for `lm.remembered`."""
@@ -621,11 +668,10 @@ def similar(examples: list, batch: int) -> list:
     return onnxlm.batches_by_length([len(row["input_ids"]) for row in examples], batch)
 
 
-def readings(reader: onnxlm.Reader, examples: list, of: Callable, batch: int) -> Iterable:
-    """Yields (row, text, pair, windows, outputs) of each row of the examples, as `run` reads its `of(row)`: the text and
-    its pair, or None."""
+def readings(task: Task, reader: onnxlm.Reader, examples: list, batch: int) -> Iterable:
+    """Yields (row, text, pair, windows, outputs) of each row of the examples, as `run` reads it."""
     rows = [*{example["number"]: example["row"] for example in examples}.values()]
-    inputs = [of(row) for row in rows]
+    inputs = [task.text_and_pair(row) for row in rows]
     lengths = [len(text) + len(pair or "") for text, pair in inputs]
     for indices in watch(onnxlm.batches_by_length(lengths, batch), "evaluating"):
         texts, pairs = zip(*(inputs[i] for i in indices))
@@ -728,7 +774,11 @@ class Writing(Task):
         the shortest."""
         lengths = [len(example["labels"]) for example in examples]
         needed = min(max(lengths) * 5 // 4, limit(lm, 2**31) - 1) + 1
-        config = lm.generation_config
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        # as they are saved where nothing else is said of generation
+        ids = {name: getattr(lm.config, name) for name in names}
+        ids = {name: id for name, id in ids.items() if id is not None}
+        config = lm.generation_config = dict(lm.generation_config or ids)
         config["max_length"] = max(needed, config.get("max_length") or 0)
         if config.get("min_length"):
             config["min_length"] = min(config["min_length"], min(lengths))
@@ -738,6 +788,10 @@ class Writing(Task):
         """Perplexity; and BLEU and ROUGE of what the model writes, each if its library is installed."""
         figures = self.figures(lm, examples, batch)
         bleu, rouge = (importlib.util.find_spec(name) for name in ("sacrebleu", "rouge_score"))
+        if not bleu:
+            note("BLEU needs `pip install sacrebleu`")
+        if not rouge:
+            note("ROUGE needs `pip install rouge_score`")
         if not (bleu or rouge):
             return figures
         longest = max(len(example["labels"]) for example in examples)
@@ -748,7 +802,7 @@ class Writing(Task):
             options["max_new_tokens"] = longest
         reader = onnxlm.Writer(TorchRunner(lm), **options)
         true, written = [], []
-        for row, *_, texts in readings(reader, examples, lambda row: (row["source"], None), batch):
+        for row, *_, texts in readings(self, reader, examples, batch):
             true.append(row["target"])
             written += texts
         for line in reader.notices():
@@ -990,7 +1044,7 @@ class Tagging(Task):
         names = [lm.config.id2label[i] for i in range(lm.config.num_labels)]
         counts = Counter()
         losses = []
-        for row, *reading in readings(reader, examples, joined_words, batch):
+        for row, *reading in readings(self, reader, examples, batch):
             text, _, windows, outputs = reading
             true = [label_id(lm, tag) for tag in row["tags"]]
             starts = itertools.accumulate((len(word) + 1 for word in row["words"]), initial=0)
@@ -1017,10 +1071,6 @@ class Tagging(Task):
             "accuracy": counts["tags"] / max(counts["words"], 1),
             "loss": sum(losses) / max(len(losses), 1),
         }
-
-
-def joined_words(row: dict) -> tuple[str, None]:
-    return " ".join(row["words"]), None
 
 
 class QuestionAnswering(Task):
@@ -1071,7 +1121,7 @@ class QuestionAnswering(Task):
         reader = onnxlm.Answerer(TorchRunner(lm))
         scores = {True: [], False: []}  # has it an answer -> (F1, exact match)
         losses = []
-        for row, *reading in readings(reader, examples, question_and_context, batch):
+        for row, *reading in readings(self, reader, examples, batch):
             (found,) = reader.decide(*reading)
             true = [text for text, _ in row["answer"] if plain(text)] or [""]
             exact = max(plain(found["answer"]) == plain(text) for text in true)
@@ -1088,10 +1138,6 @@ class QuestionAnswering(Task):
             for name, values in zip(("span F1", "exact match"), zip(*found)):
                 figures[kind + name] = sum(values) / len(values)
         return figures | {"loss": sum(losses) / max(len(losses), 1)}
-
-
-def question_and_context(row: dict) -> tuple[str, str]:
-    return row["question"], row["context"]
 
 
 def plain(text: str) -> list:
@@ -1275,16 +1321,20 @@ def new_model(rows: list, options: TrainOptions) -> TinyLM:
     torch.manual_seed(options.seed)
     changes = label_changes(rows, options.names) | dropouts(config, options.dropout)
     lm = TinyLM(replace(config, **changes))
-    for block in blocks(lm):
-        nn.init.zeros_(block.attention.o.weight)
-        nn.init.zeros_(block.mlp.down.weight)
+    for name, p in lm.named_parameters():
+        if RESIDUAL_OUTPUT.search(name):
+            nn.init.zeros_(p)
     lm.tokenizer = tokenizer
     return lm
 
 
-def blocks(lm: TinyLM) -> list[Block]:
+# Names of weights whose product is added to the residual stream. A replaced MLP may have several, or none.
+RESIDUAL_OUTPUT = re.compile(r"\.(attention\.o|mlp(\..+)?\.down)(\.weight)?$")
+
+
+def blocks(lm: TinyLM) -> list[nn.Module]:
     """The layers, of an encoder too."""
-    return [module for module in lm.modules() if isinstance(module, Block)]
+    return [*lm.layers, *(lm.encoder.layers if lm.encoder is not None else ())]
 
 
 def train_bpe(texts: list, vocab: int, encoder: bool = False) -> onnxlm.Tokenizer:
@@ -1503,23 +1553,40 @@ def make_optimizer(lm: TinyLM, options: TrainOptions) -> torch.optim.Optimizer:
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run shows and records
 # ---------------------------------------------------------------------------------------------------------------------
-QUIET = contextvars.ContextVar("QUIET", default=False)  # --quiet: nothing on stderr
+# --quiet: nothing on stderr.
+QUIET = contextvars.ContextVar("QUIET", default=False)
 
 
 def note(text: str, end: str = "\n"):
-    """A line on stderr, from the first process only."""
+    """Prints a line on stderr, from the first process only."""
     if rank_and_world_size()[0] == 0 and not QUIET.get():
+        # on a terminal, the line may hold the progress
         clear = "\r\x1b[K" * sys.stderr.isatty()
         print(clear + text, end=end, file=sys.stderr, flush=True)
 
 
+class LineStream:
+    """Where stderr is no terminal, the file of a tqdm bar: each state of the bar becomes a line."""
+
+    def write(self, text: str):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
 def watch(items: Iterable, what: str, total: int | None = None) -> Iterable:
-    """The items, and after two seconds a bar on stderr, from the first process only."""
+    """Yields the items, with a progress bar on stderr if it takes longer than two seconds; from the first process only.
+    Where stderr is no terminal, a line every ten seconds."""
     from tqdm import tqdm
 
     silent = QUIET.get() or rank_and_world_size()[0] != 0
-    pause = 0.2 if sys.stderr.isatty() else 10
-    return tqdm(items, what, total, delay=2, mininterval=pause, leave=False, disable=silent)
+    style = dict(mininterval=0.2)
+    if not sys.stderr.isatty():
+        line = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+        style = dict(mininterval=10, file=LineStream(), bar_format=line)
+    return tqdm(items, what, total, delay=2, leave=False, disable=silent, **style)
 
 
 def clock(seconds: float) -> str:
@@ -1528,11 +1595,27 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def count_parameters(lm: TinyLM) -> tuple[int, int]:
+    """The parameters of the model, without adapters, and those that are trained, adapters included."""
+    adapters = [p for m in lm.modules() if isinstance(m, LoRA) for p in (m.a, m.b)]
+    total = sum(p.numel() for p in lm.parameters()) - sum(p.numel() for p in adapters)
+    return total, sum(p.numel() for p in lm.parameters() if p.requires_grad)
+
+
+def describe_parameters(lm: TinyLM, options: TrainOptions) -> str:
+    total, trained = count_parameters(lm)
+    if not options.lora:
+        return f"{total:,} parameters, {trained:,} of them trained"
+    head = " and a new head" if lm.config.head in NEW_HEADS else ""
+    return f"{total:,} parameters, trained by {trained:,} in adapters of rank {options.lora}{head}"
+
+
 def peak_flops(device) -> float | None:
-    """What a CUDA device could do in bfloat16 at most, where it is known."""
+    """Peak bfloat16 operations per second of a CUDA device, if it is known."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
+    # compute capability -> operations per cycle of one multiprocessor
     per_cycle = {(8, 0): 2048, (8, 6): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192}.get(
         (properties.major, properties.minor)
     )
@@ -1540,24 +1623,32 @@ def peak_flops(device) -> float | None:
 
 
 class Progress:
-    """A live line on a terminal; elsewhere a plain one now and then. The loss is fetched only when a line is due."""
+    """The training's progress on stderr: a live line on a terminal, else a line every ten seconds. It reads the loss
+    only when it prints, so that a GPU need not wait."""
 
     def __init__(self, lm: TinyLM, steps: int, first: int):
-        self.steps, self.first, self.tokens, self.live = steps, first, 0, sys.stderr.isatty()
-        self.begin, self.shown, self.peak = time.monotonic(), -math.inf, peak_flops(lm.device)
-        self.flops = 6 * sum(p.numel() for name, p in lm.named_parameters() if "_embed" not in name)
+        self.steps = steps
+        self.first = first
+        self.tokens = 0
+        self.live = sys.stderr.isatty()
+        self.begin = time.monotonic()
+        self.printed = -math.inf
         self.warm = None
+        self.peak = peak_flops(lm.device)
+        # Forward and backward passes cost 6 operations for each parameter and token.
+        self.flops = 6 * sum(p.numel() for name, p in lm.named_parameters() if "_embed" not in name)
 
     def line(self, step: int, loss: Tensor, lr: float, tokens: int):
-        now, self.tokens = time.monotonic(), self.tokens + tokens
+        """Count a step of so many tokens, and print a line if one is due."""
+        now = time.monotonic()
+        self.tokens += tokens
         self.estimate(step, now)
-        if now - self.shown > (0.2 if self.live else 10) or step == self.steps:
-            self.shown, spent = now, now - self.begin
-            eta = spent / (step - self.first) * (self.steps - step)
+        if now - self.printed > (0.2 if self.live else 10) or step == self.steps:
+            self.printed = now
+            eta = (now - self.begin) / (step - self.first) * (self.steps - step)
             speed = f"{self.speed():,.0f} tok/s"
-            if (
-                self.peak
-            ):  # model flops utilisation (Chowdhery et al. 2022), without attention's own products
+            if self.peak:
+                # model flops utilisation (Chowdhery et al. 2022), without attention's own products
                 speed += f"  MFU {self.speed() * self.flops / self.peak:.1%}"
             note(
                 f"step {step}/{self.steps}  loss {loss.item():.3f}  lr {lr:.2e}  {speed}  ETA {clock(eta)}",
@@ -1565,18 +1656,18 @@ class Progress:
             )
 
     def speed(self) -> float:
-        """Tokens in a second."""
+        """Tokens per second."""
         return self.tokens / max(time.monotonic() - self.begin, 1e-9)
 
     def estimate(self, step: int, now: float):
-        """Say once how long a long run will take, by its fifth to second steps: the first one compiles and warms up."""
+        """After five steps, print how long a long run will take. The first step compiles and warms up: it is left out."""
         if step == self.first + 1:
             self.warm = now
         if step == self.first + 5:
             left = (now - self.warm) / 4 * (self.steps - step)
             if left > 60:
                 note(
-                    f"{self.steps - step:,} steps to go will take about {clock(left)} without validations"
+                    f"{self.steps - step:,} more steps will take about {clock(left)}, plus validations"
                 )
 
 
@@ -1584,33 +1675,26 @@ def shown_figure(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"
 
 
-def strict_json(value) -> str:
-    """JSON as RFC 8259 has it, with null for a number that is none."""
-
-    def finite(value):
-        if isinstance(value, dict):
-            return {name: finite(item) for name, item in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(value), allow_nan=False)
-
-
 class RunRecord:
-    """The figures of a run: lines of metrics.jsonl, TensorBoard's events, the model card in `best`. Only the first
-    process writes. Of a former run's record nothing is lost before this one has saved a checkpoint."""
+    """The figures of a run, in metrics.jsonl and for TensorBoard. Only the first process writes. The record of a former
+    run in the folder is kept until this run has saved a checkpoint."""
 
     def __init__(self, out: Path, step: int, options: TrainOptions):
-        self.file, self.rows, self.writer = out / "metrics.jsonl", [], None
+        self.file = out / "metrics.jsonl"
+        self.rows = []
+        self.writer = None
         self.first = rank_and_world_size()[0] == 0
-        if (
-            step and self.file.exists()
-        ):  # what a killed run wrote behind its last checkpoint is done again
+        if step and self.file.exists():
+            # A killed run may have written rows after its last checkpoint: these steps are done again.
             lines = self.file.read_text(encoding="utf-8").splitlines()
             rows = (json.loads(line) for line in lines if line.endswith("}"))
             self.rows = [row for row in rows if row["step"] <= step]
+        # rows in the file; None while it holds the former record
+        self.written = None
         self.seconds = self.rows[-1]["seconds"] if self.rows else 0.0
-        self.written = None  # rows in the file; None: it is still the former one
         self.begin = time.monotonic()
+        # seconds that samples and pictures took
+        self.extra_seconds = 0.0
         if options.tensorboard and self.first:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -1619,8 +1703,18 @@ class RunRecord:
             self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def spent(self) -> float:
-        """Seconds of training, those before a resume included."""
+        """Seconds of training, including those before a resume."""
         return self.seconds + time.monotonic() - self.begin
+
+    @contextlib.contextmanager
+    def extra(self):
+        """Measures what is not training; yields the seconds left for it: it may take a twentieth of the training time
+        so far."""
+        begin = time.monotonic()
+        try:
+            yield self.spent() / 20 - self.extra_seconds
+        finally:
+            self.extra_seconds += time.monotonic() - begin
 
     def add(self, step: int, figures: dict):
         self.rows.append({"step": step, "seconds": round(self.spent(), 3)} | figures)
@@ -1634,7 +1728,7 @@ class RunRecord:
             self.flush()
 
     def flush(self):
-        """Write what is not yet in the file; at first all of it."""
+        """Write the rows that are not yet in the file; the first time, all of them."""
         if not self.first:
             return
         rows = self.rows[self.written or 0 :]
@@ -1645,22 +1739,38 @@ class RunRecord:
             self.writer.flush()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The model card and its picture
+# ---------------------------------------------------------------------------------------------------------------------
 def write_card(
-    folder: Path, lm, options: TrainOptions, run_state: dict, record: RunRecord, described
+    folder: Path,
+    lm: TinyLM,
+    options: TrainOptions,
+    run_state: dict,
+    record: RunRecord,
+    notices: list[str],
+    finished: bool,
 ):
-    """The model card and its picture, beside the best checkpoint."""
-    if not record.first or not folder.is_dir():
+    """README.md and loss.svg beside the best checkpoint."""
+    if not record.first or "best_step" not in run_state:
         return
-    card, curve = model_card(lm, options, run_state, described), loss_curve(record.rows)
+    panels = make_panels(record.rows, options, run_state.get("best_step"))
+    with record.extra() as seconds:
+        # matplotlib takes about half a second
+        by_matplotlib = importlib.util.find_spec("matplotlib") and (finished or seconds > 0.5)
+        picture = draw_by_matplotlib(panels) if by_matplotlib else draw_svg(panels)
+    card = model_card(lm, options, run_state, notices)
     try:
-        for name, text in {"README.md": card, "loss.svg": curve}.items():
-            content = text.encode("utf-8", errors="replace")  # a label may hold half a character
+        for name, text in {"README.md": card, "loss.svg": picture}.items():
+            # a label may hold half a surrogate pair
+            content = text.encode("utf-8", errors="replace")
             write_file(folder / name, lambda path, content=content: path.write_bytes(content))
     except OSError as error:
         raise Error(f"{folder}: no model card written ({error})") from None
 
 
-AUTO_CLASSES = {  # task -> transformers' class, the hub's name of the task
+# task -> transformers' class, the hub's name of the task
+AUTO_CLASSES = {
     "lm": ("AutoModelForCausalLM", "text-generation"),
     "seq2seq": ("AutoModelForSeq2SeqLM", "text2text-generation"),
     "classify": ("AutoModelForSequenceClassification", "text-classification"),
@@ -1668,105 +1778,259 @@ AUTO_CLASSES = {  # task -> transformers' class, the hub's name of the task
     "qa": ("AutoModelForQuestionAnswering", "question-answering"),
     "mlm": ("AutoModelForMaskedLM", "fill-mask"),
 }
-NOT_OF_THE_RUN = {"out", "overwrite", "quiet", "tensorboard"}  # options that change nothing learnt
+# Options that do not change what is learnt.
+NOT_OF_THE_RUN = {"out", "overwrite", "quiet", "tensorboard"}
 
 
-def model_card(lm: TinyLM, options: TrainOptions, run_state: dict, described: list[str]) -> str:
-    """README.md as the hub reads it: front matter, data, options, figures, how to load it."""
+def model_card(lm: TinyLM, options: TrainOptions, run_state: dict, notices: list[str]) -> str:
+    """README.md as the hub reads it: front matter, data, figures, options, how to load the model."""
     auto, tag = AUTO_CLASSES[options.task]
-    stock = lm.config.model_type != "tinylm"
-    default = TrainOptions(task=options.task, init=options.init, lora=options.lora).filled()
-    shown = {
-        name: value
-        for name, value in asdict(options).items()
-        if value not in (None, "", False) and name not in NOT_OF_THE_RUN
-    }
-    figures = run_state.get("figures") or {}
-    front = ["---", f"pipeline_tag: {tag}", "tags:", "- tinylm"]
-    if stock:
-        front.insert(1, "library_name: transformers")
+    replaced = describe_model(lm).get("tinylm_replaced", {})
+    stock = lm.config.model_type != "tinylm" and not replaced
+    front = [
+        "---",
+        f"library_name: {'transformers' if stock else 'tinylm'}",
+        f"pipeline_tag: {tag}",
+    ]
+    front += ["tags:", "- tinylm"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", options.init) and not Path(options.init).exists():
         front.append(f"base_model: {options.init}")
-    start = f"fine-tuned from `{options.init}`" if options.init else "trained from scratch"
-    lines = [
-        *front,
-        "---",
-        "",
-        f"# A {lm.config.model_type} for {tag.replace('-', ' ')}",
-        "",
-        f"{sum(p.numel() for p in lm.parameters()):,} parameters, {start} with tinylm.",
-        "",
-        "## Data",
-        "",
-        *(f"- {line}" for line in described),
-        "",
-        "## Figures",
-        "",
-        f"After step {run_state.get('best_step', run_state['step'])}, on what was held back:"
-        if figures
-        else "Nothing was held back.",
-        "",
-    ]
-    if figures:
+    front += ["---", ""]
+    name = lm.config.model_type if stock else "tinylm"
+    start = f"Fine-tuned from `{options.init}`" if options.init else "Trained from scratch"
+    lines = [f"# A {name} for {tag.replace('-', ' ')}", ""]
+    lines += [f"{start} with tinylm: {describe_parameters(lm, options)}.", "", "## Data", ""]
+    lines += [*(f"- {line}" for line in notices), "", "## Figures", ""]
+    if figures := run_state.get("figures"):
+        lines += [f"On the rows to validate on, after step {run_state['best_step']:,}:", ""]
         lines += ["| figure | value |", "|---|---|"]
-        lines += [f"| {name} | {shown_figure(value)} |" for name, value in figures.items()] + [""]
-    lines += ["![loss](loss.svg)", "", "## Options", "", "| option | value |", "|---|---|"]
-    lines += [
-        f"| {flag(name)} | {value}{'' if value == getattr(default, name) else ' (given)'} |"
-        for name, value in shown.items()
-    ]
-    lines += ["", "## How to load it", "", "```python"]
-    if stock:
-        lines += [
-            f"from transformers import {auto}, AutoTokenizer",
-            "",
-            f'model = {auto}.from_pretrained(".")',
-            'tokenizer = AutoTokenizer.from_pretrained(".")',
-            "```",
-            "",
-            "```python",
-        ]
-    lines += ["from tinylm import TinyLM", "", 'model = TinyLM.from_pretrained(".")', "```", ""]
+        lines += [f"| {name} | {shown_figure(value)} |" for name, value in figures.items()]
+    else:
+        lines += ["There were no rows to validate on."]
+    lines += ["", "![Loss and figures by step](loss.svg)", "", "## Options", ""]
+    lines += ["| option | value | |", "|---|---|---|", *option_lines(options, run_state), ""]
     use = 'sample . --prompt "..."' if options.task == "lm" else 'run . "..."'
-    return "\n".join([*lines, "```sh", f"tinylm {use}", "```", ""])
+    if options.task == "lm" and onnxlm.has_chat_template(lm.tokenizer):
+        use = "chat ."
+    return "\n".join([*front, *lines, *loading_lines(auto, stock, replaced, use)])
 
 
-def loss_curve(rows: list[dict]) -> str:
-    """The losses of a run's record as an SVG picture: of training, and of validation where that is a loss."""
-    width, height, left, bottom = 640, 320, 60, 30
-    curves = {"training": [(row["step"], row["loss"]) for row in rows if "loss" in row]}
-    named = [(row["step"], row.get("validation", {}).get("nats/token")) for row in rows]
-    curves["validation"] = [(step, value) for step, value in named if value is not None]
-    points = [point for curve in curves.values() for point in curve]
-    if not points:
-        return ""
-    last = max(step for step, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
+def option_lines(options: TrainOptions, run_state: dict) -> Iterable[str]:
+    """A line of the card's table for each option in effect; those that were given are marked."""
+    unused = NOT_OF_THE_RUN | {name for name in ("lora", "patience") if not getattr(options, name)}
+    if rank_and_world_size()[1] == 1:
+        unused.add("parallel")
+    for f in fields(options):
+        value = getattr(options, f.name)
+        off = value is None or value is False or value == ""
+        if not off and f.name not in unused:
+            given = "given" if run_state["options"].get(f.name) != f.default else ""
+            yield f"| {flag(f.name)} | {'' if value is True else value} | {given} |"
 
-    def place(step: int, loss: float) -> str:
-        x = left + (width - left - 10) * step / last
-        y = 10 + (height - bottom - 10) * (high - loss) / max(high - low, 1e-9)
-        return f"{x:.1f},{y:.1f}"
 
+def loading_lines(auto: str, stock: bool, replaced: dict[str, str], use: str) -> Iterable[str]:
+    """How to load the model from its folder: in transformers, in tinylm and by the command. Where leaves were replaced,
+    they must be replaced again before it is loaded, which the command cannot do."""
+    yield from ("## How to load it", "")
+    if stock:
+        yield from ("```python", f"from transformers import {auto}, AutoTokenizer", "")
+        yield f'model = {auto}.from_pretrained(".")'
+        yield from ('tokenizer = AutoTokenizer.from_pretrained(".")', "```", "")
+    yield from ("```python", "import tinylm" if replaced else "from tinylm import TinyLM")
+    for leaf, by in replaced.items():
+        name = getattr(getattr(tinylm, leaf), "__qualname__", "")
+        module = by.removesuffix(f".{name}")
+        if module in (by, "__main__") or not re.fullmatch(r"[\w.]+", name):
+            yield f"# tinylm.{leaf} was {by} in training"
+        else:
+            yield from (f"import {module}", f"tinylm.{leaf} = {by}")
+    yield ""
+    yield f'model = {"tinylm." if replaced else ""}TinyLM.from_pretrained(".")'
+    yield from ("```", "")
+    if not replaced:
+        yield from ("```sh", f"tinylm {use}", "```", "")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A diagram over the steps of a run: name -> points (step, value); best: the point of the best checkpoint."""
+
+    title: str
+    curves: dict[str, list[tuple[int, float]]]
+    best: tuple[int, float] | None
+
+
+def make_panels(rows: list[dict], options: TrainOptions, best_step: int | None) -> list[Panel]:
+    """The losses of a run's record, in training and on the rows to validate on; and the figure that `best` goes by, if
+    it is no loss."""
+    validations = [(row["step"], row["validation"]) for row in rows if row.get("validation")]
+    names = validations[0][1] if validations else {}
+    loss = next((name for name in LOSSES if name in names), "loss")
+    chosen = chosen_figure(names, options) if names else loss
+
+    def points(name: str) -> list[tuple[int, float]]:
+        found = [(step, figures.get(name)) for step, figures in validations]
+        return [(step, value) for step, value in found if finite(value)]
+
+    def panel(title: str, name: str, curves: dict) -> Panel:
+        curves = curves | {"validation": points(name)}
+        best = next((p for p in curves["validation"] if p[0] == best_step), None)
+        return Panel(title, curves, best if name == chosen else None)
+
+    training = [(row["step"], row["loss"]) for row in rows if finite(row.get("loss"))]
+    title = loss if loss in ("loss", "mean squared error") else f"loss ({loss})"
+    panels = [panel(title, loss, {"training": training, "training, smoothed": smooth(training)})]
+    if chosen != loss:
+        panels.append(panel(chosen, chosen, {}))
+    return [panel for panel in panels if any(panel.curves.values())]
+
+
+def finite(value) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The mean of a twentieth of the points around each."""
+    reach = len(points) // 40
+    found = []
+    for i, (step, _) in enumerate(points):
+        window = [value for _, value in points[max(i - reach, 0) : i + reach + 1]]
+        found.append((step, sum(window) / len(window)))
+    return found
+
+
+# curve -> colour, width of the line
+CURVES = {
+    "training": ("#a6c8e4", 1),
+    "training, smoothed": ("#1f77b4", 2),
+    "validation": ("#d62728", 2),
+}
+
+
+def draw_by_matplotlib(panels: list[Panel]) -> str:
+    """An SVG picture of the panels, side by side."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(panels) or 5, 3.75), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for name, points in panel.curves.items():
+            if points:
+                colour, width = CURVES[name]
+                marker = "o" if name == "validation" and len(points) <= 30 else None
+                axes.plot(*zip(*points), color=colour, lw=width, marker=marker, ms=4, label=name)
+        if panel.best:
+            label = f"best: {panel.best[1]:.4g} at step {panel.best[0]:,}"
+            style = dict(marker="*", ms=14, ls="none", color=CURVES["validation"][0])
+            axes.plot(*panel.best, label=label, **style)
+        axes.set_xlabel("step")
+        axes.set_ylabel(panel.title)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    file = io.StringIO()
+    # without the date and random names, the same figures give the same file
+    with matplotlib.rc_context({"svg.hashsalt": "tinylm"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def draw_svg(panels: list[Panel], width: int = 480, height: int = 360) -> str:
+    """The same picture without matplotlib."""
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<path d="M{left},10V{height - bottom}H{width - 10}" fill="none" stroke="black"/>',
-        f'<text x="{left - 5}" y="20" text-anchor="end">{high:.3g}</text>',
-        f'<text x="{left - 5}" y="{height - bottom}" text-anchor="end">{low:.3g}</text>',
-        f'<text x="{width - 10}" y="{height - 10}" text-anchor="end">step {last}</text>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(panels)} {height}" '
+        'font-family="DejaVu Sans, Verdana, sans-serif" font-size="13">',
+        '<rect width="100%" height="100%" fill="white"/>',
     ]
-    for (name, curve), colour, y in zip(curves.items(), ("#999999", "#d62728"), (24, 40)):
-        every = max(len(curve) // 400, 1)
-        shown = " ".join(place(*point) for point in curve[::every])
-        if shown:
-            lines.append(
-                f'<polyline points="{shown}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-            )
-            lines.append(
-                f'<text x="{width - 20}" y="{y}" fill="{colour}" text-anchor="end">{name}</text>'
-            )
+    for i, panel in enumerate(panels):
+        part = panel_lines(panel, width, height)
+        lines += [f'<g transform="translate({i * width},0)">', *part, "</g>"]
     return "\n".join([*lines, "</svg>", ""])
+
+
+def panel_lines(panel: Panel, width: int, height: int) -> Iterable[str]:
+    """Yields the SVG elements of a panel: grid, axes, curves, the best point, the legend."""
+    left, right, top, bottom = 76, width - 28, 16, height - 52
+    points = [point for curve in panel.curves.values() for point in curve]
+    last = max(step for step, _ in points)
+    low, high = (bound(value for _, value in points) for bound in (min, max))
+    margin = (high - low) / 20 or abs(high) / 20 or 1
+    low, high = low - margin, high + margin
+
+    def x_of(step: float) -> float:
+        return left + (right - left) * step / last
+
+    def y_of(value: float) -> float:
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
+    for step, text in ticks(0, last):
+        x = f"{x_of(step):.1f}"
+        yield f'<path d="M{x},{top}V{bottom}" stroke="#e0e0e0"/>'
+        yield f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">{text}</text>'
+    for value, text in ticks(low, high):
+        y = y_of(value)
+        yield f'<path d="M{left},{y:.1f}H{right}" stroke="#e0e0e0"/>'
+        yield f'<text x="{left - 8}" y="{y + 4.5:.1f}" text-anchor="end">{text}</text>'
+    yield f'<path d="M{left},{top}V{bottom}H{right}" fill="none" stroke="black"/>'
+    middle = (top + bottom) / 2
+    yield f'<text x="{(left + right) / 2}" y="{height - 12}" text-anchor="middle">step</text>'
+    yield f'<text transform="translate(18,{middle}) rotate(-90)" text-anchor="middle">{panel.title}</text>'
+
+    legend = []
+    for name, curve in panel.curves.items():
+        colour, thickness = CURVES[name]
+        places = [f"{x_of(step):.1f},{y_of(value):.1f}" for step, value in curve]
+        if places:
+            yield f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}" stroke-width="{thickness}"/>'
+            mark = f'<path d="M2,-4h24" stroke="{colour}" stroke-width="{thickness}"/>'
+            if name == "validation" and len(curve) <= 30:
+                dot = f'<circle r="3" fill="{colour}"/>'
+                yield from (f'<g transform="translate({place})">{dot}</g>' for place in places)
+                mark += f'<g transform="translate(14,-4)">{dot}</g>'
+            legend.append((mark, name))
+    if panel.best:
+        step, value = panel.best
+        colour, _ = CURVES["validation"]
+        yield f'<g transform="translate({x_of(step):.1f},{y_of(value):.1f})">{star(colour)}</g>'
+        mark = f'<g transform="translate(14,-4)">{star(colour)}</g>'
+        legend.append((mark, f"best: {value:.4g} at step {step:,}"))
+
+    # In the corner with the fewest points. The width is an estimate: there is no font to measure.
+    wide = 48 + 7.5 * max(len(text) for _, text in legend)
+    tall = 20 * len(legend)
+    corners = itertools.product((top + 6, bottom - 6 - tall), (right - 4 - wide, left + 10))
+
+    def covered(corner: tuple[float, float]) -> int:
+        y, x = corner
+        inside = (
+            x < x_of(step) < x + wide and y < y_of(value) < y + tall for step, value in points
+        )
+        return sum(inside)
+
+    y, x = min(corners, key=covered)
+    for i, (mark, text) in enumerate(legend, 1):
+        yield f'<g transform="translate({x:.1f},{y + 20 * i - 5:.1f})">{mark}<text x="34">{text}</text></g>'
+
+
+def ticks(low: float, high: float, most: int = 7) -> list[tuple[float, str]]:
+    """Round numbers from low to high and their labels: so many at most, apart by 1, 2 or 5 times a power of ten."""
+    least = (high - low) / most
+    power = 10 ** math.floor(math.log10(least))
+    apart = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
+    decimals = max(-math.floor(math.log10(apart)), 0)
+    values = (i * apart for i in range(math.ceil(low / apart), math.floor(high / apart) + 1))
+    return [(value, f"{value:,.{decimals}f}") for value in values]
+
+
+def star(colour: str) -> str:
+    """A star with five points around the origin."""
+    points = []
+    for i in range(10):
+        radius = 3.5 if i % 2 else 8.5
+        angle = math.pi * i / 5
+        points.append(f"{radius * math.sin(angle):.1f},{-radius * math.cos(angle):.1f}")
+    return f'<polygon points="{" ".join(points)}" fill="{colour}"/>'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1840,32 +2104,64 @@ def first_failure(error) -> str:
     return str(next(iter(error.failures.values()))[0])
 
 
-MAY_CHANGE = NOT_OF_THE_RUN | {  # of a run that goes on
-    "steps",
-    "epochs",
-    "eval_every",
-    "patience",
-    "device",
-    "compile",
-}
+# Options that may differ when a run is resumed.
+MAY_CHANGE = NOT_OF_THE_RUN | {"steps", "epochs", "eval_every", "patience", "device", "compile"}
+# Options that may name a file or folder.
+PATHS = ("init", "val")
 
 
 def load_resume_metadata(folder: Path) -> dict:
-    """Where a run stands and its options, as `save` wrote them for `--resume`."""
+    """The state of a run as `save` wrote it for `--resume`: its options, the step, the data, the best figures."""
     file = folder / "training.safetensors"
     run_state = json.loads((open_tensors(file).metadata() or {}).get("training", "null"))
     require(run_state, f"{file}: not written by tinylm's training")
     return run_state
 
 
-def check_resume(run_state: dict, asked: dict, hashed: str):
-    """Refuse to go on with other options or other data."""
-    for name, value in run_state["options"].items():
-        require(
-            name in MAY_CHANGE or asked.get(name) == value,
-            f"--resume: {flag(name)} was {value}, not {asked.get(name)}, in the run to go on with",
-        )
-    require(run_state["data"] == hashed, "--resume: the data is not that of the run to go on with")
+def resumed_options(last: Path, given: dict) -> dict:
+    """Options for `--resume`: those of the run, except for the `given` ones. A run that was started in another folder
+    still finds its files."""
+    run_state = load_resume_metadata(last)
+    known = {f.name for f in fields(TrainOptions)}
+    options = {name: value for name, value in run_state["options"].items() if name in known}
+    for name in PATHS:
+        path = os.path.join(run_state.get("cwd", ""), options[name])
+        if options[name] and not os.path.exists(options[name]) and os.path.exists(path):
+            options[name] = path
+    if {"steps", "epochs"} & set(given):  # either takes the other's place
+        options |= dict(steps=None, epochs=None)
+    return options | dict(quiet=False, overwrite=False, out=str(last.parent)) | given
+
+
+def check_same_options(run_state: dict, given: dict):
+    """Refuses to resume a run with other options than MAY_CHANGE."""
+    before = run_state["options"]
+    for name, value in before.items():
+        same = given.get(name) == value
+        if not same and name in PATHS and value and given[name]:
+            paths = (os.path.join(run_state.get("cwd", ""), value), given[name])
+            same = len({os.path.realpath(path) for path in paths}) == 1
+        if not same and name not in MAY_CHANGE:
+            now = option_value(name, given)
+            raise Error(
+                f"--resume: {flag(name)} is {now}, expected {option_value(name, before)}, as in the run"
+            )
+
+
+def option_value(name: str, options: dict) -> str:
+    """The value of an option as the command line has it; of one that was not given, its default."""
+    value = options.get(name)
+    if value is None:
+        value = getattr(TrainOptions(**options).filled(), name, None)
+    if value in (None, ""):
+        return "not given"
+    return {True: "given", False: "not given"}[value] if isinstance(value, bool) else str(value)
+
+
+def data_place(data) -> str | None:
+    """The path of the data, from which `--resume` reads it again; None for standard input and for rows in Python."""
+    is_path = isinstance(data, (str, Path)) and str(data) != "-"
+    return os.path.abspath(data) if is_path else None
 
 
 @torch.no_grad()
@@ -1933,34 +2229,58 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     `options.init`; or go on where `options.out`/last stopped: bit for bit the run that was not interrupted, since data
     order and dropout depend on seed and step alone.
 
-    Raises Error for data or options that do not fit, and where `options.out` holds a run that is not to go on.
+    Returns the best model, in eval mode, as it is saved in `options.out`/best; its attributes `figures` and `folder` are
+    those of its validation, and that folder. Under torchrun it is the last one. Raises Error for data or options that do
+    not fit, and where `options.out` holds a run that is not to go on.
     """
+    lm, run_state = train_model(data, options, resume)
+    folder = Path(options.out) / "best"
+    if "best_step" in run_state and rank_and_world_size()[1] == 1:
+        device = lm.device
+        del lm
+        lm = open_checkpoint(folder, device)
+    lm.folder = folder
+    lm.figures = run_state.get("figures") or {}
+    return lm
+
+
+def train_model(data, options: TrainOptions, resume: bool) -> tuple[TinyLM, dict]:
+    """The last model, and where the run stands."""
     quiet = QUIET.set(options.quiet)
     try:
-        return train_model(data, options, resume)
+        return train_quietly(data, options, resume)
     finally:
         QUIET.reset(quiet)
 
 
-def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
+def train_quietly(data, options: TrainOptions, resume: bool) -> tuple[TinyLM, dict]:
     asked = asdict(options)
     options = options.filled()
     out = Path(options.out)
     task = TASKS[options.task]
     notices = []  # lines to show before the first step, and for the model card
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file, expected a folder")
-    if not isinstance(data, (str, Path, dict)):
-        data = list(data)
     run_state = load_resume_metadata(out / "last") if resume else None
+    if resume:
+        check_same_options(run_state, asked)
+        data = run_state.get("place") if data is None else data
+        lost = "--resume: the run's data came from no file; expected the same data again"
+        require(data is not None, lost)
+    require(data is not None, "train: no data; expected a file, a folder or - for standard input")
+    if not isinstance(data, (str, Path, dict)):
+        data = [record for _, record in datafiles.numbered(data)]
     held_run = [path for path in (out / "last", out / "best") if (path / "config.json").exists()]
     require(
         resume or options.overwrite or not held_run,
         f"--out {out}: holds a run; expected --resume to go on with it, --overwrite to replace it, or another --out",
     )
-    rows, held = datafiles.read_splits(data, options, notices, options.seed)
+    columns = {}  # option -> column
+    rows, held = datafiles.read_splits(data, options, notices, options.seed, columns)
     hashed = hashlib.sha256(repr((rows, held)).encode("utf-8", errors="replace")).hexdigest()
-    if resume:
-        check_resume(run_state, asked, hashed)
+    require(
+        not resume or run_state["data"] == hashed,
+        f"--resume: {data_place(data) or 'the data'} is not the data of the run, or has changed",
+    )
     notices.append(describe_rows(rows, held, options))
     # classes that are only in what is held back are classes too; its texts train no tokenizer
     named = [{role: row[role] for role in ("label", "tags") if role in row} for row in held]
@@ -1971,7 +2291,7 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
         batches.per_epoch,
         f"{data if isinstance(data, (str, Path)) else 'data'}: expected more than --block {options.block} tokens to train on",
     )
-    lm.remembered = {"block": options.block}
+    lm.remembered = {"block": options.block} | columns
     lm.remembered |= task.remember(lm, rows, batches.epoch(None), options)
     held_rows = held
     held = task.epochs(lm, held, options.block)(None) if held else []
@@ -1985,20 +2305,17 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
     steps = options.steps or math.ceil(options.epochs * batches.per_epoch)
     if resume:
         restore(lm, optimizer, out / "last", run_state)
-        run_state["options"] = asked
-    run_state = run_state or dict(options=asked, data=hashed, step=0, stale=0)
+    run_state = run_state or dict(data=hashed, step=0, stale=0)
+    run_state |= dict(options=asked, place=data_place(data), cwd=os.getcwd())
     if options.compile:
         lm.compile(fullgraph=True)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.set_flush_denormal(True)  # a CPU takes a hundred times as long over them
     keep_memory()
-    parameters = [*lm.parameters()]
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
     for line in notices:
         note(line)
     note(
-        f"{total:,} parameters, {trained:,} of them trained; {batches.per_epoch:,} batches to train on, "
+        f"{describe_parameters(lm, options)}; {batches.per_epoch:,} batches to train on, "
         f"{len(held):,} sequences held back; {lm.device}"
     )
     with locked(out) if rank_and_world_size()[0] == 0 else contextlib.nullcontext():
@@ -2013,7 +2330,7 @@ def train_model(data, options: TrainOptions, resume: bool) -> TinyLM:
         result = "  ".join(f"{shown_figure(value)} {name}" for name, value in figures.items())
         result = f"{result or 'nothing was held back'}; {run_state['step']} steps in {clock(record.spent())}"
         print(f"{out / 'best'}: {result}", flush=True)
-    return lm.eval()
+    return lm.eval(), run_state
 
 
 def describe_rows(rows: list, held: list, options: TrainOptions) -> str:
@@ -2096,7 +2413,7 @@ def train_steps(
     log_every = max(steps // 1000, 16 if lm.device.type == "cuda" else 1)
     with interruptible() as interrupted:
         while run_state["step"] < steps and not (
-            stop or 0 < options.patience <= run_state["stale"]
+            stop or out_of_patience(run_state, options)
         ):
             torch.manual_seed(options.seed * 1_000_003 + run_state["step"] + 2**40 * rank)
             batch = batches.draw(run_state["step"])
@@ -2124,16 +2441,33 @@ def train_steps(
                 row |= {"validation": figures} if figures else {}
                 if better:
                     save(best, lm, options)
+                show_sample(lm, held, options, step, record)
             if row:
                 record.add(step, row)
             if due or stop:
                 save(last, lm, options, optimizer, run_state)
                 record.flush()
-                write_card(best, lm, options, run_state, record, described)
+                finished = stop or step == steps or out_of_patience(run_state, options)
+                write_card(best, lm, options, run_state, record, described, finished)
+    if stop or interrupted.is_set():
+        raise KeyboardInterrupt(describe_stop(run_state, steps, options) if rank == 0 else "")
     if run_state["step"] < steps:
-        reason = f"{last} is saved; --resume goes on" if stop else ""
-        reason = reason or f"no better validation in the last {run_state['stale']}"
-        note(f"stopped at step {run_state['step']}: {reason}")
+        note(
+            f"stopped at step {run_state['step']}: no better validation in the last {run_state['stale']}"
+        )
+
+
+def describe_stop(run_state: dict, steps: int, options: TrainOptions) -> str:
+    """A line for an interrupted run: what is saved where, and the command that goes on."""
+    out = Path(options.out)
+    best = "before the first validation"
+    if "best_step" in run_state:
+        best = f"{out / 'best'} is of step {run_state['best_step']:,}"
+    text = f"stopped at step {run_state['step']:,} of {steps:,}, {best}; {out / 'last'} is saved"
+    if run_state["step"] < steps:
+        data = "" if run_state["place"] else "DATA "
+        text += f"; `tinylm train {data}--resume --out {options.out}` goes on"
+    return text
 
 
 def lr_multiplier(step: int, steps: int, options: TrainOptions) -> float:
@@ -2166,6 +2500,17 @@ def figures_of_few(lm: TinyLM, held, options: TrainOptions) -> dict:
         QUIET.reset(quiet)
 
 
+# Validations without a better one that a run has at least, as long as all of them give the same figure.
+MIN_PATIENCE = 5
+
+
+def out_of_patience(run_state: dict, options: TrainOptions) -> bool:
+    """A figure that has always been the same, such as the accuracy of a model that says the most frequent class, shows
+    nothing yet: the loss alone, which falls slowly and unevenly there, gets more time."""
+    at_least = 0 if run_state.get("moved", True) else MIN_PATIENCE
+    return 0 < options.patience and run_state["stale"] >= max(options.patience, at_least)
+
+
 def chosen_figure(figures: dict, options: TrainOptions) -> str:
     """The name of the figure that `best` and --patience go by."""
     if not options.metric:
@@ -2193,12 +2538,17 @@ def merit(figures: dict, options: TrainOptions) -> tuple[float, float]:
 
 
 def validate(lm: TinyLM, held: list, run_state: dict, options: TrainOptions) -> tuple[bool, dict]:
-    """Score what was held back; is it the best so far, and the figures. Shows a sample of what a decoder writes."""
+    """Computes the figures of the examples held out. Returns (whether they are the best so far, the figures)."""
     better = True
     figures = {}
-    if held:
+    if not held:
+        run_state["best_step"] = run_state["step"]
+    else:
         figures = TASKS[options.task].figures(lm, held, options.batch)
         best = run_state.get("figures")
+        figure = figures[chosen_figure(figures, options)]
+        run_state.setdefault("first", figure)
+        run_state["moved"] = run_state.get("moved", False) or figure != run_state["first"]
         better = not best or merit(figures, options) > merit(best, options)
         if better:
             run_state |= dict(stale=0, figures=figures, best_step=run_state["step"])
@@ -2206,25 +2556,61 @@ def validate(lm: TinyLM, held: list, run_state: dict, options: TrainOptions) -> 
             run_state["stale"] += 1
         shown = "  ".join(f"{shown_figure(value)} {name}" for name, value in figures.items())
         note(f"step {run_state['step']}  validation {shown}" + "  best" * better)
-    if options.task == "lm" and held and rank_and_world_size()[1] == 1 and not QUIET.get():
-        text = lm.tokenizer.decode(held[0]["input_ids"][:1])
-        with contextlib.suppress(Error):  # e.g. of so many tokens: it is only a sample
-            text += "".join(
-                lm.eval().stream(text, 120, temperature=0.8, top_p=0.95, seed=run_state["step"])
-            )
-        note("  | " + text.replace("\n", "\n  | "))
     return better, figures
+
+
+def show_sample(lm: TinyLM, held: list, options: TrainOptions, step: int, record: RunRecord):
+    """Prints what a language model writes: its answer in the first conversation held out, or how it goes on after the
+    first token held out. The text ends where the time for samples does."""
+    if options.task != "lm" or not held or rank_and_world_size()[1] > 1 or QUIET.get():
+        return
+    with record.extra() as seconds:
+        deadline = time.monotonic() + seconds
+        if seconds <= 0:
+            return
+        row = held[0].get("row", {})
+        if "messages" in row:
+            prompt, pieces = sample_answer(lm.eval(), row)
+        else:
+            prompt = lm.tokenizer.decode(held[0]["input_ids"][:1])
+            pieces = lm.eval().stream(prompt, 120, temperature=0.8, top_p=0.95, seed=step)
+        text = prompt
+        # A prompt may have more tokens than the model has positions.
+        with contextlib.suppress(Error):
+            for piece in pieces:
+                text += piece
+                if time.monotonic() > deadline:
+                    text += " ..."
+                    break
+        if text != prompt:
+            note("  | " + text.replace("\n", "\n  | "))
+
+
+def sample_answer(lm: TinyLM, row: dict) -> tuple[str, Iterable[str]]:
+    """The question before the first answer of a conversation, and the pieces of what the model answers."""
+    roles = [message.get("role") for message in row["messages"]]
+    messages = row["messages"][: roles.index("assistant")]
+    question = str(messages[-1].get("content"))[:200] if messages else ""
+    variables = row.get("variables", {})
+    pieces = lm.chat(messages, row.get("tools"), variables, max_new_tokens=120)
+    return f"user: {question}\nassistant: ", pieces
 
 
 @contextlib.contextmanager
 def interruptible():
-    """An event that the first Ctrl-C or SIGTERM sets; a second one ends the program as ever."""
+    """An event that the first Ctrl-C or SIGTERM sets. The second one raises KeyboardInterrupt at once."""
     event = threading.Event()
     before = {}  # signal -> its handler
 
     def handle(number, _):
         signal.signal(number, signal.default_int_handler)
         event.set()
+        if rank_and_world_size()[0] == 0 and not QUIET.get():
+            # print is not reentrant, and the handler may run within one
+            with contextlib.suppress(OSError):
+                os.write(
+                    2, b"\nstopping after this step; once more stops at once, without saving\n"
+                )
 
     if threading.current_thread() is threading.main_thread():  # no other one may set handlers
         before = {
@@ -2244,8 +2630,8 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped besid
 
 
 def add_options(parser, owner, *names: str, shown: dict | None = None, **defaults):
-    """Fields of a dataclass, or those named, as options of a command; what is not given is absent from the result.
-    `shown`: defaults that the help names and that are filled in later."""
+    """Adds the fields of a dataclass, or those named, as options of a command. Options that are not given are absent
+    from the result. `shown`: defaults that the help names and that are filled in later."""
     for f in fields(owner):
         if f.name in names or not names:
             hint = get_type_hints(owner)[f.name]
@@ -2270,7 +2656,7 @@ def add_options(parser, owner, *names: str, shown: dict | None = None, **default
 
 
 def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
-    """The command line; `defaults`: what is shown as TrainOptions' own, where those depend on the task and the start."""
+    """The command line. `defaults`: those that the help names for options of `train` that are filled in later."""
     parser = argparse.ArgumentParser(
         prog="tinylm", description="Train and fine-tune language models, run them and ship them."
     )
@@ -2282,11 +2668,15 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "data",
-        help=".txt, .jsonl, .json, .csv, .tsv, .parquet, CoNLL, each .gz too; a folder of these; or - for standard input",
+        nargs="?",
+        help=".txt, .jsonl, .json, .csv, .tsv, .parquet, CoNLL, each .gz too; a folder of these; or - for standard "
+        "input. With --resume it may be left out",
     )
     add_options(sub, TrainOptions, shown=defaults)
     sub.add_argument(
-        "--resume", action="store_true", help="go on where --out/last stopped, with its options"
+        "--resume",
+        action="store_true",
+        help="go on where --out/last stopped, with its data and options",
     )
 
     sub = commands.add_parser("eval", help="the figures of a checkpoint's task on data")
@@ -2295,8 +2685,10 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add_options(
         sub,
         TrainOptions,
-        *(*datafiles.COLUMNS, "label_names", "delimiter", "encoding", "batch", "block", "device"),
+        *(*datafiles.COLUMNS, "label_names", "max_answer_length"),
+        *("delimiter", "encoding", "batch", "block", "device"),
     )
+    onnxlm.add_precision(sub, "evaluate the graph of an exported folder")
     sub.add_argument("--json", action="store_true", help="print them as JSON")
     sub.add_argument(
         "--confusion", action="store_true", help="of classes: the confusion matrix too"
@@ -2305,8 +2697,8 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     sub = commands.add_parser(
         "run", help="whatever a checkpoint's head is for: labels, answers, texts, embeddings"
     )
-    onnxlm.add_run_options(sub)
-    add_options(sub, TrainOptions, "device")
+    onnxlm.add_run_options(sub, "run the graph of an exported folder")
+    add_options(sub, TrainOptions, "delimiter", "encoding", "device")
 
     sub = commands.add_parser("sample", help="continue a prompt")
     sub.add_argument(
@@ -2368,7 +2760,8 @@ def main(argv: list | None = None) -> int:
     if more:  # inputs behind options
         options["inputs"] += more
     try:
-        COMMANDS[options.pop("command")](options)
+        with onnxlm.plain_warnings("tinylm"):
+            COMMANDS[options.pop("command")](options)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has enough, as `head`
         onnxlm.close_stdout()
@@ -2376,23 +2769,46 @@ def main(argv: list | None = None) -> int:
     except (Error, onnxlm.Error, OSError) as error:
         print(f"tinylm: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
+        if str(interruption):
+            print(f"tinylm: {interruption}", file=sys.stderr)
         return 130
     return 0
 
 
 def defaults_of(argv: list[str]) -> dict:
-    """What a training with these arguments takes where they say nothing."""
+    """The defaults of a training as its help names them: of the task and the start (from scratch, --init, --lora) that
+    the arguments ask for; where they ask for no start, of each."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--task", default="lm")
     parser.add_argument("--init", default="")
     parser.add_argument("--lora", default="0")
     given, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    try:
-        options = TrainOptions(task=given.task, init=given.init, lora=int(given.lora))
-    except ValueError:
-        options = TrainOptions()
-    return asdict(options.filled())
+    task = given.task if given.task in TASKS else "lm"
+    lora = int(given.lora) if given.lora.isdecimal() else 0
+    starts = {
+        "from scratch": TrainOptions(task=task),
+        "with --init": TrainOptions(task=task, init="x"),
+        "with --lora": TrainOptions(task=task, init="x", lora=1),
+    }
+    if given.init or lora:
+        start = starts["with --lora" if lora else "with --init"]
+        return asdict(start.filled()) | {"init": "", "lora": 0}
+    found = {}
+    for start, options in starts.items():
+        for name in STARTS["scratch"] | STARTS["init"]:
+            value = getattr(options.filled(), name)
+            values = found.setdefault(name, {})
+            if value is not None and (start != "with --lora" or values.get("with --init") != value):
+                values[start] = value
+    return {name: one_or_each(values) for name, values in found.items()}
+
+
+def one_or_each(values: dict):
+    """The value that all starts have, or each with its start."""
+    if {"from scratch", "with --init"} <= values.keys() and len({*values.values()}) == 1:
+        return values["from scratch"]
+    return ", ".join(f"{value} {start}" for start, value in values.items())
 
 
 def export_command():
@@ -2407,62 +2823,117 @@ def run_train(options: dict):
     if restarts != "0":  # torchrun begins again after a fault
         resume |= (last / "training.safetensors").exists()
         options |= {"overwrite": True}
-    if resume:  # what is not said again is as it was
-        before = load_resume_metadata(last)["options"] | dict(quiet=False, overwrite=False)
-        if {"steps", "epochs"} & set(options):  # either takes the other's place
-            before |= dict(steps=None, epochs=None)
-        options = before | options
+    if resume:
+        options = resumed_options(last, options)
     options = TrainOptions(**options)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # under torchrun
         cuda = usable_device(options.device).type == "cuda"
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, rank, size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(
-            restarts, store
-        )  # where nothing of the processes before a restart is found
+        # Keys of their own, so that nothing is found of the processes before a restart.
+        store = dist.PrefixStore(restarts, store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+        if rank > 0:
+            warnings.simplefilter("ignore")
     try:
-        train(data, options, resume)
+        train_model(data, options, resume)
     finally:
         if rank_and_world_size()[1] > 1:
             dist.destroy_process_group()
 
 
 def opened(options: dict) -> TinyLM:
-    """The checkpoint that a command names, with a tokenizer."""
+    """The checkpoint that a command names, or with --precision its graph, with a tokenizer."""
     folder = pretrained.find_checkpoint(options.pop("folder"))
+    device, precision = options.pop("device", None), options.pop("precision", None)
+    if precision is None:
+        return open_checkpoint(folder, device)
+    return ExportedLM(folder, precision, PROVIDERS.get(device))
+
+
+# A device -> ONNX Runtime's providers.
+PROVIDERS = {"cpu": [onnxlm.CPU], "cuda": [onnxlm.CUDA]}
+
+
+def open_checkpoint(folder: Path, device=None) -> TinyLM:
+    """A checkpoint of the hub or of a training, in eval mode, with a tokenizer."""
+    require(
+        any(folder.glob("*.safetensors*")) or not (folder / "onnx").is_dir(),
+        f"{folder}: no model.safetensors, graphs only; `eval` and `run` take them with --precision",
+    )
     head = None if onnxlm.is_embedder(folder) else "config"
-    device = usable_device(options.pop("device", None))
-    lm = TinyLM.from_pretrained(folder, device=device, head=head)
+    lm = TinyLM.from_pretrained(folder, device=usable_device(device), head=head)
     require(lm.tokenizer, f"{folder / 'tokenizer.json'}: no such file")
     lm.folder, lm.remembered = folder, onnxlm.remembered(folder)
     return lm
 
 
+class Evaluation:
+    """Data for a model's task, read as in its training, on which that model or its graphs are evaluated.
+
+    data: see `read_rows`; of a folder, its test split. given: fields of TrainOptions. Raises Error for a model without a
+    task, and for data that does not fit.
+    """
+
+    def __init__(self, lm: TinyLM, data, **given):
+        name = task_of(lm.config)
+        require(name in TASKS, f"{lm.folder}: expected a model with a task's head")
+        self.task = TASKS[name]
+        known = dict(getattr(lm, "remembered", {}))
+        settings = {key: value for key, value in known.items() if key in REMEMBERED}
+        settings = {key: value for key, value in settings.items() if key not in datafiles.COLUMNS}
+        settings |= dict(regression=lm.config.problem_type == "regression", task=name)
+        settings["classes"] = not settings["regression"]
+        if "block" not in settings and name not in ("lm", "mlm"):
+            settings["block"] = max(onnxlm.TASKS[name](TorchRunner(lm)).limit, 8)
+        self.options = TrainOptions(**settings | given).filled()
+        # What the readers go by.
+        self.remembered = known | {"block": self.options.block}
+        if self.options.max_answer_length:
+            self.remembered["max_answer_length"] = self.options.max_answer_length
+        splits = ("test", "validation", "train")
+        self.rows = datafiles.read_rows(data, self.options, splits, known=known)
+        self.examples = self.task.epochs(lm, self.rows, self.options.block)(None)
+        require(len(self.examples), f"{data}: nothing to evaluate")
+        if isinstance(self.examples, list):
+            cut = sum(example.get("cut", False) for example in self.examples)
+            most = limit(lm, self.options.block)
+            if cut:
+                note(onnxlm.cut_notice(cut, len(self.rows), most, lm.tokenizer))
+
+    def report(self, lm: TinyLM) -> dict:
+        """All figures, by name."""
+        lm.remembered = self.remembered
+        return self.task.report(lm, self.examples, self.options.batch)
+
+    def figures(self, lm: TinyLM) -> dict:
+        """Those of a validation."""
+        lm.remembered = self.remembered
+        return self.task.figures(lm, self.examples, self.options.batch)
+
+    def decisions(self, lm: TinyLM) -> list | None:
+        """What `run` says of each row, without scores; None of a task where that are no decisions."""
+        if isinstance(self.task, LanguageModelling) or lm.config.problem_type == "regression":
+            return None
+        lm.remembered = self.remembered
+        reader = onnxlm.TASKS[task_of(lm.config)](TorchRunner(lm))
+        texts, pairs = zip(*map(self.task.text_and_pair, self.rows))
+        with watch(None, "running", len(texts)) as bar:
+            found = onnxlm.read_all(reader, texts, pairs, self.options.batch, bar.update)
+        return [without_scores(reader.cells(result)["prediction"]) for result in found]
+
+
+def without_scores(prediction):
+    if isinstance(prediction, list) and prediction and isinstance(prediction[0], dict):
+        return [{name: x for name, x in part.items() if name != "score"} for part in prediction]
+    return sorted(prediction) if isinstance(prediction, list) else prediction
+
+
 def run_eval(options: dict):
     lm = opened(options)
     as_json, confusion, data = (options.pop(name) for name in ("json", "confusion", "data"))
-    name = task_of(lm.config)
-    require(name in TASKS, f"{lm.folder}: expected a model with a task's head")
-    known = {key: value for key, value in lm.remembered.items() if key in REMEMBERED}
-    known |= dict(regression=lm.config.problem_type == "regression", task=name)
-    known["classes"] = not known["regression"]
-    if "block" not in known and name not in ("lm", "mlm"):
-        known["block"] = max(onnxlm.TASKS[name](TorchRunner(lm)).limit, 8)
-    options = TrainOptions(**known | options).filled()
-    lm.remembered |= {"block": options.block}
-    if options.max_answer_length:
-        lm.remembered |= {"max_answer_length": options.max_answer_length}
-    task = TASKS[name]
-    rows = datafiles.read_rows(data, options, ("test", "validation", "train"))
-    examples = task.epochs(lm, rows, options.block)(None)
-    require(len(examples), f"{data}: nothing to evaluate")
-    if isinstance(examples, list) and (
-        cut := sum(example.get("cut", False) for example in examples)
-    ):
-        note(onnxlm.cut_notice(cut, len(rows), limit(lm, options.block), lm.tokenizer))
-    figures = task.report(lm, examples, options.batch)
+    figures = Evaluation(lm, data, **options).report(lm)
     if not confusion:
         figures.pop("confusion", None)
     if as_json:
@@ -2491,16 +2962,90 @@ def table_lines(table: dict[str, dict]) -> list[str]:
 
 
 def run_run(options: dict):
-    """A line for each input: what the head says, the likeliest first, with scores."""
+    """A line for each input: what the head says, the likeliest first, with scores; or with --out a file."""
     lm = opened(options)
-    onnxlm.run_lines(TorchRunner(lm, lm.folder), **options)
+    model = lm.graph if isinstance(lm, ExportedLM) else TorchRunner(lm, lm.folder)
+    reading = {name: options.pop(name, "") for name in ("delimiter", "encoding")}
+    notices = []
+
+    def rows(path: Path, columns: dict):
+        if path.suffix.lower() == ".txt":  # a text in each line
+            return onnxlm.input_rows(model, onnxlm.file_records(path), columns)
+        data = run_options(model, columns, **reading)
+        return input_rows(model, datafiles.file_records(path, data, path, notices), data)
+
+    tables = onnxlm.TABLES | {".parquet": datafiles.open_parquet}
+    bar = functools.partial(watch, None, "running")
+    onnxlm.run_command(model, rows=rows, tables=tables, bar=bar, **options)
+    for line in notices:
+        note(line)
+
+
+def run_options(model, columns: dict, **more) -> datafiles.DataOptions:
+    """How rows are read for a prediction; columns: option -> column or None."""
+    columns = {name: column for name, column in columns.items() if column}
+    task = "mlm" if model.task == "embed" else model.task  # of which the rows are texts
+    return datafiles.DataOptions(task=task, **columns, **more)
+
+
+def input_rows(model, records: Iterable, options: datafiles.DataOptions) -> Iterable:
+    """Yields (record, text, pair) of (place, record), see `onnxlm.input_rows`, by the columns of the first one."""
+    records = iter(records)
+    first = [*itertools.islice(records, 1)]
+
+    def view(record):
+        """With an instruction and its input as one source, where no output is there yet too."""
+        if options.task != "seq2seq" or not isinstance(record, dict):
+            return record
+        return datafiles.from_instruction({"output": ""} | record, options)
+
+    columns = {}
+    for place, record in first:
+        chosen = datafiles.choose_columns(
+            place, view(record), options, model.remembered, inputs=True
+        )
+        columns = datafiles.by_option(chosen)
+    return onnxlm.input_rows(model, itertools.chain(first, records), columns, view)
+
+
+def predict(
+    model: TinyLM | str | Path, texts, pairs=None, batch: int = 32, device=None, **options
+) -> list[list[dict]]:
+    """What a model is for, of each text (and its pair): the answer of `OnnxLM.run`, a list of dicts for each text, the
+    likeliest first.
+
+    model: a TinyLM, or a checkpoint's folder or name on the hub. texts: a list of them, or one; or rows with columns
+    (dicts, a pandas DataFrame), which are read as in the training, or by text, pair, question and context, names of
+    columns; a row without a text has an empty list. pairs: a list, or one for all. Options: those of the task's reader,
+    such as max_new_tokens. Raises Error for what cannot be read.
+    """
+    lm = model
+    if not isinstance(model, TinyLM):
+        lm = open_checkpoint(pretrained.find_checkpoint(model), device)
+    runner = TorchRunner(lm, getattr(lm, "folder", None))
+    names = ("text", "pair", "question", "context")
+    columns = {name: options.pop(name) for name in names if name in options}
+    if isinstance(texts, str) or not hasattr(texts, "iterrows"):
+        texts = [texts] if isinstance(texts, str) else [*texts]
+        if not any(isinstance(text, dict) for text in texts):
+            require(not columns, f"{', '.join(columns)}: columns, expected with rows")
+            return onnxlm.run(runner, texts, pairs, batch, **options)
+    require(pairs is None, "pairs: expected none with rows, whose columns have them")
+    data = run_options(runner, columns)
+    rows = [*input_rows(runner, datafiles.numbered(texts), data)]
+    there = [(text, pair) for _, text, pair in rows if text is not None]
+    texts, pairs = ([*part] for part in zip(*there)) if there else ([], [])
+    found = iter(onnxlm.run(runner, texts, pairs, batch, **options))
+    return [[] if text is None else next(found) for _, text, _ in rows]
 
 
 def run_sample(options: dict):
     lm = opened(options)
     prompt = options.pop("prompt")
-    print(prompt, end="", flush=True)
-    show(lm.stream(prompt, **options))
+    pieces = iter(lm.stream(prompt, **options))
+    # An error, as of an option out of range, comes before anything is printed.
+    first = next(pieces, "")
+    show(itertools.chain((prompt, first), pieces))
 
 
 CHAT_COMMANDS = "/reset begins anew, /system TEXT too and sets the system message, /exit ends"

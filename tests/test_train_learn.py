@@ -219,6 +219,7 @@ def test_a_classifier_and_a_tagger_do_not_share_their_heads(task, other, base):
         options = TrainOptions(task="tokens", init=str(folder)).filled()
         lm = train.load_for_finetuning(folder, rows, options, said := [])
         assert "stays" in said[0] and torch.equal(lm.head.out.weight, before.head.out.weight)
+        assert [*lm.config.id2label.values()] == ["O", "X", "Y"]  # as B-PER is not b-per
 
 
 def test_eval_takes_labels_in_another_case(base, tmp_path):
@@ -244,6 +245,10 @@ HOT = [  # labels of the rows, --label-names -> those of the first row, or the w
     (["[1. 0. 1.]", "[0. 0. 1.]"], "", {"LABEL_0": 1, "LABEL_1": 0, "LABEL_2": 1}),
     ([["1", "0", "1"], ["1", "1", "1"]], "", {"LABEL_0": 1, "LABEL_1": 0, "LABEL_2": 1}),
     ([np.array([1, 0, 1]), np.array([0, 0, 1])], "", {"LABEL_0": 1, "LABEL_1": 0, "LABEL_2": 1}),
+    (["1,0,1", "0, 0, 1"], "", {"LABEL_0": 1, "LABEL_1": 0, "LABEL_2": 1}),
+    (["1 0 1", "0 0 1"], "", {"LABEL_0": 1, "LABEL_1": 0, "LABEL_2": 1}),
+    (["(1, 0)", "(0, 0)"], "", {"LABEL_0": 1, "LABEL_1": 0}),
+    ([(1, 0), (0, 0)], "", {"LABEL_0": 1, "LABEL_1": 0}),
     (["['a', 'b']", "['b']"], "", ["a", "b"]),
     (["['a' 'b']", "['b']"], "", ["a", "b"]),  # of numpy
     ([[0, 2], [1]], "x,y,z", ["x", "z"]),  # numbers of classes
@@ -423,6 +428,21 @@ def test_best_is_the_checkpoint_of_the_chosen_figure(options, step, tmp_path, mo
     finished(run_command("train", data, "--resume", "--steps", 8, "--out", out))
     state = train.load_resume_metadata(out / "last")
     assert state["best_step"] == step and state["figures"] == shown[step]
+
+
+def test_a_run_does_not_stop_at_the_most_frequent_class(tmp_path, monkeypatch):
+    """Its accuracy is the same again and again and the loss falls unevenly, until another class is learnt."""
+    shown = [(0.9, 0.40), (0.9, 0.38), (0.9, 0.39), (0.9, 0.385), (1.0, 0.1), (1.0, 0.2)]
+    found = iter([{"accuracy": right, "loss": loss} for right, loss in shown])
+    monkeypatch.setattr(train.Classification, "figures", lambda *_: next(found))
+    data = write(tmp_path / "a.jsonl", rows_of(["a", "b"], 40))
+    options = [*FAST, "--steps", 9, "--eval-every", 1, "--patience", 1, "--out", tmp_path / "out"]
+    run = finished(run_command("train", data, *options))
+    assert "stopped at step 6: no better validation in the last 1" in run.stderr
+    assert train.load_resume_metadata(tmp_path / "out" / "last")["best_step"] == 5
+    monkeypatch.setattr(train.Classification, "figures", lambda *_: {"accuracy": 0.9, "loss": 0.4})
+    run = finished(run_command("train", data, *options, "--overwrite"))  # nothing is ever learnt
+    assert "stopped at step 6: no better validation in the last 5" in run.stderr
 
 
 def test_an_unknown_metric_is_one_line_before_anything_is_learnt(tmp_path):

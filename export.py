@@ -340,7 +340,9 @@ def groups_queries(lm, stored: Precision) -> bool:
     """Whether GroupQueryAttention can compute the model's attention. It has no CUDA kernel in fp32."""
     config = lm.config
     scaling = config.rope_scaling or {}
-    fixed = config.position == "rope" and scaling.get("rope_type", scaling.get("type")) != "dynamic"
+    kind = scaling.get("rope_type", scaling.get("type"))
+    # the others rotate by a table of all positions, which must not depend on a row's length
+    fixed = config.position == "rope" and kind not in ("dynamic", "longrope")
     fits = config.head_dim % 16 == 0 and config.rotary_dim % 16 == 0
     return not stored.exact and fixed and fits and has_own_attention(lm)
 
@@ -633,7 +635,16 @@ def trace(lm, graph: Graph, blocks: dict = {}):
         model.metadata_props["shared_cache"] = "1"
     if graph.grouped or lm.config.position in tinylm.LIMITED:
         model.metadata_props["max_position_embeddings"] = str(lm.config.max_position_embeddings)
+    if original := short_limit(lm.config):
+        model.metadata_props[tinylm.ORIGINAL] = str(original)
     return model
+
+
+def short_limit(config) -> int | None:
+    """The longest row that longrope rotates by its short factors; None for other models."""
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "longrope":
+        return scaling.get(tinylm.ORIGINAL) or config.max_position_embeddings
 
 
 @contextlib.contextmanager
@@ -1357,6 +1368,7 @@ def trace_graphs(lm, folder: Path, name: str, stored: Precision, blocks: dict, g
     try:
         graphs = {g.stem: trace(traced, g, blocks) for g in graphs_of(traced, stored)}
         if generate:
+            require(not short_limit(lm.config), "generate: longrope has to read a text again")
             graph = generate_graph(traced, stored)
             graphs[graph.stem] = in_a_loop(trace(traced, graph, blocks), lm.config, stored)
     except Exception as error:
@@ -1519,14 +1531,16 @@ def genai_config(lm, stored: Precision) -> tuple[dict, list]:
         | {f"present_{part}_names": f"present.%d.{part}" for part in ("key", "value")},
     }
     begin = config.bos_token_id if config.bos_token_id is not None else ends[0] if ends else 0
-    search, left = genai_search(lm.generation_config, config.max_position_embeddings)
+    search, left = genai_search(
+        lm.generation_config, short_limit(config) or config.max_position_embeddings
+    )
     # Beams cannot share a buffer.
     search["past_present_share_buffer"] = groups_queries(lm, stored) and search["num_beams"] == 1
     model = {
         "type": "decoder",
         "vocab_size": config.vocab_size,
         "bos_token_id": begin,
-        "context_length": config.max_position_embeddings,
+        "context_length": short_limit(config) or config.max_position_embeddings,
         "eos_token_id": list(ends) or [pad],
         "pad_token_id": pad,
         "decoder": decoder,

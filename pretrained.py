@@ -317,6 +317,8 @@ class StoredName(str):
     load = save = staticmethod(lambda x, config: x)
     # A checkpoint may lack it; it is zero then.
     optional = False
+    # Axis along which several of them are the parts of one tensor of ours
+    axis = 0
 
 
 class Transposed(StoredName):
@@ -343,6 +345,12 @@ class HeadByHead(StoredName):
     @staticmethod
     def save(x: Tensor, config: Config) -> Tensor:
         return x.unflatten(0, (3, -1, config.head_dim)).transpose(0, 1).flatten(0, 2)
+
+
+class Columns(StoredName):
+    """A module whose weight is some columns of ours."""
+
+    axis = 1
 
 
 class Unused(StoredName):
@@ -539,6 +547,19 @@ def llama_like(changes: dict = {}) -> dict:
     return tensor_map("model.", "layers.{}.", LLAMA | changes)
 
 
+EXPERT = "model.layers.{}."
+EXPERTS = name_map("num_experts_per_tok output_router_logits router_aux_loss_coef")
+
+
+def experts(router: str, gate: str, up: str, module: str = "mlp") -> dict:
+    """Changes of Llama's names for a mixture of experts: `*` is an expert's number."""
+    path = f"{module}.experts.*."
+    return {
+        "layers.mlp.router": router,
+        "layers.mlp.gate_up": f"{path}{gate}+{path}{up}",
+    }
+
+
 def layer_types(raw: dict, slides: Callable[[int], bool]) -> list | None:
     """The layer_types of config.json; where it has none, those of the family's rule (layer number -> does it slide?)."""
     layers = raw.get("num_hidden_layers")
@@ -584,6 +605,23 @@ def write_gemma3(config: Config) -> dict:
     if window is not None and not config.causal:
         window = 2 * (window - 1)
     return dict(use_bidirectional_attention=not config.causal, sliding_window=window)
+
+
+def read_phi3(raw: dict) -> dict:
+    """transformers takes no other scaling here."""
+    kind = (raw["rope_scaling"] or {}).get("rope_type", "longrope")
+    require(kind == "longrope", f"rope_scaling has rope_type = {kind!r}, expected 'longrope'")
+    return {}
+
+
+def write_phi3(config: Config) -> dict:
+    original = (config.rope_scaling or {}).get(tinylm.ORIGINAL)
+    return {tinylm.ORIGINAL: original or config.max_position_embeddings}
+
+
+def read_qwen3_moe(raw: dict) -> dict:
+    """The window counts only with use_sliding_window, then for all layers."""
+    return {"sliding_window": raw["sliding_window"] if raw["use_sliding_window"] else None}
 
 
 def read_smollm3(raw: dict) -> dict:
@@ -734,9 +772,14 @@ FAMILIES = {
         """),
         defaults=LLAMA_DEFAULTS
         | dict(
-            rms_norm_eps=1e-5, max_position_embeddings=4096, eos_token_id=32000, pad_token_id=32000
+            rms_norm_eps=1e-5,
+            max_position_embeddings=4096,
+            original_max_position_embeddings=4096,
+            eos_token_id=32000,
+            pad_token_id=32000,
         ),
-        only=dict(rope_scaling=None),
+        read=read_phi3,
+        write=write_phi3,
     ),
     "olmo2": Family(
         "Olmo2",
@@ -773,6 +816,51 @@ FAMILIES = {
         read=read_smollm3,
         write=lambda config: {"use_sliding_window": "sliding_attention" in config.layer_types},
     ),
+    "qwen3_moe": Family(
+        "Qwen3Moe",
+        tensors=llama_like(experts("mlp.gate", "gate_proj", "up_proj"))
+        | {"layers.{}.mlp.down": (Columns(EXPERT + "mlp.experts.*.down_proj"),)},
+        fields=ROTARY
+        | BIASES
+        | EXPERTS
+        | name_map(
+            "intermediate_size=moe_intermediate_size sliding_window norm_topk_prob num_experts"
+        ),
+        fixed=dict(qk_norm="head"),
+        defaults=dict(
+            tie_word_embeddings=False,
+            max_position_embeddings=32768,
+            num_key_value_heads=4,
+            intermediate_size=6144,
+            moe_intermediate_size=768,
+            num_experts=128,
+            num_experts_per_tok=8,
+            norm_topk_prob=False,
+            sliding_window=4096,
+            use_sliding_window=False,
+        ),
+        only=dict(decoder_sparse_step=1, mlp_only_layers=[]),
+        aliases=name_map("num_local_experts=num_experts"),
+        read=read_qwen3_moe,
+        write=write_qwen,
+    ),
+    "mixtral": Family(
+        "Mixtral",
+        tensors=llama_like(experts("block_sparse_moe.gate", "w1", "w3", "block_sparse_moe"))
+        | {"layers.{}.mlp.down": (Columns(EXPERT + "block_sparse_moe.experts.*.w2"),)},
+        fields=ROTARY | EXPERTS | name_map("sliding_window num_experts=num_local_experts"),
+        defaults=LLAMA_DEFAULTS
+        | dict(
+            rms_norm_eps=1e-5,
+            rope_theta=1e6,
+            max_position_embeddings=131072,
+            num_key_value_heads=8,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        ),
+        only=dict(router_jitter_noise=0.0),
+        aliases=name_map("num_experts=num_local_experts"),
+    ),
     "granite": Family(
         "Granite",
         tensors=llama_like(),
@@ -792,7 +880,7 @@ FAMILIES = {
         | BIASES
         | name_map("""
             norm_eps=layer_norm_eps rope_theta=rotary_emb_base partial_rotary_factor=rotary_pct rope_scaling
-            use_parallel_residual hidden_dropout embedding_dropout=hidden_dropout head_dropout=classifier_dropout
+            use_parallel_residual hidden_dropout embedding_dropout=hidden_dropout
         """),
         heads={
             "lm": head_table("head.out=embed_out"),
@@ -808,7 +896,6 @@ FAMILIES = {
             rotary_pct=0.25,
             use_parallel_residual=True,
             attention_bias=True,
-            classifier_dropout=0.1,
             is_decoder=False,
             tie_word_embeddings=False,
             bos_token_id=0,
@@ -1042,7 +1129,11 @@ FAMILIES |= {
             rope_local_base_freq=local_rope_theta classifier_pooling head_act=classifier_activation
             head_dense_bias=classifier_bias head_bias=decoder_bias head_dropout=classifier_dropout
         """),
-        heads={"mlm": head_table(MODERNBERT_HEAD + "head.out=decoder", head_norm=True)}
+        heads={
+            "mlm": head_table(
+                MODERNBERT_HEAD + "head.out=decoder", head_norm=True, head_dropout=0.0
+            )
+        }
         | {
             head: head_table(
                 MODERNBERT_HEAD + "head.out=classifier", head_norm=True, head_bias=True
@@ -1453,6 +1544,9 @@ def flatten_rope(family: Family, raw: dict, place: str) -> list:
         rope.pop("type", kind) == kind,
         f"{place}: rope_scaling has rope_type = {kind!r} and another type",
     )
+    # Phi-3's first names of it
+    if "long_factor" in rope and kind in ("su", "yarn"):
+        kind = rope["rope_type"] = "longrope"
     # Config refuses an unknown type.
     if not isinstance(kind, str) or kind not in tinylm.ROPE_KEYS:
         raw["rope_scaling"] = rope | {"rope_type": kind}
@@ -1476,6 +1570,8 @@ def complete_rope(rope: dict, kind: str, length: int, place: str):
     )
     if kind == "yarn":
         rope.setdefault("factor", length / original)
+    elif kind == "longrope":
+        rope[tinylm.ORIGINAL] = original
     else:
         low, high = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", 1e9)
         require(low < high, f"{place}: low_freq_factor = {low}, expected less than {high}")
@@ -1704,6 +1800,16 @@ def stored_names(name: str, model_type: str, head: str | None) -> tuple[StoredNa
     return tuple(type(n)(f"{n.format(layer)}.{parameter}") for n in names)
 
 
+def every_expert(names: tuple[StoredName, ...], config: Config) -> tuple[StoredName, ...]:
+    """Names with the number of each expert in the place of `*`."""
+    experts = range(config.num_experts)
+    return tuple(
+        type(name)(name.replace("*", str(number)))
+        for name in names
+        for number in (experts if "*" in name else [0])
+    )
+
+
 def fused_sizes(name: str, config: Config) -> tuple:
     """Rows of each part of a fused projection of ours."""
     config = config.encoder if name.startswith("encoder.") else config
@@ -1720,7 +1826,12 @@ def to_stored(
 ) -> dict[StoredName, Tensor]:
     """Our tensor as a family stores it, fused parts separated."""
     names = stored_names(name, model_type, config.head)
-    parts = tensor.split(fused_sizes(name, config)) if len(names) > 1 else [tensor]
+    parts = [tensor]
+    if any("*" in name for name in names):
+        names = every_expert(names, config)
+        parts = tensor.chunk(len(names), names[0].axis)
+    elif len(names) > 1:
+        parts = tensor.split(fused_sizes(name, config))
     return {n: n.save(part, config) for n, part in zip(names, parts)}
 
 
@@ -1863,7 +1974,8 @@ class Checkpoint:
                 state[name] = new.to(self.device, self.dtype)
             else:
                 found = [n.load(self.fetch(n, p.shape), self.config) for n, p in parts.items()]
-                state[name] = torch.cat(found) if len(found) > 1 else found[0].contiguous()
+                axis = next(iter(parts)).axis
+                state[name] = torch.cat(found, axis) if len(found) > 1 else found[0].contiguous()
         self.check_copies(used)
         self.check_unexpected(used)
         return state

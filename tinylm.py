@@ -145,12 +145,14 @@ ROPE_KEYS = {
     "dynamic": ("factor",),
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
 }
 ORIGINAL = "original_max_position_embeddings"
 ROPE_OPTIONS = {
     "llama3": (ORIGINAL,),
     "yarn": (ORIGINAL, "attention_factor", "beta_fast", "beta_slow")
     + ("mscale", "mscale_all_dim", "truncate"),
+    "longrope": (ORIGINAL, "attention_factor", "factor"),
 }
 
 
@@ -212,6 +214,11 @@ class Config:
     hidden_act: Act = "silu"
     gated: bool = True  # act(gate(x)) * up(x), else act(up(x))
     mlp_bias: bool = False
+    num_experts: Count = 0  # above 0: so many gated MLPs of intermediate_size, behind a router
+    num_experts_per_tok: Size = 2
+    norm_topk_prob: bool = True  # the weights of a token's experts add up to one
+    output_router_logits: bool = False  # in training, add a loss that balances the experts
+    router_aux_loss_coef: Annotated[float, 0, 1e9] = 0.001  # weight of that loss
 
     # Positions
     position: Literal[POSITIONS] = "rope"  # learned_relative: both of them (MPNet)
@@ -242,7 +249,7 @@ class Config:
     # The state that a classifier reads. None: the first token's in an encoder, else the last one's.
     classifier_pooling: Literal["cls", "last", "mean", None] = None
     scale_logits: bool = False  # the head's input over sqrt(hidden_size) (T5)
-    logits_scaling: Real = 1.0  # a language model's logits are divided by this
+    logits_scaling: Real = 1.0  # the input of a language model's head is divided by this
     final_logit_softcapping: Real | None = None  # c: logits become c tanh(logits / c)
     id2label: dict | None = None  # classes of a classifying head; None: two
     problem_type: Problem | None = None  # what the loss takes labels for; None: a single label
@@ -355,6 +362,13 @@ class Config:
             f"{self.num_hidden_layers} of 0 and 1",
         )
 
+        experts = self.num_experts
+        self._expect(
+            "num_experts",
+            not experts or self.gated and not self.mlp_bias and self.num_experts_per_tok <= experts,
+            f"0, or from num_experts_per_tok = {self.num_experts_per_tok}, gated and without mlp_bias",
+        )
+
     def _check_head(self):
         projected = self.head == "mlm" and self.head_act
         self._expect(
@@ -386,6 +400,12 @@ class Config:
             known = key in ROPE_KEYS[kind] + optional
             self._expect("rope_scaling", known, f"no {key} in type {kind!r}")
             value = scaling.get(key)
+            if key in ("short_factor", "long_factor"):
+                many = isinstance(value, (list, tuple)) and len(value) == self.rotary_dim // 2
+                fine = many and all(is_number_in(x, 1e-6, 1e9) for x in value)
+                expected = f"{key} of {self.rotary_dim // 2} positive numbers"
+                self._expect("rope_scaling", fine, expected)
+                continue
             unset = key in optional and value in (None, True, False)
             self._expect(
                 "rope_scaling", unset or is_number_in(value, 1e-6, 1e9), f"a positive {key}"
@@ -566,7 +586,8 @@ class Rotary(nn.Module):
     """The cos and sin, each (batch, seq, dim / 2), of the angles of positions (batch, seq).
 
     `limit` is the model's longest sequence. Scalings stretch it: linear (kaiokendev 2023), dynamic (NTK-aware: each
-    row's length stretches its theta), llama3 (Llama 3.1) and yarn (Peng et al. 2023).
+    row's length stretches its theta), llama3 (Llama 3.1), yarn (Peng et al. 2023) and longrope (Ding et al. 2024: each
+    row's length chooses one of two lists of factors).
     """
 
     def __init__(self, dim: int, theta: float, limit: int, scaling: dict | None = None):
@@ -589,17 +610,30 @@ class Rotary(nn.Module):
         elif self.kind == "yarn":
             inv_freq = yarn_frequencies(inv_freq, scaling, original, theta)
             self.magnitude = yarn_magnitude(scaling)
+        elif self.kind == "longrope":
+            self.original = original
+            self.magnitude = longrope_magnitude(scaling, limit / original, original)
+            short, long = (
+                torch.tensor(scaling[key], dtype=torch.float32, device="cpu")
+                for key in ("short_factor", "long_factor")
+            )
+            self.register_buffer("long_inv_freq", inv_freq / long, persistent=False)
+            inv_freq = inv_freq / short
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def _apply(self, fn, recurse=True):
         """Follows the model's device but stays float32."""
-        self.inv_freq = self.inv_freq.to(fn(self.inv_freq).device)
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = buffer.to(fn(buffer).device)
         return self
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         inv_freq = self.inv_freq
+        length = positions.amax(-1, keepdim=True) + 1
+        if self.kind == "longrope":
+            inv_freq = torch.where(length > self.original, self.long_inv_freq, inv_freq)
         if self.kind == "dynamic":
-            length = (positions.amax(-1, keepdim=True) + 1).clamp(min=self.limit)
+            length = length.clamp(min=self.limit)
             stretch = self.factor * length / self.limit - (self.factor - 1)
             base = self.theta * stretch ** (self.dim / (self.dim - 2))
             inv_freq = inverse_frequencies(self.dim, base, positions.device)
@@ -651,6 +685,14 @@ def yarn_magnitude(scaling: dict) -> float:
     growth = 0.1 * math.log(max(scaling["factor"], 1))
     m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
     return (growth * m + 1) / (growth * m_all + 1) if m and m_all else growth + 1
+
+
+def longrope_magnitude(scaling: dict, growth: float, original: int) -> float:
+    """The factor of cos and sin at all lengths; growth: the longest length by the original one, if no factor is given."""
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    growth = max(scaling.get("factor") or growth, 1)
+    return math.sqrt(1 + math.log(growth) / math.log(original)) if growth > 1 else 1.0
 
 
 class Attention(nn.Module):
@@ -733,6 +775,54 @@ class MLP(nn.Module):
         return self.down(self.act(gate) * up)
 
 
+class MoE(MLP):
+    """A mixture of experts (Shazeer et al. 2017): each token's output is the sum of those of its num_experts_per_tok
+    most probable experts, weighted by the router. The experts lie side by side in one wide MLP: gates of all experts,
+    then their ups; the columns of `down` are those of all experts."""
+
+    def __init__(self, config: Config):
+        self.experts, self.top_k = config.num_experts, config.num_experts_per_tok
+        self.inner, self.normalize = config.intermediate_size, config.norm_topk_prob
+        super().__init__(replace(config, intermediate_size=self.experts * self.inner))
+        self.router = nn.Linear(config.hidden_size, self.experts, bias=False)
+        self.keeps_logits = config.output_router_logits
+        self.router_logits = None
+
+    def route(self, x: Tensor) -> Tensor:
+        """The weights (batch, seq, experts) of the experts for each token, zero for most."""
+        logits = self.router(x)
+        if self.keeps_logits and self.training:
+            self.router_logits = logits
+        weights, chosen = logits.softmax(-1, dtype=torch.float32).topk(self.top_k, dim=-1)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(x.dtype)
+        return torch.zeros_like(logits, dtype=x.dtype).scatter(-1, chosen, weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.route(x)
+        if not torch.compiler.is_compiling():
+            return self.sparse(x, weights)
+        # All experts at once: a graph of one shape, which needs no loop.
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        y = rearrange(self.act(gate) * up, "... (e i) -> ... e i", e=self.experts)
+        return self.down(rearrange(y * weights[..., None], "... e i -> ... (e i)"))
+
+    def sparse(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Computes only the experts that a token has chosen."""
+        rows, weights = rearrange(x, "b s h -> (b s) h"), rearrange(weights, "b s e -> (b s) e")
+        total = torch.zeros_like(rows)
+        gates, ups = self.gate_up.weight.chunk(2)
+        for expert in weights.any(0).nonzero()[:, 0].tolist():
+            part = slice(expert * self.inner, (expert + 1) * self.inner)
+            tokens = weights[:, expert].nonzero()[:, 0]
+            y = rows[tokens]
+            y = self.act(linear(y, gates[part])) * linear(y, ups[part])
+            y = linear(y * weights[tokens, expert, None], self.down.weight[:, part])
+            total = total.index_add(0, tokens, y.to(total.dtype))
+        return total.view(x.shape)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention (in a decoder behind an encoder) and MLP. Each is added to the residual stream,
     with a norm before it (pre), after it (output), both (sandwich) or after the sum (post)."""
@@ -757,7 +847,7 @@ class Block(nn.Module):
             self.cross_attention_output_norm = norm(after)
         self.mlp_norm = norm(before)
         self.mlp_output_norm = norm(after)
-        self.mlp = MLP(config)
+        self.mlp = MoE(config) if config.num_experts else MLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
@@ -1049,7 +1139,7 @@ class Head(nn.Module):
 LEAVES = {
     leaf.__name__: leaf
     for leaf in (rms_norm, linear, rotate, attend, count_positions, visible)
-    + (Linear, Norm, Rotary, Attention, MLP, Block, Stack, Head)
+    + (Linear, Norm, Rotary, Attention, MLP, MoE, Block, Stack, Head)
 }
 
 
@@ -1235,11 +1325,11 @@ class TinyLM(Stack):
             x = x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
         if self.config.scale_logits:
             x = x * self.config.hidden_size**-0.5
+        if self.config.logits_scaling != 1 and self.config.head == "lm":
+            x = x / self.config.logits_scaling
         if not apply_head:
             return x
         logits = self.head(x, self.embed.weight)
-        if self.config.logits_scaling != 1 and self.config.head == "lm":
-            logits = logits / self.config.logits_scaling
         cap = self.config.final_logit_softcapping
         if cap is not None and self.config.head == "lm":
             logits = cap * torch.tanh(logits / cap)
@@ -1708,6 +1798,32 @@ def loss_sum(
     - classifier: (batch,); multi-label: floats (batch, classes); regression: floats (batch,)
     - question answering: (batch, 2), the first and last column of the answer
     """
+    config = model.config
+    loss = head_loss_sum(model, batch, class_weights, bf16)
+    balanced = config.num_experts and config.output_router_logits and config.head == "lm"
+    if model.training and balanced:
+        count = (target_labels(model, batch) != -100).sum()
+        loss = loss + config.router_aux_loss_coef * count * balance_loss(model, batch)
+    return loss
+
+
+def balance_loss(model: TinyLM, batch: dict) -> Tensor:
+    """Grows as the router sends more tokens to some experts than to others (Fedus et al. 2021), over the tokens of all
+    layers in the last call."""
+    config = model.config
+    logits = torch.stack([block.mlp.router_logits for block in model.layers]).float()
+    mask = batch.get("attention_mask")
+    real = torch.ones_like(logits[..., 0])
+    if mask is not None:
+        real = real * mask[:, : real.shape[2]]
+    p = logits.softmax(-1)
+    chosen = torch.zeros_like(p).scatter(-1, p.topk(config.num_experts_per_tok).indices, 1.0)
+    used, probable = ((x * real[..., None]).flatten(0, -2).sum(0) / real.sum() for x in (chosen, p))
+    return config.num_experts * (used * probable).sum()
+
+
+def head_loss_sum(model: TinyLM, batch: dict, class_weights: Tensor | None, bf16: bool) -> Tensor:
+    """`loss_sum` without the loss of a mixture of experts."""
     config = model.config
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
@@ -2313,6 +2429,24 @@ def decode_one_token(lm: TinyLM, state: DecodeState, config: GenerationConfig, c
     write_token(lm, state, state.token, state.one, None, config, choose)
 
 
+def outgrows_short_factors(lm: TinyLM, state: DecodeState) -> bool:
+    """Whether longrope rotates a row by its long factors from the newest token on: then its keys change too."""
+    scaling = lm.config.rope_scaling or {}
+    if scaling.get("rope_type") != "longrope":
+        return False
+    original = scaling.get(ORIGINAL) or lm.config.max_position_embeddings
+    return bool((state.lengths == original).any())
+
+
+def read_again(lm: TinyLM, state: DecodeState, config: GenerationConfig, choose=sample):
+    """Writes the token after the newest from a new cache of all ids."""
+    lengths = state.lengths + 1
+    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths
+    ids = state.ids[:, : mask.shape[1]].clamp(min=0)
+    state.cache.reset()
+    write_token(lm, state, ids, mask.long(), last_column(mask), config, choose)
+
+
 def compiled_step(lm: TinyLM) -> Callable:
     """`decode_one_token`, compiled once for a model, with CUDA graphs on CUDA."""
     if lm._compiled is None:
@@ -2421,7 +2555,8 @@ def generate_steps(
                 return
             if compile and on_gpu:
                 torch.compiler.cudagraph_mark_step_begin()
-            step(lm, state, config, choose)
+            take = read_again if outgrows_short_factors(lm, state) else step
+            take(lm, state, config, choose)
     finally:
         # A state with keys that are not finite would spoil the next text.
         if compile and bool(state.finite):

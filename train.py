@@ -1436,6 +1436,9 @@ def add_adapters(lm: TinyLM, rank: int):
         if isinstance(module, Linear) and "layers." in name:
             weight = name + ".weight"
             names = pretrained.stored_names(weight, lm.config.model_type, lm.config.head)
+            # Experts stay as they are, as PEFT leaves them.
+            if any("*" in name for name in names):
+                continue
             fused = len(names) > 1
             sizes = pretrained.fused_sizes(weight, lm.config) if fused else (module.out_features,)
             lm.set_submodule(name, LoRA(module, sizes, rank).to(lm.device))
@@ -1451,10 +1454,12 @@ def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
         if isinstance(module, LoRA):
             names = pretrained.stored_names(name + ".weight", config.model_type, config.head)
             transposed |= isinstance(names[0], pretrained.Transposed)
-            for theirs, pair in zip(names, module.parts()):
-                theirs = theirs.removesuffix(".weight")
+            for stored, pair in zip(names, module.parts()):
+                theirs = stored.removesuffix(".weight")
                 targets.add(re.split(r"\.\d+\.", theirs, maxsplit=1)[1])
                 for side, tensor in zip("AB", pair):
+                    if side == "B" and isinstance(stored, pretrained.HeadByHead):
+                        tensor = stored.save(tensor, config)
                     tensors[f"{theirs}.lora_{side}.weight"] = tensor
     head = {
         f"head.{name}": full_tensor(p) for name, p in lm.head.named_parameters() if p.requires_grad

@@ -118,6 +118,15 @@ def neox(**changes):
     return fields
 
 
+def longrope(channels, **rest):
+    short, long = ([1 + step * i for i in range(channels)] for step in (0.3, 1.7))
+    return rope("longrope", short_factor=short, long_factor=long, **rest)
+
+
+def moe(**changes):
+    return common(**dict(num_experts_per_tok=2, num_hidden_layers=2) | changes)
+
+
 def family_of(name):
     """The family that a case's name begins with: a new one needs a row in pretrained.py and a case here."""
     return max((family for family in pretrained.FAMILIES if name.startswith(family)), key=len)
@@ -221,6 +230,30 @@ CASES = [
         "gemma3_text-capped": gemma3(final_logit_softcapping=4.0),
         "phi3": common(),
         "phi3-window": common(sliding_window=7, num_key_value_heads=3, tie_word_embeddings=True),
+        "phi3-long": common(
+            max_position_embeddings=64,
+            original_max_position_embeddings=16,
+            rope_parameters=longrope(5),
+            num_key_value_heads=3,
+        ),
+        "phi3-short": common(
+            max_position_embeddings=128,
+            original_max_position_embeddings=64,
+            rope_parameters=longrope(4, partial_rotary_factor=0.8, attention_factor=1.3),
+        ),
+        "qwen3_moe": moe(moe_intermediate_size=28, head_dim=16, num_experts=5),
+        "qwen3_moe-normed": moe(
+            moe_intermediate_size=32,
+            num_experts=4,
+            norm_topk_prob=True,
+            attention_bias=True,
+            num_experts_per_tok=1,
+            tie_word_embeddings=True,
+        ),
+        "mixtral": moe(num_local_experts=4, intermediate_size=36),
+        "mixtral-window": moe(
+            num_local_experts=3, intermediate_size=32, sliding_window=6, num_experts_per_tok=3
+        ),
         "olmo2": common(),
         "olmo2-biases": common(
             attention_bias=True,
@@ -669,6 +702,8 @@ def legacy(config):
         config["rotary_pct"] = parameters["partial_rotary_factor"]
         config["rotary_emb_base"] = parameters["rope_theta"]
         return config
+    if config["model_type"] == "phi3":
+        config["partial_rotary_factor"] = parameters["partial_rotary_factor"]
     parameters = {key: value for key, value in parameters.items() if key != "partial_rotary_factor"}
     config["rope_theta"], kind = parameters.pop("rope_theta"), parameters.pop("rope_type")
     name = "type" if config["model_type"] == "llama" else "rope_type"  # the oldest files say "type"

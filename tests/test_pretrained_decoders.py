@@ -26,6 +26,7 @@ from helpers import LAYOUTS, assert_same_weights, every, refuses
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+import train
 from tinylm import TinyLM
 
 BY_NAME = {case.name: case for case in CASES}
@@ -91,6 +92,24 @@ def test_greedy_tokens_are_those_of_transformers(case, folder):
         assert out[:, batch.shape[1] :].tolist() == [new.tolist() for new in theirs]
 
 
+def test_the_first_names_of_longrope(copy, folder):
+    """Phi-3's first files say "su", and "yarn", of the same two lists."""
+    case = BY_NAME["phi3-long"]
+    expected = TinyLM.from_pretrained(folder(case))
+    for kind in ("su", "yarn"):
+
+        def rename(raw, kind=kind):
+            rope = raw.pop("rope_parameters")
+            raw["rope_theta"] = rope.pop("rope_theta")
+            factors = {name: rope[name] for name in ("short_factor", "long_factor")}
+            return raw | {"rope_scaling": {"type": kind} | factors}
+
+        path = copy(case)
+        rewrite_config(path, rename)
+        assert TinyLM.from_pretrained(path).config == expected.config
+        shutil.rmtree(path)
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +167,28 @@ def test_the_text_model_of_a_multimodal_folder(kind, text, vision, tmp_path):
         ours.save_pretrained(tmp_path / "text")
         assert difference(load_oracle(tmp_path / "text")(ids).logits, expected) < 1e-4
     assert_same_weights(TinyLM.from_pretrained(tmp_path / "text"), ours)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "qwen3_moe"])
+def test_adapters_have_the_rows_of_the_stored_projections(name, folder, tmp_path):
+    """GPT-NeoX stores q, k and v head by head; experts, which lie in one tensor, get no adapters."""
+    path = folder(BY_NAME[name])
+    lm = TinyLM.from_pretrained(path)
+    train.add_adapters(lm, 2)
+    for module in lm.modules():
+        if isinstance(module, train.LoRA):
+            torch.nn.init.normal_(module.b)
+    train.save_adapter(tmp_path, lm, train.TrainOptions(init=str(path), lora=2))
+    lm.save_pretrained(tmp_path / "merged")
+    merged, before = (load_file(f / "model.safetensors") for f in (tmp_path / "merged", path))
+    (file,) = tmp_path.rglob("adapter_model.safetensors")
+    adapter = load_file(file)
+    assert not any("mlp.experts" in key for key in adapter)
+    for key in before:
+        a, b = (adapter.get(f"base_model.model.{key[:-7]}.lora_{side}.weight") for side in "AB")
+        change = 0 if a is None else 2 * b @ a
+        assert torch.allclose(merged[key], before[key] + change, atol=1e-5), key
+    assert len(adapter) == 2 * lm.config.num_hidden_layers * 4
 
 
 @every(FAMILIES)
@@ -556,10 +597,10 @@ def test_config_field_that_is_not_supported(family, field, value, copy):
             rope(
                 "longrope",
                 short_factor=[1.0] * 5,
-                long_factor=[2.0] * 5,
+                long_factor=[2.0] * 4,
                 original_max_position_embeddings=32,
             ),
-            ["longrope"],
+            ["longrope", "long_factor of 5 positive numbers"],
         ),
         (rope("foo", factor=2.0), ["foo"]),
         (rope("linear"), ["factor"]),

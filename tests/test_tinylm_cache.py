@@ -29,8 +29,13 @@ def lm(case, folder):
 
 
 def length(case):
-    """Past max_position_embeddings a dynamic rope turns every key anew at every length: there, no cache is exact."""
-    return case.fields["max_position_embeddings"] if case.name == "llama-dynamic" else LENGTH
+    """Past its original length a dynamic rope turns every key anew at every length, and longrope once: there, no cache
+    is exact, and generate reads a text again."""
+    limits = {
+        "llama-dynamic": "max_position_embeddings",
+        "phi3-long": "original_max_position_embeddings",
+    }
+    return case.fields[limits[case.name]] if case.name in limits else LENGTH
 
 
 def cached(lm, ids, mask, sizes, room=5):

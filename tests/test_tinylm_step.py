@@ -26,6 +26,30 @@ def same(one, other):
         assert (grad - other[1][name]).abs().max() <= 1e-4 * max(grad.abs().max(), 1e-3), name
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_loss_of_a_mixture_of_experts_is_that_of_transformers(name, padded, folder):
+    """With the loss that balances the experts, over the tokens that are read. The dense form that compiled and exported
+    models take has the same gradients as the one that computes only chosen experts."""
+    case = next(case for case in FAMILIES if case.name == name)
+    settings = dict(output_router_logits=True, router_aux_loss_coef=0.3)
+    lm = TinyLM.from_pretrained(folder(case), **settings).train()
+    batch, mask = ragged([prompts(case, n, seed=n) for n in (11, 5)], ["right", "right"])
+    mask = mask if padded else torch.ones_like(mask)
+    labels = batch.masked_fill(mask == 0, -100)
+    oracle = load_oracle(folder(case)).train()
+    theirs = oracle(batch, attention_mask=mask, labels=labels)
+    seen = oracle(batch[:, :-1], attention_mask=mask[:, :-1], output_router_logits=True)
+    count = (labels[:, 1:] != -100).sum()
+    expected = (theirs.loss + 0.3 * seen.aux_loss) * count
+    inputs = {"input_ids": batch, "attention_mask": mask}
+    sparse = gradients(lm, inputs)
+    assert sparse[0] == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        same(sparse, gradients(lm, inputs))
+
+
 @pytest.mark.parametrize("case", [*FAMILIES[::4], SEQ2SEQ[0], SEQ2SEQ[-1]], ids=str)
 @pytest.mark.parametrize("labelled", [False, True])
 def test_logits_in_chunks_have_the_same_gradients(case, labelled, folder, monkeypatch):

@@ -27,6 +27,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -52,8 +53,13 @@ from onnxlm import (
     TRAINING,
     OnnxLM,
     Session,
+    as_ids,
     first_line,
+    has_chat_template,
     is_embedder,
+    is_number_in,
+    plain_warnings,
+    remembered,
     run_lines,
     sentence_files,
     use_utf8,
@@ -863,11 +869,32 @@ def gptq(weight, scales, zeros, factor: tuple, top: int):
     return codes[order.argsort()].t().unflatten(1, (groups, block))
 
 
-def progress(what: str, total: int):
-    """A progress bar on stderr, shown after two seconds."""
+class LogStream:
+    """The file of a tqdm bar that becomes lines of a log."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def write(self, text: str):
+        if text.strip():
+            self.log(text.strip())
+
+    def flush(self):
+        pass
+
+
+def progress(what: str, total: int, log=None):
+    """A progress bar on stderr, shown after two seconds; where that is no terminal, a line of the log every ten
+    seconds."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, delay=2, leave=False, disable=None)
+    if sys.stderr.isatty() or log is None:
+        return tqdm(total=total, desc=what, delay=2, leave=False, disable=None)
+    line = "{desc}: {n_fmt} of {total_fmt}"
+    stream = LogStream(log)
+    return tqdm(
+        total=total, desc=what, delay=5, mininterval=8, leave=False, file=stream, bar_format=line
+    )
 
 
 def quantize_weights(lm, bits: int, ids, log=None) -> dict:
@@ -891,7 +918,7 @@ def quantize_weights(lm, bits: int, ids, log=None) -> dict:
     left = [name for name, p in lm.named_parameters() if p.ndim > 1 and id(p) not in names]
     if left and log:
         log(f"not rounded: {', '.join(left)}")
-    bar = progress(f"rounding to {bits} bits", len(names))
+    bar = progress(f"rounding to {bits} bits", len(names), log)
 
     def put(weight, inputs=None):
         name = names.get(id(weight))
@@ -1179,13 +1206,17 @@ def export_onnx(
     text: str | None = None,
     generate: bool = False,
     int8_cache: bool = False,
+    eval_data=None,
+    max_drop: float | None = None,
 ) -> dict:
     """Write the folder `out` from a TinyLM or a checkpoint (its folder, or its name on the hub): config, tokenizer and
     model.safetensors in the stored dtype, and the graphs in onnx/ in each of the precisions (keys of PRECISIONS), of a
     decoder with genai_config.json for the first of them, and with `generate` onnx/generate.onnx: prefill, cache,
     sampling and stopping in one graph. Weights of 4 bits and, with `int8_cache`, keys and values (in all but fp32) are
-    rounded for a text such as the model will meet; without one, for what it writes by itself. Returns what `verify`
-    found, by precision. The folder appears whole, after its check, or not at all. An earlier export in its place is
+    rounded for a text such as the model will meet; without one, for what it writes by itself. With `eval_data`, rows or a
+    file of the model's task, each precision is evaluated (see `evaluate`), the model card gets the table, and a precision
+    that is worse than torch by more than `max_drop` is left out. Returns what `verify` found, by precision, and as "eval"
+    the row of the table. The folder appears whole, after its check, or not at all. An earlier export in its place is
     replaced, but for the graphs in other precisions of the same weights.
 
     Raises Error where the checkpoint cannot be read or a check fails.
@@ -1200,7 +1231,13 @@ def export_onnx(
     precisions = list(dict.fromkeys(precisions))
     for name in precisions:
         require(name in PRECISIONS, f"precision {name!r}: expected one of {', '.join(PRECISIONS)}")
+    require(
+        max_drop is None or is_number_in(max_drop, 0, math.inf) and eval_data is not None,
+        f"--max-drop {max_drop}: expected a number from 0, with --eval",
+    )
+    require(eval_data is None or onnx, "--eval: expected with --onnx")
     extras = []
+    source = None
     if isinstance(model_or_folder, tinylm.TinyLM):
         lm = copy.deepcopy(model_or_folder)
     else:
@@ -1212,6 +1249,7 @@ def export_onnx(
         log(f"loading {model_or_folder}")
         head = None if is_embedder(source) else "config"
         lm = tinylm.TinyLM.from_pretrained(source, head=head)
+        lm.remembered = remembered(source)
         extras = sentence_files(source) + [TRAINING] * (source / TRAINING).is_file()
     work = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
@@ -1226,6 +1264,10 @@ def export_onnx(
         if onnx:
             (work / "onnx").mkdir()
             found = write_graphs(lm, work, precisions, text, generate, int8_cache, log)
+            if eval_data is not None:
+                table = evaluate(lm, work, found, eval_data, max_drop, log)
+                write_card(work / "README.md", out.name, source, table)
+            write_genai_config(lm, work, next(iter(found)), log)
             keep_graphs(out, work, weights, precisions, log)
             note_external_data(work)
         if not safetensors:
@@ -1257,14 +1299,18 @@ def keep_graphs(earlier: Path, folder: Path, weights: str, precisions: list, log
         mark = None
     if mark != {"weights": weights}:
         return log("the earlier export has other weights: its graphs are replaced")
-    stems = "model|generate|encoder_model|decoder_model_merged"
-    suffixes = "|".join(
-        stored.suffix for name, stored in PRECISIONS.items() if name not in precisions
-    )
-    for path in sorted((earlier / "onnx").iterdir()):
-        if re.fullmatch(rf"({stems})({suffixes})\.onnx(_data)?", path.name):
+    for name in PRECISIONS.keys() - {*precisions}:
+        for path in graph_files(earlier, name):
             shutil.copyfile(path, folder / "onnx" / path.name)
             log(f"onnx/{path.name} is kept")
+
+
+def graph_files(folder: Path, precision: str) -> list[Path]:
+    stems = "model|generate|encoder_model|decoder_model_merged"
+    pattern = rf"({stems}){SUFFIXES[precision]}\.onnx(_data)?"
+    return [
+        path for path in sorted((folder / "onnx").iterdir()) if re.fullmatch(pattern, path.name)
+    ]
 
 
 def note_external_data(folder: Path):
@@ -1353,12 +1399,8 @@ def write_graphs(
             check_loop(lm, OnnxLM(folder, name, providers=[CPU]), path, stored.tolerance)
             log(f"onnx/{path.name} writes what onnx/model{stored.suffix}.onnx does")
         if measured and writes(lm):
+            log(f"measuring {name}")
             log(f"{name} {measure(lm, folder, name, ids[:MEASURED])}")
-    if writes(lm):
-        config, left = genai_config(lm, PRECISIONS[precisions[0]])
-        tinylm.write_json(folder / "genai_config.json", config)
-        if left:
-            log(f"genai_config.json cannot say {', '.join(left)} of generation_config.json")
     return found
 
 
@@ -1421,8 +1463,13 @@ def calibration_ids(lm, text: str | None, log):
         f"writing {WINDOWS} texts of {length} tokens to round for and to measure on; --text gives your own"
     )
     begin = lm.config.bos_token_id if lm.config.bos_token_id in range(lm.config.vocab_size) else 0
-    with progress("writing tokens", length - 1) as bar:
-        hook = lm.register_forward_hook(lambda *_: bar.update())
+    with progress("writing tokens", length - 1, log) as bar:
+
+        def count(*_):
+            # it returns whether it was drawn, and the hook's result would replace the model's output
+            bar.update()
+
+        hook = lm.register_forward_hook(count)
         try:
             return lm.generate(
                 torch.full((WINDOWS, 1), begin),
@@ -1459,6 +1506,77 @@ def measure(lm, folder: Path, precision: str, ids) -> str:
         f"perplexity {after:.3f} (torch in fp32 {before:.3f}, {after / before - 1:+.2%}), {agree:.0%} of greedy "
         f"tokens before the first that differs, {speed:.0f} tokens/s"
     )
+
+
+def evaluate(lm, folder: Path, found: dict, data, max_drop: float | None, log) -> dict[str, dict]:
+    """Evaluates torch in fp32 and each precision that was found on data of the model's task, on the CPU. Returns a table:
+    the size, the first figure of a validation, how many rows are decided otherwise than by torch, texts in a second, and
+    these beside those of fp32. A precision whose figure is worse by more than `max_drop` is deleted, from `found` too;
+    raises Error where none is left."""
+    train = tinylm.beside("train")
+    evaluation = train.Evaluation(lm, data)
+    table: dict = {}
+    speeds: dict = {}
+    for name in ("torch", *found):
+        log(f"evaluating {name}")
+        model = lm if name == "torch" else train.ExportedLM(folder, name, [CPU])
+        begin = time.monotonic()
+        figures = evaluation.figures(model)
+        measured = time.monotonic()
+        decisions = evaluation.decisions(model)
+        if decisions is None:
+            speeds[name] = len(evaluation.examples) / (measured - begin)
+        else:
+            speeds[name] = len(decisions) / (time.monotonic() - measured)
+        if name == "torch":
+            figure = train.chosen_figure(figures, evaluation.options)
+            expected = decisions
+        files = graph_files(folder, name) if name in found else [folder / "model.safetensors"]
+        size = sum(path.stat().st_size for path in files) / 1e6
+        table[name] = {"size": f"{size:.1f} MB", figure: figures[figure]}
+        if decisions is not None:
+            changed = sum(one != other for one, other in zip(decisions, expected))
+            table[name]["changed"] = f"{changed:,} of {len(decisions):,}"
+    base = "fp32" if "fp32" in speeds else "torch"
+    for name, speed in speeds.items():
+        table[name] |= {"texts/s": f"{speed:.1f}", f"beside {base}": f"{speed / speeds[base]:.2f}"}
+    for line in train.table_lines(table):
+        log(line)
+    below = "above" if figure in train.LOWER_IS_BETTER else "below"
+    for name in list(found):
+        found[name] |= {"eval": table[name]}
+        drop = table["torch"][figure] - table[name][figure]
+        drop = -drop if below == "above" else drop
+        if max_drop is not None and not drop <= max_drop:
+            log(
+                f"{name} is dropped: {figure} {table[name][figure]:.4f} is {drop:.4f} {below} torch's, "
+                f"more than --max-drop {max_drop:g}"
+            )
+            for path in graph_files(folder, name):
+                path.unlink()
+            del found[name], table[name]
+    require(
+        found, f"--max-drop {max_drop}: no precision is as good on {figure}; nothing is written"
+    )
+    return table
+
+
+def write_card(file: Path, title: str, source: Path | None, table: dict):
+    """The model card of the checkpoint, with its pictures, and the table of the graphs."""
+    card = source / "README.md" if source else file
+    text = f"# {title}\n"
+    if card.exists():
+        text = card.read_text(encoding="utf-8", errors="replace").rstrip() + "\n"
+        for name in re.findall(r"!\[[^]]*\]\(([\w.-]+)\)", text):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, file.with_name(name))
+    columns = [*next(iter(table.values()))]
+    rows = [["precision", *columns], ["---"] * (len(columns) + 1)]
+    for name, values in table.items():
+        rows.append([name, *(f"{x:.4f}" if isinstance(x, float) else x for x in values.values())])
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    about = "On the CPU. Changed: rows that are decided otherwise than by torch in fp32."
+    file.write_text(f"{text}\n## Graphs\n\n{about}\n\n{lines}\n", encoding="utf-8")
 
 
 def replace_directory(work: Path, out: Path):
@@ -1507,6 +1625,15 @@ NO_SEARCH = (
     "cache_implementation",
     "trust_remote_code",
 )
+
+
+def write_genai_config(lm, folder: Path, precision: str, log):
+    """genai_config.json of a decoder, for the graph of a precision."""
+    if writes(lm):
+        config, left = genai_config(lm, PRECISIONS[precision])
+        tinylm.write_json(folder / "genai_config.json", config)
+        if left:
+            log(f"genai_config.json cannot say {', '.join(left)} of generation_config.json")
 
 
 def genai_config(lm, stored: Precision) -> tuple[dict, list]:
@@ -1576,7 +1703,8 @@ def main(argv: list | None = None) -> int:
     use_utf8()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return run_export(argv)
+        with plain_warnings("tinylm export"):
+            return run_export(argv)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -1630,6 +1758,24 @@ def make_parser() -> argparse.ArgumentParser:
         "it, and every precision is measured on it",
     )
     parser.add_argument(
+        "--eval",
+        metavar="DATA",
+        help="data of the model's task, as for `tinylm eval`: for each precision the size, the figure, the rows that "
+        "change and the speed, in a table that the model card gets too",
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="DROP",
+        help="with --eval: leave out a precision whose figure is worse than torch's by more than this, such as 0.01",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=["safetensors", "none"],
+        default="safetensors",
+        help="none: leave model.safetensors out, which graphs do not need",
+    )
+    parser.add_argument(
         "--out",
         default="exported",
         help="folder to write (default: exported); an earlier export there keeps its other precisions, if they are "
@@ -1637,8 +1783,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--prompt",
-        help="text that the exported model continues, greedily (default: 'ROMEO:', "
-        "sampled), or reads",
+        help="text that the exported model continues, greedily, or reads (default: a question for a chat model, else a "
+        "sample)",
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=160, help="of that text (default: 160)"
@@ -1655,42 +1801,80 @@ def run_export(argv: list) -> int:
         options.generate or options.int8_cache or options.text or options.prompt
     ):
         parser.error("--generate, --int8-cache, --text and --prompt go with --onnx")
-    begin = time.monotonic()
-
-    def log(text: str):
-        print(f"[{time.monotonic() - begin:5.1f} s] {text}", flush=True)
-
+    if options.weights == "none" and (options.safetensors or not options.onnx):
+        parser.error("--weights none goes with --onnx, without --safetensors")
     precisions = [*PRECISIONS] if "all" in options.precision else options.precision
     text = Path(options.text).read_text(encoding="utf-8") if options.text else None
-    export_onnx(
-        options.folder,
-        options.out,
-        onnx=options.onnx,
-        precisions=precisions,
-        text=text,
-        generate=options.generate,
-        int8_cache=options.int8_cache,
-        log=log,
-    )
-    log(f"wrote {options.out}")
+    with stage_log() as log:
+        found = export_onnx(
+            options.folder,
+            options.out,
+            onnx=options.onnx,
+            safetensors=options.weights == "safetensors",
+            precisions=precisions,
+            text=text,
+            generate=options.generate,
+            int8_cache=options.int8_cache,
+            eval_data=options.eval,
+            max_drop=options.max_drop,
+            log=log,
+        )
+        log(f"wrote {options.out}")
     if not options.onnx:
         return 0
-    lm = OnnxLM(options.out, precisions[0])
+    lm = OnnxLM(options.out, next(iter(found)))
     if lm.task == "lm":
-        sampled = {} if options.prompt else {"temperature": 0.7, "seed": 1}
-        show(lm, options.prompt or "ROMEO:", options.max_new_tokens, **sampled)
+        shipped = Path(options.folder).resolve() == WEIGHTS
+        print_sample(lm, options.prompt, options.max_new_tokens, "ROMEO:" if shipped else "")
     elif options.prompt:
         run_lines(lm, [options.prompt], max_new_tokens=options.max_new_tokens)
     return 0
 
 
-def show(lm: OnnxLM, prompt: str, max_new_tokens: int, **options):
-    """Prints a continuation as it is generated, then the speed after the first token."""
+@contextlib.contextmanager
+def stage_log(silence: float = 9.5):
+    """Yields a function that prints a line with the seconds since the start. Where stderr is no terminal that would show
+    progress bars, so many seconds of silence end in a line too."""
+    begin = printed = time.monotonic()
+    done = threading.Event()
+
+    def log(text: str):
+        nonlocal printed
+        printed = time.monotonic()
+        print(f"[{printed - begin:5.1f} s] {text}", flush=True)
+
+    def break_silence():
+        while not done.wait(silence / 20):
+            if time.monotonic() - printed >= silence:
+                log("still working")
+
+    if not sys.stderr.isatty():
+        threading.Thread(target=break_silence, daemon=True).start()
+    try:
+        yield log
+    finally:
+        done.set()
+
+
+def print_sample(lm: OnnxLM, prompt: str | None, max_new_tokens: int, default_prompt: str):
+    """Prints a continuation as it is generated, greedy for a prompt that was given, and the speed after the first token.
+    Without a prompt, a chat model answers a question; others continue the default."""
     if not (lm.folder / "tokenizer.json").exists():
         return print("no sample: the checkpoint has no tokenizer.json")
+    options = {} if prompt else {"temperature": 0.7, "seed": 1}
+    chat = prompt is None and has_chat_template(lm.tokenizer)
+    prompt = default_prompt if prompt is None else prompt
+    if chat:
+        prompt = "What is the capital of France?\n"
+        messages = [{"role": "user", "content": prompt.strip()}]
+        text = lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        ids = lm.tokenizer.encode(text, special=False)
+        ends = as_ids("eos_token_id", lm.tokenizer.eos_token_id)
+        options = {"eos_token_id": (*lm.ends(), *ends)}
+    else:
+        ids = lm.tokenizer.encode(prompt)
     print(f"\n{prompt}", end="", flush=True)
     times = []
-    ids = lm.tokenizer.encode(prompt)
     max_new_tokens = max(1, min(max_new_tokens, lm.session.limit - len(ids)))
 
     for _, piece in lm.steps(ids, max_new_tokens, **options):

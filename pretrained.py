@@ -1292,6 +1292,11 @@ def read_t5(raw: dict) -> dict:
     )
 
 
+def read_mt5(raw: dict) -> dict:
+    """Its logits are never scaled."""
+    return read_t5(raw | {"scale_decoder_outputs": False})
+
+
 def write_t5(config: Config) -> dict:
     wanted = config.gated, config.hidden_act
     names = [name for name, meaning in T5_ACTIVATIONS.items() if meaning == wanted]
@@ -1305,7 +1310,16 @@ def read_marian(raw: dict) -> dict:
     return {}
 
 
-def bart_like(stem: str, lm_ending: str = "ForConditionalGeneration", **rest) -> Family:
+def read_m2m100(raw: dict) -> dict:
+    """Its sinusoids begin after the pad id, and reach the largest period one channel earlier than Marian's."""
+    half = raw["d_model"] // 2
+    require(raw["d_model"] % 2 == 0 and half > 1, f"d_model = {raw['d_model']}, expected it even")
+    return dict(position_offset=raw["pad_token_id"] + 1, rope_theta=10000 ** (half / (half - 1)))
+
+
+def bart_like(
+    stem: str, lm_ending: str = "ForConditionalGeneration", heads: dict = {}, **rest
+) -> Family:
     sides = "model.encoder.", "model.decoder."
     output = {
         "head.out": (StoredName("lm_head"),),
@@ -1324,12 +1338,53 @@ def bart_like(stem: str, lm_ending: str = "ForConditionalGeneration", **rest) ->
             intermediate_size=decoder_ffn_dim encoder_intermediate_size=encoder_ffn_dim
             hidden_dropout=dropout embedding_dropout=dropout
         """),
-        heads={"lm": HeadTable(output, {})},
+        heads=heads or {"lm": HeadTable(output, {})},
         aliases=name_map("""
             hidden_size=d_model num_attention_heads=encoder_attention_heads num_hidden_layers=encoder_layers
         """),
         copies={f"{side}embed_tokens.weight": "model.shared.weight" for side in sides},
         class_endings={"lm": lm_ending},
+        **rest,
+    )
+
+
+def t5_like(stem: str, defaults: dict = {}, **rest) -> Family:
+    return Family(
+        stem,
+        tensors=encoder_decoder("shared", t5_stack("encoder", mlp=1), t5_stack("decoder", mlp=2)),
+        fields=COMMON
+        | name_map("""
+            decoder_start_token_id relative_attention_num_buckets relative_attention_max_distance
+            hidden_size=d_model head_dim=d_kv intermediate_size=d_ff num_encoder_layers=num_layers
+            num_hidden_layers=num_decoder_layers num_attention_heads=num_heads norm_eps=layer_norm_epsilon
+            head_dropout=dropout_rate hidden_dropout=dropout_rate embedding_dropout=dropout_rate
+            attention_dropout=dropout_rate hidden_act=feed_forward_proj
+        """),
+        heads=LM_ONLY,
+        prefix="",
+        fixed=dict(position="relative", query_pre_attn_scalar=1),
+        defaults=dict(
+            num_decoder_layers=None,
+            d_kv=64,
+            feed_forward_proj="relu",
+            is_gated_act=None,
+            dense_act_fn=None,
+            dropout_rate=0.1,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+        | defaults,
+        only=SEQ2SEQ_ONLY,
+        aliases=name_map("""
+            hidden_size=d_model head_dim=d_kv num_attention_heads=num_heads num_hidden_layers=num_layers
+        """),
+        write=write_t5,
+        drop="decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+        copies=dict.fromkeys(
+            ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight"
+        ),
+        unstored_head_is_tied=True,
+        class_endings={"lm": "ForConditionalGeneration"},
         **rest,
     )
 
@@ -1374,44 +1429,34 @@ FAMILIES |= {
         read=read_marian,
         drop="model.encoder.embed_positions.weight model.decoder.embed_positions.weight",
     ),
-    "t5": Family(
-        "T5",
-        tensors=encoder_decoder("shared", t5_stack("encoder", mlp=1), t5_stack("decoder", mlp=2)),
-        fields=COMMON
-        | name_map("""
-            decoder_start_token_id relative_attention_num_buckets relative_attention_max_distance
-            hidden_size=d_model head_dim=d_kv intermediate_size=d_ff num_encoder_layers=num_layers
-            num_hidden_layers=num_decoder_layers num_attention_heads=num_heads norm_eps=layer_norm_epsilon
-            head_dropout=dropout_rate hidden_dropout=dropout_rate embedding_dropout=dropout_rate
-            attention_dropout=dropout_rate scale_logits=scale_decoder_outputs hidden_act=feed_forward_proj
-        """),
+    "m2m_100": bart_like(
+        "M2M100",
         heads=LM_ONLY,
-        prefix="",
-        fixed=dict(position="relative", query_pre_attn_scalar=1),
+        fixed=SEQ2SEQ
+        | dict(
+            position="sinusoidal",
+            embedding_norm=False,
+            norm_position="pre",
+            final_norm=True,
+            head_bias=False,
+        ),
         defaults=dict(
-            num_decoder_layers=None,
-            d_kv=64,
-            feed_forward_proj="relu",
-            is_gated_act=None,
-            dense_act_fn=None,
-            dropout_rate=0.1,
-            pad_token_id=0,
-            eos_token_id=1,
-            scale_decoder_outputs=None,
+            activation_function="relu",
+            max_position_embeddings=1024,
+            scale_embedding=True,
+            dropout=0.1,
+            attention_dropout=0.1,
+            pad_token_id=1,
+            bos_token_id=0,
+            eos_token_id=2,
+            decoder_start_token_id=2,
         ),
         only=SEQ2SEQ_ONLY,
-        aliases=name_map("""
-            hidden_size=d_model head_dim=d_kv num_attention_heads=num_heads num_hidden_layers=num_layers
-        """),
-        read=read_t5,
-        write=write_t5,
-        drop="decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-        copies=dict.fromkeys(
-            ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight"
-        ),
-        unstored_head_is_tied=True,
-        class_endings={"lm": "ForConditionalGeneration"},
+        read=read_m2m100,
+        drop="model.encoder.embed_positions.weight* model.decoder.embed_positions.weight*",
     ),
+    "t5": t5_like("T5", defaults=dict(scale_decoder_outputs=None), read=read_t5),
+    "mt5": t5_like("MT5", defaults=dict(feed_forward_proj="gated-gelu"), read=read_mt5),
     # An architecture that no other family can express keeps our own names; only tinylm loads it.
     "tinylm": Family(
         "TinyLM",

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import string
@@ -111,21 +112,23 @@ class TrainOptions(datafiles.DataOptions):
     # what, from where, to where
     init: str = option("", "checkpoint to fine-tune; without one, a model from scratch")
     out: str = option("out", "folder for the checkpoints `best` and `last`")
-    overwrite: bool = option(False, "train into a folder that holds a run, in its place")
+    overwrite: bool = option(False, "replace the run that --out holds")
     block: Annotated[int, 8, 2**31] = option(256, "tokens per sequence, at most")
     max_answer_length: Size | None = option(
         None, "tokens of an answer to a question, at most; else as many as the longest has"
     )
     # model
-    size: Literal[(*SIZES, None)] = option(None, "pico, nano, small, medium or large, from scratch")
+    size: Literal[(*SIZES, None)] = option(
+        None, "of a new model: pico, nano, small, medium or large"
+    )
     vocab: Count | None = option(None, "train a byte-level BPE of this many tokens; 0: bytes")
     dropout: Dropout | None = option(None, "of embeddings and sub-layers; else as the config says")
     lora: Annotated[int, 0, 2**16] = option(
-        0, "train adapters of this rank and a new head only; saved merged, and for PEFT"
+        0, "train adapters of this rank and a new head only; saved merged, and beside it for PEFT"
     )
     freeze: str = option(
         "",
-        "what stays as it is: embeddings, body (all but the head), or them and the first N layers",
+        "what is not trained: embeddings, body (all but the head), or N: embeddings and the first N layers",
     )
     # optimizer
     steps: Size | None = option(None, "optimizer steps")
@@ -135,20 +138,22 @@ class TrainOptions(datafiles.DataOptions):
     batch: Size | None = option(None, "sequences per step")
     accumulate: Size = option(1, "parts in which a step's batch is run, to save memory")
     lr: Rate | None = option(
-        None, "peak learning rate of Muon (matrices); in fine-tuning, of the body"
+        None, "peak learning rate of Muon (matrices); in fine-tuning, of what was pretrained"
     )
-    adam_lr: Rate | None = option(None, "that of AdamW (all else); in fine-tuning, of a new head")
-    weight_decay: Annotated[float, 0, 1e3] | None = option(None, "of the matrices")
-    warmup: Dropout | None = option(None, "share of the steps in which the rates rise")
+    adam_lr: Rate | None = option(
+        None, "peak learning rate of AdamW (all other weights); in fine-tuning, of a new head"
+    )
+    weight_decay: Annotated[float, 0, 1e3] | None = option(None, "weight decay of the matrices")
+    warmup: Dropout | None = option(None, "share of the steps in which the learning rates rise")
     decay: Dropout | None = option(
-        None, "share of the steps in which they fall to zero, at the end"
+        None, "share of the steps, at the end, in which the learning rates fall to zero"
     )
     clip: Rate = option(1.0, "largest norm of the gradient")
     class_weights: bool = option(False, "rare classes count as much as frequent ones")
     seed: Count = option(0, "of weights, data order and dropout")
     # run
     eval_every: Size | None = option(
-        None, "steps between validations and checkpoints; else an epoch's"
+        None, "steps between validations and checkpoints (default: an epoch)"
     )
     metric: str = option(
         "",
@@ -160,15 +165,15 @@ class TrainOptions(datafiles.DataOptions):
         "stop after this many validations without a better one (5 at least, as long as the figure is always the same); "
         "0: never",
     )
-    device: str = option("", "cpu, cuda, ...; cuda where there is one")
+    device: str = option("", "cpu, cuda, mps, ... (default: cuda if there is one)")
     parallel: Literal["fsdp", "ddp"] = option(
-        "fsdp", "under torchrun: fsdp (each process has a part of the weights) or ddp (has all)"
+        "fsdp", "under torchrun: fsdp shards the weights, ddp keeps a copy on each process"
     )
-    checkpoint: bool = option(False, "run each layer again in the backward pass, to save memory")
+    checkpoint: bool = option(False, "recompute each layer in the backward pass, to save memory")
     bf16: bool = option(False, "bfloat16 autocast on the CPU too (on CUDA it is always on)")
     compile: bool = option(False, "torch.compile the model")
-    tensorboard: bool = option(False, "write events for TensorBoard, too, into --out/tensorboard")
-    quiet: bool = option(False, "print the result only")
+    tensorboard: bool = option(False, "also write TensorBoard events, into --out/tensorboard")
+    quiet: bool = option(False, "print only the result")
 
     def __post_init__(self):
         super().__post_init__()
@@ -1812,8 +1817,8 @@ def model_card(lm: TinyLM, options: TrainOptions, run_state: dict, notices: list
         lines += [f"| {name} | {shown_figure(value)} |" for name, value in figures.items()]
     else:
         lines += ["There were no rows to validate on."]
-    lines += ["", "![Loss and figures by step](loss.svg)", "", "## Options", ""]
-    lines += ["| option | value | |", "|---|---|---|", *option_lines(options, run_state), ""]
+    lines += ["", "![loss](loss.svg)", "", "## Options", ""]
+    lines += ["| option | value |", "|---|---|", *option_lines(options, run_state), ""]
     use = 'sample . --prompt "..."' if options.task == "lm" else 'run . "..."'
     if options.task == "lm" and onnxlm.has_chat_template(lm.tokenizer):
         use = "chat ."
@@ -1829,8 +1834,8 @@ def option_lines(options: TrainOptions, run_state: dict) -> Iterable[str]:
         value = getattr(options, f.name)
         off = value is None or value is False or value == ""
         if not off and f.name not in unused:
-            given = "given" if run_state["options"].get(f.name) != f.default else ""
-            yield f"| {flag(f.name)} | {'' if value is True else value} | {given} |"
+            given = " (given)" if run_state["options"].get(f.name) != f.default else ""
+            yield f"| {flag(f.name)} | {'yes' if value is True else value}{given} |"
 
 
 def loading_lines(auto: str, stock: bool, replaced: dict[str, str], use: str) -> Iterable[str]:
@@ -2417,9 +2422,7 @@ def train_steps(
     progress = Progress(lm, steps, run_state["step"])
     log_every = max(steps // 1000, 16 if lm.device.type == "cuda" else 1)
     with interruptible() as interrupted:
-        while run_state["step"] < steps and not (
-            stop or out_of_patience(run_state, options)
-        ):
+        while run_state["step"] < steps and not (stop or out_of_patience(run_state, options)):
             torch.manual_seed(options.seed * 1_000_003 + run_state["step"] + 2**40 * rank)
             batch = batches.draw(run_state["step"])
             scale = lr_multiplier(run_state["step"], steps, options)
@@ -2471,7 +2474,7 @@ def describe_stop(run_state: dict, steps: int, options: TrainOptions) -> str:
     text = f"stopped at step {run_state['step']:,} of {steps:,}, {best}; {out / 'last'} is saved"
     if run_state["step"] < steps:
         data = "" if run_state["place"] else "DATA "
-        text += f"; `tinylm train {data}--resume --out {options.out}` goes on"
+        text += f"; `tinylm train {data}--resume --out {shlex.quote(options.out)}` goes on"
     return text
 
 
@@ -2571,7 +2574,7 @@ def show_sample(lm: TinyLM, held: list, options: TrainOptions, step: int, record
         return
     with record.extra() as seconds:
         deadline = time.monotonic() + seconds
-        if seconds <= 0:
+        if seconds < 0.1:
             return
         row = held[0].get("row", {})
         if "messages" in row:

@@ -100,7 +100,7 @@ def test_the_model_card_says_what_it_is_and_how_to_load_it(finished, text, monke
     exec(ours, names)
     assert isinstance(names["model"], TinyLM)
     picture = xml.dom.minidom.parse("loss.svg")
-    assert len(picture.getElementsByTagName("polyline")) == 2
+    assert len(picture.getElementsByTagName("polyline")) == 3
 
 
 def test_results_on_stdout_progress_on_stderr(text, tmp_path, capsys):
@@ -176,9 +176,11 @@ def test_a_strange_field_of_a_pretrained_model_is_said_once(tmp_path, recwarn):
 
 def test_help_shows_the_defaults_that_a_task_takes(capsys):
     for arguments, words in (
-        ([], ["--lr LR", "(default: 0.02)", "(default: 1000)"]),
+        ([], ["--lr LR", "(default: 0.02 from scratch, 0.0001 with --init, 0.001 with --lora)"]),
+        ([], ["(default: 1000 from scratch)", "(default: 3 with --init)", "(default: 16)"]),
         (["--task", "qa", "--init", "x"], ["(default: 0.0003)", "(default: 6)"]),
-        (["--task", "classify"], ["(default: 4096)", "(default: nano)"]),
+        (["--init", "x", "--lora", "8"], ["(default: 0.001)", "(default: 3)"]),
+        (["--task", "classify"], ["(default: 4096 from scratch)", "(default: nano from scratch)"]),
     ):
         with pytest.raises(SystemExit):
             main(["train", *arguments, "--help"])

@@ -1,11 +1,14 @@
 """Functions, models and texts that several test files use. Fixtures are in conftest.py, the oracles in families.py."""
 
+import collections
 import contextlib
 import io
 import json
 import math
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -95,3 +98,59 @@ def byte_backend(*added):
     backend = Tokenizer.from_str(text)
     backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>", *added])
     return backend
+
+
+def run_qa_answer(context, features, logits, negative, longest, n_best=20):
+    """postprocess_qa_predictions of transformers' examples, of one question: the text that it predicts."""
+    null, candidates = None, []
+    for offsets, ends in zip(features, logits):
+        first_logits, last_logits = ends.T
+        score = first_logits[0] + last_logits[0]
+        if null is None or null["score"] > score:
+            null = dict(offsets=(0, 0), score=score)
+        for first in np.argsort(first_logits)[-1 : -n_best - 1 : -1].tolist():
+            for last in np.argsort(last_logits)[-1 : -n_best - 1 : -1].tolist():
+                if offsets[first] is None or offsets[last] is None:
+                    continue
+                if last < first or last - first + 1 > longest:
+                    continue
+                span = offsets[first][0], offsets[last][1]
+                candidates.append(dict(offsets=span, score=first_logits[first] + last_logits[last]))
+    best = max(candidates, key=lambda candidate: candidate["score"], default=None)
+    if best is None:
+        return None
+    if negative and null["score"] - best["score"] > 0:
+        return ""
+    return context[slice(*best["offsets"])]
+
+
+# SQuAD 2's evaluate-v2.0.py.
+
+
+def squad_normal(text):
+    text = "".join(
+        char for char in text.lower() if char not in set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+    )
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text, flags=re.UNICODE).split())
+
+
+def squad_f1(gold, predicted):
+    gold, predicted = squad_normal(gold).split(), squad_normal(predicted).split()
+    same = sum((collections.Counter(gold) & collections.Counter(predicted)).values())
+    if not gold or not predicted:
+        return int(gold == predicted)
+    precision, recall = same / len(predicted), same / len(gold)
+    return 2 * precision * recall / (precision + recall) if same else 0
+
+
+def squad_scores(rows, predicted):
+    """Name -> figure, of the rows' answers and the texts predicted."""
+    scores = collections.defaultdict(list)
+    for row, text in zip(rows, predicted, strict=True):
+        gold = [each for each in row["answers"]["text"] if squad_normal(each)] or [""]
+        exact = max(int(squad_normal(each) == squad_normal(text)) for each in gold)
+        f1 = max(squad_f1(each, text) for each in gold)
+        for kind in ("", "HasAns " if row["answers"]["text"] else "NoAns "):
+            scores[kind + "exact match"].append(exact)
+            scores[kind + "span F1"].append(f1)
+    return {name: sum(values) / len(values) for name, values in scores.items()}

@@ -12,7 +12,16 @@ import pytest
 import sacrebleu
 import torch
 import transformers
-from helpers import CPU, finished, refuses, run_command
+from helpers import (
+    CPU,
+    finished,
+    refuses,
+    run_command,
+    run_qa_answer,
+    squad_f1,
+    squad_normal,
+    squad_scores,
+)
 from rouge_score.rouge_scorer import RougeScorer
 from seqeval.metrics import accuracy_score, f1_score
 from seqeval.metrics.sequence_labeling import get_entities
@@ -187,30 +196,6 @@ def tinylm_bytes():
 # ---- answers ----------------------------------------------------------------------------------------------------------
 
 
-def run_qa_answer(context, features, logits, negative, longest, n_best=20):
-    """postprocess_qa_predictions of transformers' examples, of one question: the text that it predicts."""
-    null, candidates = None, []
-    for offsets, ends in zip(features, logits):
-        first_logits, last_logits = ends.T
-        score = first_logits[0] + last_logits[0]
-        if null is None or null["score"] > score:
-            null = dict(offsets=(0, 0), score=score)
-        for first in np.argsort(first_logits)[-1 : -n_best - 1 : -1].tolist():
-            for last in np.argsort(last_logits)[-1 : -n_best - 1 : -1].tolist():
-                if offsets[first] is None or offsets[last] is None:
-                    continue
-                if last < first or last - first + 1 > longest:
-                    continue
-                span = offsets[first][0], offsets[last][1]
-                candidates.append(dict(offsets=span, score=first_logits[first] + last_logits[last]))
-    best = max(candidates, key=lambda candidate: candidate["score"], default=None)
-    if best is None:
-        return None
-    if negative and null["score"] - best["score"] > 0:
-        return ""
-    return context[slice(*best["offsets"])]
-
-
 @pytest.mark.parametrize("negative", [True, False])
 def test_answers_are_those_of_run_qa(negative):
     """Guards a best span by other rules than the n-best of transformers' run_qa, over windows, with and without null."""
@@ -262,38 +247,6 @@ def test_spans_are_of_whole_words_where_words_have_spaces(context, span, answer)
     start = context.index(span)
     start, end = onnxlm.whole_words(context, start, start + len(span))
     assert context[start:end] == answer
-
-
-# SQuAD 2's evaluate-v2.0.py.
-
-
-def squad_normal(text):
-    text = "".join(
-        char for char in text.lower() if char not in set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
-    )
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text, flags=re.UNICODE).split())
-
-
-def squad_f1(gold, predicted):
-    gold, predicted = squad_normal(gold).split(), squad_normal(predicted).split()
-    same = sum((collections.Counter(gold) & collections.Counter(predicted)).values())
-    if not gold or not predicted:
-        return int(gold == predicted)
-    precision, recall = same / len(predicted), same / len(gold)
-    return 2 * precision * recall / (precision + recall) if same else 0
-
-
-def squad_scores(rows, predicted):
-    """Name -> figure, of the rows' answers and the texts predicted."""
-    scores = collections.defaultdict(list)
-    for row, text in zip(rows, predicted, strict=True):
-        gold = [each for each in row["answers"]["text"] if squad_normal(each)] or [""]
-        exact = max(int(squad_normal(each) == squad_normal(text)) for each in gold)
-        f1 = max(squad_f1(each, text) for each in gold)
-        for kind in ("", "HasAns " if row["answers"]["text"] else "NoAns "):
-            scores[kind + "exact match"].append(exact)
-            scores[kind + "span F1"].append(f1)
-    return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
 # MLQA's mlqa_evaluation_v1.py, of Chinese.

@@ -2,15 +2,20 @@
 Then a classifier from scratch, and the other jobs, each beside what one has without training.
 
     python tests/bench/finetune.py [sentiment] [scratch] [qa] [tags] [summary] [mlm] [translation]
+    python tests/bench/finetune.py --peer [--rows N] [--seeds N] [sentiment] [tags] [qa] [translation]
 
-The last tenth of each file of rt-polarity, the last fifth of xquad's paragraphs, the last tenth of scitldr's training
-file and 500 of the English texts are held out. `summary` needs `pip install rouge_score`, `translation` sacrebleu.
+With --peer each task beside transformers' Trainer: the same rows, start and epochs, the mean over the seeds of what is
+held out, for Trainer at each of two learning rates. The last tenth of each file of rt-polarity, the last fifth of xquad's paragraphs, the last tenth of scitldr's training
+file and 500 of the English texts are held out. `summary` needs `pip install rouge_score`, `translation` sacrebleu,
+`--peer` transformers with accelerate, seqeval and sacrebleu.
 """
 
+import argparse
 import json
 import os
 import random
 import re
+import statistics
 import struct
 import subprocess
 import sys
@@ -391,6 +396,326 @@ def words(text):
     return set(re.findall(r"\w+", text.lower()))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# --peer: transformers' Trainer on the same rows, from the same start, for as many epochs
+# ---------------------------------------------------------------------------------------------------------------------
+SEPARATE = dict(padding=False, truncation=True, max_length=512)
+
+
+def trainer(model, rows, collator, seed, lr, epochs, batch, folder):
+    """Trains as Trainer does by itself, but for the learning rate and the size of a batch."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        per_device_train_batch_size=batch,
+        num_train_epochs=epochs,
+        learning_rate=lr,
+        warmup_steps=0.06,
+        weight_decay=0.01,
+        seed=seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        use_cpu=True,
+        remove_unused_columns=False,
+    )
+    training = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
+    training.remove_callback(PrinterCallback)
+    training.train()
+    return model.eval()
+
+
+def outputs_of(model, tokenizer, features, batch=32):
+    """The logits of each of the features, without padding."""
+    found = []
+    for i in range(0, len(features), batch):
+        some = [
+            {name: row[name] for name in MODEL_INPUTS if name in row}
+            for row in features[i : i + batch]
+        ]
+        inputs = tokenizer.pad(some, return_tensors="pt")
+        with torch.no_grad():
+            outputs = model(**inputs)
+        logits = outputs.logits if "logits" in outputs else torch.stack(outputs[:2], -1)
+        found += [x[: len(row["input_ids"])].numpy() for x, row in zip(logits, some)]
+    return found
+
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def peer_sentiment(start, train, test, seed, lr, folder):
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(start, num_labels=2)
+    sets = []
+    for path in (train, test):
+        rows = rows_of(path)
+        inputs = tokenizer([row["text"] for row in rows], **SEPARATE)
+        labels = [int(row["label"] == "pos") for row in rows]
+        sets.append(
+            [{k: inputs[k][i] for k in inputs} | {"labels": labels[i]} for i in range(len(rows))]
+        )
+    model = trainer(model, sets[0], DataCollatorWithPadding(tokenizer), seed, lr, 1, 24, folder)
+    found = outputs_of(model, tokenizer, sets[1])
+    right = [int(x.argmax()) == row["labels"] for x, row in zip(found, sets[1])]
+    return {"accuracy": sum(right) / len(right)}
+
+
+def peer_tags(start, train, test, seed, lr, folder):
+    """As transformers' run_ner: the first piece of a word has its label."""
+    from seqeval.metrics import accuracy_score, f1_score
+    from transformers import (
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+        DataCollatorForTokenClassification,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    rows = [rows_of(path) for path in (train, test)]
+    names = sorted({tag for row in rows[0] + rows[1] for tag in row["tags"]})
+    torch.manual_seed(seed)
+    model = AutoModelForTokenClassification.from_pretrained(start, num_labels=len(names))
+    sets = []
+    for some in rows:
+        inputs = tokenizer([row["tokens"] for row in some], is_split_into_words=True, **SEPARATE)
+        features = [{k: inputs[k][i] for k in inputs} for i in range(len(some))]
+        for i, (feature, row) in enumerate(zip(features, some)):
+            words = inputs.word_ids(i)
+            feature["first"] = {
+                word: c for c, word in reversed([*enumerate(words)]) if word is not None
+            }
+            feature["labels"] = [-100] * len(words)
+            for word, c in feature["first"].items():
+                feature["labels"][c] = names.index(row["tags"][word])
+        sets.append(features)
+    collate = DataCollatorForTokenClassification(tokenizer)
+    learnt = [{k: v for k, v in row.items() if k != "first"} for row in sets[0]]
+    model = trainer(model, learnt, collate, seed, lr, 1, 16, folder)
+    predicted = []
+    for logits, feature, row in zip(outputs_of(model, tokenizer, sets[1]), sets[1], rows[1]):
+        tags = ["O"] * len(row["tags"])
+        for word, c in feature["first"].items():
+            tags[word] = names[int(logits[c].argmax())]
+        predicted.append(tags)
+    true = [row["tags"] for row in rows[1]]
+    return {"entity F1": f1_score(true, predicted), "accuracy": accuracy_score(true, predicted)}
+
+
+def unanswerable(folder):
+    """xquad's questions, and for every third one the same question on a paragraph of another article, which does not
+    answer it: jsonl to train on and held out."""
+    paths = []
+    for path in xquad(folder):
+        paragraphs = json.loads(path.read_text())["data"][0]["paragraphs"]
+        rows = []
+        for i, paragraph in enumerate(paragraphs):
+            for j, qa in enumerate(paragraph["qas"]):
+                answers = {
+                    "text": [answer["text"] for answer in qa["answers"]],
+                    "answer_start": [answer["answer_start"] for answer in qa["answers"]],
+                }
+                row = {
+                    "question": qa["question"],
+                    "context": paragraph["context"],
+                    "answers": answers,
+                }
+                rows.append(row)
+                if j % 3 == 0:
+                    other = paragraphs[(i + len(paragraphs) // 2) % len(paragraphs)]["context"]
+                    rows.append(
+                        row | {"context": other, "answers": {"text": [], "answer_start": []}}
+                    )
+        random.Random(0).shuffle(rows)
+        paths.append(write(path.with_suffix(".jsonl"), "\n".join(map(json.dumps, rows))))
+    return paths
+
+
+def peer_qa(start, train, test, seed, lr, folder):
+    """As transformers' run_qa with version_2_with_negative, its features and its postprocessing; SQuAD 2's script."""
+    from helpers import run_qa_answer, squad_scores
+    from transformers import AutoModelForQuestionAnswering, AutoTokenizer, default_data_collator
+
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    torch.manual_seed(seed)
+    model = AutoModelForQuestionAnswering.from_pretrained(start)
+    sets = []
+    for path in (train, test):
+        features = []
+        for number, row in enumerate(rows_of(path)):
+            inputs = tokenizer(
+                row["question"],
+                row["context"],
+                truncation="only_second",
+                max_length=384,
+                stride=128,
+                return_overflowing_tokens=True,
+                return_offsets_mapping=True,
+                padding="max_length" if path == train else False,
+            )
+            for i, offsets in enumerate(inputs["offset_mapping"]):
+                parts = inputs.sequence_ids(i)
+                places = [pair if part == 1 else None for pair, part in zip(offsets, parts)]
+                feature = {name: inputs[name][i] for name in MODEL_INPUTS if name in inputs}
+                first, last = answer_columns(row["answers"], places)
+                feature |= {"start_positions": first, "end_positions": last}
+                features.append((number, places, feature))
+        sets.append(features)
+    learnt = [feature for _, _, feature in sets[0]]
+    model = trainer(model, learnt, default_data_collator, seed, lr, 6, 16, folder)
+    logits = outputs_of(model, tokenizer, [feature for _, _, feature in sets[1]])
+    rows, grouped = rows_of(test), {}
+    for (number, places, _), ends in zip(sets[1], logits):
+        grouped.setdefault(number, ([], []))
+        grouped[number][0].append(places)
+        grouped[number][1].append(ends)
+    predicted = [
+        run_qa_answer(row["context"], *grouped[number], negative=True, longest=30) or ""
+        for number, row in enumerate(rows)
+    ]
+    return squad_scores(rows, predicted)
+
+
+def answer_columns(answers, places):
+    """First and last column of the first answer; 0 and 0 where the feature has not the whole of it."""
+    if not answers["text"]:
+        return 0, 0
+    start = answers["answer_start"][0]
+    end = start + len(answers["text"][0])
+    inside = [c for c, place in enumerate(places) if place and place[1] > start and place[0] < end]
+    shown = [place for place in places if place]
+    if not inside or shown[0][0] > start or shown[-1][1] < end:
+        return 0, 0
+    return inside[0], inside[-1]
+
+
+def peer_translation(start, train, test, seed, lr, folder):
+    from sacrebleu import corpus_bleu
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    torch.manual_seed(seed)
+    model = AutoModelForSeq2SeqLM.from_pretrained(start)
+    rows = rows_of(train)
+    sources, targets = ([row[name] for row in rows] for name in ("source", "target"))
+    inputs = tokenizer(sources, **SEPARATE)
+    labels = tokenizer(targets, **SEPARATE)["input_ids"]
+    end = tokenizer.eos_token_id
+    labels = [ids if ids[-1:] == [end] else ids + [end] for ids in labels]
+    learnt = [
+        {name: inputs[name][i] for name in ("input_ids", "attention_mask")} | {"labels": labels[i]}
+        for i in range(len(rows))
+    ]
+    collate = DataCollatorForSeq2Seq(tokenizer, model)
+    model = trainer(model, learnt, collate, seed, lr, 6, 64, folder)
+    rows, written = rows_of(test), []
+    for i in range(0, len(rows), 64):
+        some = tokenizer(
+            [row["source"] for row in rows[i : i + 64]], padding=True, return_tensors="pt"
+        )
+        some = {name: some[name] for name in ("input_ids", "attention_mask")}
+        ids = model.generate(**some, max_new_tokens=100, do_sample=False, num_beams=1)
+        written += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return {"BLEU": corpus_bleu(written, [[row["target"] for row in rows]]).score}
+
+
+def untrained(train, folder):
+    """The model from scratch from which `tinylm train --task seq2seq` begins."""
+    import data
+    from train import TrainOptions, new_model
+
+    options = TrainOptions(task="seq2seq").filled()
+    new_model(data.read_rows(train, options, notices=[]), options).save_pretrained(folder / "start")
+    return folder / "start"
+
+
+PEERS = {  # task -> (its data, the task's name and options for tinylm, the peer, its rates, the figures)
+    "sentiment": (
+        rt_polarity,
+        "classify --epochs 1 --batch 24 --dropout 0",
+        peer_sentiment,
+        (5e-5, 1e-4),
+        ("accuracy",),
+    ),
+    "tags": (
+        lambda folder: [punctuation(path) for path in scitldr(folder)],
+        "tokens --epochs 1 --batch 16 --block 512",
+        peer_tags,
+        (5e-5, 1e-4),
+        ("entity F1", "accuracy"),
+    ),
+    "qa": (
+        unanswerable,
+        "qa --epochs 6 --batch 16 --block 384",
+        peer_qa,
+        (5e-5, 3e-4),
+        ("exact match", "span F1", "HasAns exact match", "NoAns exact match"),
+    ),
+    "translation": (english_french, "seq2seq", peer_translation, (5e-4, 2e-3), ("BLEU",)),
+}
+
+
+def compare(name, folder, limit, seeds):
+    """Prints a line for tinylm and for Trainer at each rate: the mean and spread of the figures, and the time."""
+    import transformers
+
+    data, options, peer, rates, shown = PEERS[name]
+    paths = data(folder)
+    if limit:
+        for path, count in zip(paths, (limit, max(limit // 4, 20))):
+            write(
+                path,
+                "\n".join(
+                    path.read_text(encoding="utf-8").split("\n")[:: stride(path, count)][:count]
+                ),
+            )
+    train, test = paths
+    start = untrained(train, folder) if name == "translation" else fetch_minilm()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    task, *options = options.split()
+    if name != "translation":
+        options += ["--init", start]
+
+    def ours(seed):
+        out = folder / f"ours-{seed}"
+        fixed = ["--task", task, "--val-share", 0, "--seed", seed, "--out", out, "--quiet"]
+        tinylm("train", train, *fixed, *options)
+        printed = tinylm("eval", out / "last", test, "--json")[1]
+        return json.loads(next(line for line in printed.split("\n") if line.startswith("{")))
+
+    report("tinylm", name, ours, seeds, shown)
+    for lr in rates:
+        theirs = lambda seed, lr=lr: peer(start, train, test, seed, lr, folder)
+        report(f"Trainer, lr {lr:g}", name, theirs, seeds, shown)
+
+
+def stride(path, count):
+    """Every so many rows, so that a sorted file gives rows of all classes."""
+    return max(len(rows_of(path)) // count, 1)
+
+
+def report(who, name, run, seeds, shown):
+    found, begin = [], time.perf_counter()
+    for seed in range(seeds):
+        found.append(run(seed))
+    seconds = (time.perf_counter() - begin) / seeds
+    cells = []
+    for figure in shown:
+        values = [each[figure] for each in found if figure in each]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        cells.append(f"{figure} {statistics.mean(values):.4f} (sd {spread:.4f})")
+    print(f"{name}: {who}: {', '.join(cells)}; {seconds:.0f} s a run", flush=True)
+
+
 JOBS = dict(
     sentiment=sentiment,
     scratch=scratch,
@@ -402,7 +727,19 @@ JOBS = dict(
 )
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(JOBS))
+    parser.add_argument("--peer", action="store_true", help="beside transformers' Trainer")
+    parser.add_argument("--rows", type=int, default=0, help="with --peer: rows to train on")
+    parser.add_argument("--seeds", type=int, default=3, help="with --peer: runs of each")
+    given = parser.parse_args()
+    jobs = PEERS if given.peer else JOBS
+    if unknown := [name for name in given.names if name not in jobs]:
+        parser.error(f"{', '.join(unknown)}: expected some of {', '.join(jobs)}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
-    for name in sys.argv[1:] or JOBS:
+    for name in given.names or jobs:
         with tempfile.TemporaryDirectory() as work:
-            JOBS[name](Path(work))
+            if given.peer:
+                compare(name, Path(work), given.rows, given.seeds)
+            else:
+                JOBS[name](Path(work))

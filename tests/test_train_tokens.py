@@ -138,4 +138,4 @@ def test_other_data_on_the_disk_is_not_gone_on_with(tmp_path, small, capsys):
     assert run_train(path, tmp_path / "out") == 0
     path.write_text(TEXT + "x", encoding="utf-8")
     assert main(["train", str(path), "--out", str(tmp_path / "out"), "--resume"]) == 1
-    assert "not that of the run" in capsys.readouterr().err
+    assert "not the data of the run" in capsys.readouterr().err

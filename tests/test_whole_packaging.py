@@ -142,6 +142,18 @@ def test_a_wheel_takes_only_names_of_its_own(installed):
     assert names == {"tinylm", "onnxlm"}
 
 
+def test_the_runtime_is_a_module(installed, tmp_path):
+    """A package without __main__ cannot be run by `python -m onnxlm`."""
+    run = subprocess.run(
+        [sys.executable, "-m", "onnxlm", "nosuch", "text"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+    )
+    assert run.returncode == 1 and run.stderr.startswith("onnxlm: error: nosuch"), run.stderr
+
+
 @pytest.mark.slow
 def test_installed_commands(installed, tmp_path):
     """Every command runs from an empty folder, the shipped model is there, and a user's train.py stays the user's."""

@@ -538,6 +538,17 @@ SEQ2SEQ = [
         ),
         "mbart": bart(decoder_start_token_id=4, scale_embedding=True, activation_function="relu"),
         "mbart-gelu": bart(decoder_start_token_id=2, encoder_layers=1, decoder_attention_heads=4),
+        "mt5": t5(feed_forward_proj="gated-gelu"),
+        "m2m_100": bart(decoder_start_token_id=2),
+        "m2m_100-odd": bart(
+            d_model=66,
+            decoder_attention_heads=3,
+            encoder_attention_heads=6,
+            scale_embedding=False,
+            activation_function="gelu",
+            decoder_start_token_id=2,
+            encoder_layers=2,
+        ),
         "marian": marian(),
         "marian-odd": marian(
             d_model=45, decoder_attention_heads=3, activation_function="gelu", scale_embedding=False
@@ -562,7 +573,7 @@ READERS = [
 WRITERS = [
     "t5",
     "marian",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5-v1.1", "mbart")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5-v1.1", "mbart", "m2m_100")),
 ]
 
 
@@ -594,6 +605,7 @@ SEEDS = {
     "mbart-gelu": 1,
     "marian": 3,
     "marian-odd": 2,
+    "m2m_100-odd": 2,
 }
 
 
@@ -626,7 +638,7 @@ def model(case):
     oracle = (
         AUTO[case.head].from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     )
-    if case.family == "t5" and case.fields.get("tie_word_embeddings") is False:
+    if case.family == "mt5" or case.fields.get("feed_forward_proj") == "gated-gelu":
         oracle.lm_head.weight = torch.nn.Parameter(
             oracle.lm_head.weight.clone()
         )  # transformers ties it all the same

@@ -301,7 +301,7 @@ def tokenise(text: MappedText, tokenizer, path: Path):
             count += len(ids)
             file.write(ids.tobytes())
             if i % 16 == 0 or not left:
-                note(f"{text.path}: {1 - left / len(text):.0%} tokenised")
+                log(f"{text.path}: {1 - left / len(text):.0%} tokenised")
         file.write(array.array("i", [count]).tobytes())
 
 
@@ -365,7 +365,7 @@ def token_ids(tokenizer, text: str | MappedText, special: bool) -> Tensor:
         return mapped_tokens(text, tokenizer)
     if len(text) <= PIECE:
         return torch.tensor(tokenizer.encode(text, special=special), dtype=torch.int32)
-    pieces = watch(sliced(text), "tokenising", -(-len(text) // PIECE))
+    pieces = progress_bar(sliced(text), "tokenising", -(-len(text) // PIECE))
     ids = piecewise(tokenizer, pieces)
     return torch.cat([torch.tensor(piece, dtype=torch.int32) for piece in ids])
 
@@ -642,7 +642,7 @@ class Task:
     def figures(self, lm: TinyLM, examples: list, batch: int) -> dict:
         """Name -> figure; the first one chooses the best checkpoint."""
         total = weight = 0.0
-        for i, indices in enumerate(watch(similar(examples, batch), "evaluating")):
+        for i, indices in enumerate(progress_bar(similar(examples, batch), "evaluating")):
             inputs = collate(lm.eval(), [examples[j] for j in indices], seed=i)
             with torch.no_grad():
                 total += loss_sum(lm, inputs).item()
@@ -662,7 +662,7 @@ class Task:
         None, all of them in order."""
         examples = [
             example | {"row": row, "number": number}
-            for number, row in enumerate(watch(rows, "tokenising"))
+            for number, row in enumerate(progress_bar(rows, "tokenising"))
             for example in self.examples(lm, row, block)
         ]
         return lambda generator: examples
@@ -678,7 +678,7 @@ def readings(task: Task, reader: onnxlm.Reader, examples: list, batch: int) -> I
     rows = [*{example["number"]: example["row"] for example in examples}.values()]
     inputs = [task.text_and_pair(row) for row in rows]
     lengths = [len(text) + len(pair or "") for text, pair in inputs]
-    for indices in watch(onnxlm.batches_by_length(lengths, batch), "evaluating"):
+    for indices in progress_bar(onnxlm.batches_by_length(lengths, batch), "evaluating"):
         texts, pairs = zip(*(inputs[i] for i in indices))
         for i, found in zip(indices, reader.read(texts, pairs, batch)):
             yield rows[i], *inputs[i], *found
@@ -688,7 +688,7 @@ def outputs(lm: TinyLM, examples: list, batch: int) -> list:
     """What the head says of each example, as an array without padding."""
     runner = TorchRunner(lm)
     found = [None] * len(examples)
-    for indices in watch(similar(examples, batch), "evaluating"):
+    for indices in progress_bar(similar(examples, batch), "evaluating"):
         windows = [examples[i]["window"] for i in indices]
         for i, output in zip(indices, onnxlm.read(runner, windows, batch)):
             found[i] = output
@@ -794,16 +794,16 @@ class Writing(Task):
         figures = self.figures(lm, examples, batch)
         bleu, rouge = (importlib.util.find_spec(name) for name in ("sacrebleu", "rouge_score"))
         if not bleu:
-            note("BLEU needs `pip install sacrebleu`")
+            log("BLEU needs `pip install sacrebleu`")
         if not rouge:
-            note("ROUGE needs `pip install rouge_score`")
+            log("ROUGE needs `pip install rouge_score`")
         if not (bleu or rouge):
             return figures
         longest = max(len(example["labels"]) for example in examples)
         longest = min(longest, limit(lm, 2**31) - 1)
         options = {}
         if longest > lm.make_generation_config().max_new_tokens:
-            note(f"texts are written in up to {longest:,} tokens, as the longest target has")
+            log(f"texts are written in up to {longest:,} tokens, as the longest target has")
             options["max_new_tokens"] = longest
         reader = onnxlm.Writer(TorchRunner(lm), **options)
         true, written = [], []
@@ -811,7 +811,7 @@ class Writing(Task):
             true.append(row["target"])
             written += texts
         for line in reader.notices():
-            note(line)
+            log(line)
         if bleu:
             figures |= bleu_score(written, true)
         return figures | (rouge_scores(written, true) if rouge else {})
@@ -956,7 +956,7 @@ def correlation(predicted: np.ndarray, labels: np.ndarray) -> float | None:
     """Pearson's; None of what is always the same."""
     for name, values in (("labels", labels), ("predictions", predicted)):
         if values.min() == values.max():
-            note(f"correlation: none, since all {name} are {values[0]:g}")
+            log(f"correlation: none, since all {name} are {values[0]:g}")
             return None
     return float(np.corrcoef(predicted, labels)[0, 1])
 
@@ -1355,7 +1355,7 @@ def train_bpe(texts: list, vocab: int, encoder: bool = False) -> onnxlm.Tokenize
     live = sys.stderr.isatty() and not QUIET.get()
     size = sum(map(len, texts))
     if size > 2**22:  # some seconds
-        note(f"training a BPE of {vocab:,} tokens on {size:,} characters")
+        log(f"training a BPE of {vocab:,} tokens on {size:,} characters")
     texts = (
         re.sub(r"\S{1000}", r"\g<0> ", piece)  # a word that never ends would take for ever
         for text in texts
@@ -1567,7 +1567,7 @@ def make_optimizer(lm: TinyLM, options: TrainOptions) -> torch.optim.Optimizer:
 QUIET = contextvars.ContextVar("QUIET", default=False)
 
 
-def note(text: str, end: str = "\n"):
+def log(text: str, end: str = "\n"):
     """Prints a line on stderr, from the first process only."""
     if rank_and_world_size()[0] == 0 and not QUIET.get():
         # on a terminal, the line may hold the progress
@@ -1586,7 +1586,7 @@ class LineStream:
         pass
 
 
-def watch(items: Iterable, what: str, total: int | None = None) -> Iterable:
+def progress_bar(items: Iterable, what: str, total: int | None = None) -> Iterable:
     """Yields the items, with a progress bar on stderr if it takes longer than two seconds; from the first process only.
     Where stderr is no terminal, a line every ten seconds."""
     from tqdm import tqdm
@@ -1599,7 +1599,7 @@ def watch(items: Iterable, what: str, total: int | None = None) -> Iterable:
     return tqdm(items, what, total, delay=2, leave=False, disable=silent, **style)
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -1660,8 +1660,8 @@ class Progress:
             if self.peak:
                 # model flops utilisation (Chowdhery et al. 2022), without attention's own products
                 speed += f"  MFU {self.speed() * self.flops / self.peak:.1%}"
-            note(
-                f"step {step}/{self.steps}  loss {loss.item():.3f}  lr {lr:.2e}  {speed}  ETA {clock(eta)}",
+            log(
+                f"step {step}/{self.steps}  loss {loss.item():.3f}  lr {lr:.2e}  {speed}  ETA {format_duration(eta)}",
                 "" if self.live else "\n",
             )
 
@@ -1676,12 +1676,12 @@ class Progress:
         if step == self.first + 5:
             left = (now - self.warm) / 4 * (self.steps - step)
             if left > 60:
-                note(
-                    f"{self.steps - step:,} more steps will take about {clock(left)}, plus validations"
+                log(
+                    f"{self.steps - step:,} more steps will take about {format_duration(left)}, plus validations"
                 )
 
 
-def shown_figure(value: float | None) -> str:
+def format_figure(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"
 
 
@@ -1814,7 +1814,7 @@ def model_card(lm: TinyLM, options: TrainOptions, run_state: dict, notices: list
     if figures := run_state.get("figures"):
         lines += [f"On the rows to validate on, after step {run_state['best_step']:,}:", ""]
         lines += ["| figure | value |", "|---|---|"]
-        lines += [f"| {name} | {shown_figure(value)} |" for name, value in figures.items()]
+        lines += [f"| {name} | {format_figure(value)} |" for name, value in figures.items()]
     else:
         lines += ["There were no rows to validate on."]
     lines += ["", "![loss](loss.svg)", "", "## Options", ""]
@@ -2264,7 +2264,7 @@ def train_model(data, options: TrainOptions, resume: bool) -> tuple[TinyLM, dict
 
 
 def train_quietly(data, options: TrainOptions, resume: bool) -> tuple[TinyLM, dict]:
-    asked = asdict(options)
+    given = asdict(options)
     options = options.filled()
     out = Path(options.out)
     task = TASKS[options.task]
@@ -2272,7 +2272,7 @@ def train_quietly(data, options: TrainOptions, resume: bool) -> tuple[TinyLM, di
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file, expected a folder")
     run_state = load_resume_metadata(out / "last") if resume else None
     if resume:
-        check_same_options(run_state, asked)
+        check_same_options(run_state, given)
         data = run_state.get("place") if data is None else data
         lost = "--resume: the run's data came from no file; expected the same data again"
         require(data is not None, lost)
@@ -2285,15 +2285,15 @@ def train_quietly(data, options: TrainOptions, resume: bool) -> tuple[TinyLM, di
         f"--out {out}: holds a run; expected --resume to go on with it, --overwrite to replace it, or another --out",
     )
     columns = {}  # option -> column
-    rows, held = datafiles.read_splits(data, options, notices, options.seed, columns)
-    hashed = hashlib.sha256(repr((rows, held)).encode("utf-8", errors="replace")).hexdigest()
+    rows, val_rows = datafiles.read_splits(data, options, notices, options.seed, columns)
+    data_hash = hashlib.sha256(repr((rows, val_rows)).encode("utf-8", errors="replace")).hexdigest()
     require(
-        not resume or run_state["data"] == hashed,
+        not resume or run_state["data"] == data_hash,
         f"--resume: {data_place(data) or 'the data'} is not the data of the run, or has changed",
     )
-    notices.append(describe_rows(rows, held, options))
+    notices.append(describe_rows(rows, val_rows, options))
     # classes that are only in what is held back are classes too; its texts train no tokenizer
-    named = [{role: row[role] for role in ("label", "tags") if role in row} for row in held]
+    named = [{role: row[role] for role in ("label", "tags") if role in row} for row in val_rows]
     lm = build_model(rows + named, options, resume, notices)
     optimizer = make_optimizer(lm, options)
     batches = Batches(lm, task.epochs(lm, rows, options.block), options)
@@ -2303,51 +2303,59 @@ def train_quietly(data, options: TrainOptions, resume: bool) -> tuple[TinyLM, di
     )
     lm.remembered = {"block": options.block} | columns
     lm.remembered |= task.remember(lm, rows, batches.epoch(None), options)
-    held_rows = held
-    held = task.epochs(lm, held, options.block)(None) if held else []
-    notices += describe_cuts(options, (rows, batches.epoch(None)), (held_rows, held))
+    val_examples = task.epochs(lm, val_rows, options.block)(None) if val_rows else []
+    notices += describe_cuts(options, (rows, batches.epoch(None)), (val_rows, val_examples))
     if options.metric:  # what a validation will give, before the first step
-        require(held, f"--metric {options.metric}: nothing is held back to validate on")
-        chosen_figure(figures_of_few(lm, held, options), options)
+        require(val_examples, f"--metric {options.metric}: nothing is held back to validate on")
+        chosen_figure(figures_of_few(lm, val_examples, options), options)
     weights = None
     if options.class_weights:
         weights = class_weights(lm.config, batches.epoch(None)).to(lm.device)
     steps = options.steps or math.ceil(options.epochs * batches.per_epoch)
     if resume:
         restore(lm, optimizer, out / "last", run_state)
-    run_state = run_state or dict(data=hashed, step=0, stale=0)
-    run_state |= dict(options=asked, place=data_place(data), cwd=os.getcwd())
+    run_state = run_state or dict(data=data_hash, step=0, stale=0)
+    run_state |= dict(options=given, place=data_place(data), cwd=os.getcwd())
     if options.compile:
         lm.compile(fullgraph=True)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.set_flush_denormal(True)  # a CPU takes a hundred times as long over them
     keep_memory()
     for line in notices:
-        note(line)
-    note(
+        log(line)
+    log(
         f"{describe_parameters(lm, options)}; {batches.per_epoch:,} batches to train on, "
-        f"{len(held):,} sequences held back; {lm.device}"
+        f"{len(val_examples):,} sequences held back; {lm.device}"
     )
     with locked(out) if rank_and_world_size()[0] == 0 else contextlib.nullcontext():
         record = RunRecord(out, run_state["step"], options)
         if run_state["step"] >= steps:
-            note(f"{out}: this run is finished; --resume --steps N with N above {steps} goes on")
+            log(f"{out}: this run is finished; --resume --steps N with N above {steps} goes on")
         train_steps(
-            lm, optimizer, batches, held, weights, steps, run_state, options, record, notices
+            lm,
+            optimizer,
+            batches,
+            val_examples,
+            weights,
+            steps,
+            run_state,
+            options,
+            record,
+            notices,
         )
     figures = run_state.get("figures") or {}
     if rank_and_world_size()[0] == 0:
-        result = "  ".join(f"{shown_figure(value)} {name}" for name, value in figures.items())
-        result = f"{result or 'nothing was held back'}; {run_state['step']} steps in {clock(record.spent())}"
+        result = "  ".join(f"{format_figure(value)} {name}" for name, value in figures.items())
+        result = f"{result or 'nothing was held back'}; {run_state['step']} steps in {format_duration(record.spent())}"
         print(f"{out / 'best'}: {result}", flush=True)
     return lm.eval(), run_state
 
 
-def describe_rows(rows: list, held: list, options: TrainOptions) -> str:
+def describe_rows(rows: list, val_rows: list, options: TrainOptions) -> str:
     """The task, the rows, and what there is to learn. Raises Error where that is one class only."""
-    every = rows + held
+    every = rows + val_rows
     task = options.task
-    text = f"{task}: {len(rows):,} rows to train on, {len(held):,} to validate on"
+    text = f"{task}: {len(rows):,} rows to train on, {len(val_rows):,} to validate on"
     labels = [row["label"] for row in every if "label" in row]
     tags = [tag for row in every for tag in row.get("tags", ())]
     if labels and isinstance(labels[0], float):
@@ -2372,9 +2380,9 @@ def describe_rows(rows: list, held: list, options: TrainOptions) -> str:
             text += f"; they differ in case only: {', '.join(alike)}"
         return text
     if "messages" in every[0]:
-        return f"{task}: {len(rows):,} conversations to train on, {len(held):,} to validate on"
+        return f"{task}: {len(rows):,} conversations to train on, {len(val_rows):,} to validate on"
     if set(every[0]) == {"text"}:
-        sizes = (sum(len(row["text"]) for row in part) for part in (rows, held))
+        sizes = (sum(len(row["text"]) for row in part) for part in (rows, val_rows))
         return "{}: {:,} characters to train on, {:,} to validate on".format(task, *sizes)
     return text
 
@@ -2405,13 +2413,13 @@ def train_steps(
     lm,
     optimizer,
     batches: Batches,
-    held: list,
+    val_examples: list,
     weights: Tensor | None,
     steps: int,
     run_state: dict,
     options: TrainOptions,
     record: RunRecord,
-    described: list[str],
+    notices: list[str],
 ):
     """The loop, from the step after the last one done to the end, or to an interruption."""
     every = options.eval_every or min(batches.per_epoch, steps)
@@ -2445,22 +2453,22 @@ def train_steps(
                 row = dict(loss=loss.item(), lr=options.lr * scale, adam_lr=options.adam_lr * scale)
                 row["tokens_per_second"] = round(progress.speed())
             if due:
-                better, figures = validate(lm, held, run_state, options)
+                better, figures = validate(lm, val_examples, run_state, options)
                 row |= {"validation": figures} if figures else {}
                 if better:
                     save(best, lm, options)
-                show_sample(lm, held, options, step, record)
+                show_sample(lm, val_examples, options, step, record)
             if row:
                 record.add(step, row)
             if due or stop:
                 save(last, lm, options, optimizer, run_state)
                 record.flush()
                 finished = stop or step == steps or out_of_patience(run_state, options)
-                write_card(best, lm, options, run_state, record, described, finished)
+                write_card(best, lm, options, run_state, record, notices, finished)
     if stop or interrupted.is_set():
         raise KeyboardInterrupt(describe_stop(run_state, steps, options) if rank == 0 else "")
     if run_state["step"] < steps:
-        note(
+        log(
             f"stopped at step {run_state['step']}: no better validation in the last {run_state['stale']}"
         )
 
@@ -2496,11 +2504,11 @@ def check_loss(loss: float, step: int):
     )
 
 
-def figures_of_few(lm: TinyLM, held, options: TrainOptions) -> dict:
+def figures_of_few(lm: TinyLM, val_examples, options: TrainOptions) -> dict:
     """The figures that a validation will have: those of an example, of questions one with an answer and one without."""
-    few = [held[0]]
+    few = [val_examples[0]]
     if options.task == "qa":
-        few = [*{bool(example["row"]["answer"]): example for example in held}.values()]
+        few = [*{bool(example["row"]["answer"]): example for example in val_examples}.values()]
     quiet = QUIET.set(True)
     try:
         return TASKS[options.task].figures(lm, few, len(few))
@@ -2545,14 +2553,16 @@ def merit(figures: dict, options: TrainOptions) -> tuple[float, float]:
     return signed(name), signed(loss)
 
 
-def validate(lm: TinyLM, held: list, run_state: dict, options: TrainOptions) -> tuple[bool, dict]:
+def validate(
+    lm: TinyLM, val_examples: list, run_state: dict, options: TrainOptions
+) -> tuple[bool, dict]:
     """Computes the figures of the examples held out. Returns (whether they are the best so far, the figures)."""
     better = True
     figures = {}
-    if not held:
+    if not val_examples:
         run_state["best_step"] = run_state["step"]
     else:
-        figures = TASKS[options.task].figures(lm, held, options.batch)
+        figures = TASKS[options.task].figures(lm, val_examples, options.batch)
         best = run_state.get("figures")
         figure = figures[chosen_figure(figures, options)]
         run_state.setdefault("first", figure)
@@ -2562,25 +2572,27 @@ def validate(lm: TinyLM, held: list, run_state: dict, options: TrainOptions) -> 
             run_state |= dict(stale=0, figures=figures, best_step=run_state["step"])
         else:
             run_state["stale"] += 1
-        shown = "  ".join(f"{shown_figure(value)} {name}" for name, value in figures.items())
-        note(f"step {run_state['step']}  validation {shown}" + "  best" * better)
+        shown = "  ".join(f"{format_figure(value)} {name}" for name, value in figures.items())
+        log(f"step {run_state['step']}  validation {shown}" + "  best" * better)
     return better, figures
 
 
-def show_sample(lm: TinyLM, held: list, options: TrainOptions, step: int, record: RunRecord):
+def show_sample(
+    lm: TinyLM, val_examples: list, options: TrainOptions, step: int, record: RunRecord
+):
     """Prints what a language model writes: its answer in the first conversation held out, or how it goes on after the
     first token held out. The text ends where the time for samples does."""
-    if options.task != "lm" or not held or rank_and_world_size()[1] > 1 or QUIET.get():
+    if options.task != "lm" or not val_examples or rank_and_world_size()[1] > 1 or QUIET.get():
         return
     with record.extra() as seconds:
         deadline = time.monotonic() + seconds
         if seconds < 0.1:
             return
-        row = held[0].get("row", {})
+        row = val_examples[0].get("row", {})
         if "messages" in row:
             prompt, pieces = sample_answer(lm.eval(), row)
         else:
-            prompt = lm.tokenizer.decode(held[0]["input_ids"][:1])
+            prompt = lm.tokenizer.decode(val_examples[0]["input_ids"][:1])
             pieces = lm.eval().stream(prompt, 120, temperature=0.8, top_p=0.95, seed=step)
         text = prompt
         # A prompt may have more tokens than the model has positions.
@@ -2591,7 +2603,7 @@ def show_sample(lm: TinyLM, held: list, options: TrainOptions, step: int, record
                     text += " ..."
                     break
         if text != prompt:
-            note("  | " + text.replace("\n", "\n  | "))
+            log("  | " + text.replace("\n", "\n  | "))
 
 
 def sample_answer(lm: TinyLM, row: dict) -> tuple[str, Iterable[str]]:
@@ -2908,7 +2920,7 @@ class Evaluation:
             cut = sum(example.get("cut", False) for example in self.examples)
             most = limit(lm, self.options.block)
             if cut:
-                note(onnxlm.cut_notice(cut, len(self.rows), most, lm.tokenizer))
+                log(onnxlm.cut_notice(cut, len(self.rows), most, lm.tokenizer))
 
     def report(self, lm: TinyLM) -> dict:
         """All figures, by name."""
@@ -2927,7 +2939,7 @@ class Evaluation:
         lm.remembered = self.remembered
         reader = onnxlm.TASKS[task_of(lm.config)](TorchRunner(lm))
         texts, pairs = zip(*map(self.task.text_and_pair, self.rows))
-        with watch(None, "running", len(texts)) as bar:
+        with progress_bar(None, "running", len(texts)) as bar:
             found = onnxlm.read_all(reader, texts, pairs, self.options.batch, bar.update)
         return [without_scores(reader.cells(result)["prediction"]) for result in found]
 
@@ -2952,7 +2964,7 @@ def run_eval(options: dict):
             print(f"\n{name}")
             print(*table_lines(figure), sep="\n")
         else:
-            print(f"{name}  {shown_figure(figure)}")
+            print(f"{name}  {format_figure(figure)}")
 
 
 def table_lines(table: dict[str, dict]) -> list[str]:
@@ -2983,10 +2995,10 @@ def run_run(options: dict):
         return input_rows(model, datafiles.file_records(path, data, path, notices), data)
 
     tables = onnxlm.TABLES | {".parquet": datafiles.open_parquet}
-    bar = functools.partial(watch, None, "running")
+    bar = functools.partial(progress_bar, None, "running")
     onnxlm.run_command(model, rows=rows, tables=tables, bar=bar, **options)
     for line in notices:
-        note(line)
+        log(line)
 
 
 def run_options(model, columns: dict, **more) -> datafiles.DataOptions:
@@ -3053,7 +3065,7 @@ def run_sample(options: dict):
     pieces = iter(lm.stream(prompt, **options))
     # An error, as of an option out of range, comes before anything is printed.
     first = next(pieces, "")
-    show(itertools.chain((prompt, first), pieces))
+    print_pieces(itertools.chain((prompt, first), pieces))
 
 
 CHAT_COMMANDS = "/reset begins anew, /system TEXT too and sets the system message, /exit ends"
@@ -3084,7 +3096,9 @@ def run_chat(options: dict):
         elif question:
             messages.append({"role": "user", "content": question})
             try:
-                answer = show(lm.chat(messages, variables=variables, **options), interruptible=True)
+                answer = print_pieces(
+                    lm.chat(messages, variables=variables, **options), interruptible=True
+                )
                 messages.append({"role": "assistant", "content": answer})
             except Error as error:  # e.g. a conversation that is too long
                 print(f"{error}; {CHAT_COMMANDS}", file=sys.stderr)
@@ -3097,7 +3111,7 @@ def system_messages(text: str | None) -> list[dict]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def show(pieces, interruptible: bool = False) -> str:
+def print_pieces(pieces, interruptible: bool = False) -> str:
     """Print text as it comes; all of it, or until Ctrl-C."""
     text = ""
     try:

@@ -190,11 +190,11 @@ def test_help_shows_the_defaults_that_a_task_takes(capsys):
 
 def test_long_stages_are_watched(monkeypatch, capsys):
     """After two seconds, how far they are; nothing of a short one."""
-    assert [*train.watch(range(3), "counting")] == [0, 1, 2]
+    assert [*train.progress_bar(range(3), "counting")] == [0, 1, 2]
     assert capsys.readouterr().err == ""
     now = iter(range(0, 1000, 11))
     monkeypatch.setattr("tqdm.std.time", lambda: next(now))
-    assert [*train.watch(range(4), "counting")] == [0, 1, 2, 3]
+    assert [*train.progress_bar(range(4), "counting")] == [0, 1, 2, 3]
     assert re.search(r"counting:\s+50%.* 2/4 ", capsys.readouterr().err)
 
 

@@ -18,6 +18,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -194,7 +195,18 @@ def expand_mask(attend):
     return expanded
 
 
-OPERATORS = {"rms_norm": onnx_rms_norm, "rotate": onnx_rotate, "attend": onnx_attend}
+def onnx_linear(x, weight, bias=None):
+    """A product with a weight, which `put_weights` makes ONNX operators of."""
+    y = operator("tinylm::Linear", (x, weight), x, (*x.shape[:-1], weight.shape[0]))
+    return y if bias is None else y + bias
+
+
+OPERATORS = {
+    "rms_norm": onnx_rms_norm,
+    "rotate": onnx_rotate,
+    "attend": onnx_attend,
+    "linear": onnx_linear,
+}
 
 
 def grouped_attention(self, x, rope, mask, cache, layer, keys_values=None):
@@ -223,32 +235,6 @@ def grouped_attention(self, x, rope, mask, cache, layer, keys_values=None):
     like = qkv[..., : self.sizes[0]]
     name = "com.microsoft::GroupQueryAttention"
     return self.o(cache.append(layer, name, inputs, x.shape[1], like, more, **options))
-
-
-def onnx_linear(x, weight, bias, blocks: QuantizedWeight | None):
-    """tinylm's `linear` with rounded weights, which `put_blocks` substitutes for the traced ones."""
-    if blocks is None:
-        return torch.nn.functional.linear(x, weight, bias)
-    rows, columns = weight.shape
-    y = operator(
-        "com.microsoft::MatMulNBits",
-        (x, weight, weight, weight),
-        x,
-        (*x.shape[:-1], rows),
-        N=rows,
-        K=columns,
-        bits=blocks.bits,
-        block_size=blocks.codes.shape[-1],
-    )
-    return y if bias is None else y + bias
-
-
-def onnx_embedding(table, ids):
-    """Looks up rows of a rounded table, which may be the tied head's. Uses basic operators, since ONNX Runtime for
-    browsers has no GatherBlockQuantized."""
-    codes, scales, zeros = (getattr(table, part).index_select(0, ids.flatten()) for part in PARTS)
-    rows = (codes.to(scales.dtype) - zeros[..., None].to(scales.dtype)) * scales[..., None]
-    return rows.flatten(1)[:, : table.embedding_dim].unflatten(0, ids.shape)
 
 
 class Past:
@@ -407,39 +393,33 @@ def decoder_step(lm, feed: dict, past: list, stored: Precision, grouped: bool) -
     return [lm(ids, mask, cache=cache, columns=columns).float(), *cache.outputs()]
 
 
-def generate_graph(lm, stored: Precision) -> Graph:
-    """The body that `in_a_loop` repeats: a decoder step, the choice of a token, and whether all rows have ended."""
+def choice_graph(lm) -> Graph:
+    """What follows a decoder step in `in_a_loop`: the choice of a token, and whether all rows have ended."""
     config = lm.config
-    grouped = groups_queries(lm, stored)
-    past = key_values(config, "past", {"": "past_sequence_length"}, stored.cache or stored.dtype)
 
     def forward(lm, feed):
-        ids, text, ended, ends = (feed[name] for name in ("ids", "text", "ended", "eos_token_id"))
-        step = dict(input_ids=ids, attention_mask=torch.ones_like(text), position_ids=ids[:, :1])
-        held = [feed[name] for name in past]
-        logits, *present = decoder_step(lm, step, held, stored, grouped)
+        text, ended, ends = (feed[name] for name in ("text", "ended", "eos_token_id"))
         options = [feed[name] for name in ("temperature", "top_k", "top_p", "seed", "step")]
         token = torch.cond(
             options[0] > 0,
             choose,
             lambda logits, *_: logits.argmax(-1),
-            (logits[:, 0], *options),
+            (feed["logits"][:, 0], *options),
         )
         pad = lm.special_token_id("pad_token_id")
         pad = ends[0] if pad is None or pad < 0 else min(pad, config.vocab_size - 1)
         token = torch.where(ended, pad, token)
         ended = ended | (token[:, None] == ends).any(-1)
-        return [~ended.all(), token[:, None], torch.cat((text, token[:, None]), 1), ended, *present]
+        return [~ended.all(), token[:, None], torch.cat((text, token[:, None]), 1), ended]
 
     inputs = {
         "step": ("int64",),
-        "ids": IDS,
+        "logits": ("float32", "batch_size", 1, config.vocab_size),
         "text": ("int64", "batch_size", "total_sequence_length"),
         "ended": ("bool", "batch_size"),
-    } | past
+    }
     outputs = ["go_on", "new_ids", "new_text", "have_ended"]
-    outputs += key_values(config, "present", {"": ""})
-    return Graph("generate", forward, inputs | OPTIONS, outputs, grouped)
+    return Graph("generate", forward, inputs | OPTIONS, outputs)
 
 
 def choose(logits, temperature, top_k, top_p, seed, step):
@@ -454,17 +434,53 @@ def choose(logits, temperature, top_k, top_p, seed, step):
     return order.gather(1, best)[:, 0]
 
 
-def in_a_loop(model, config, stored: Precision):
-    """Wraps a traced `generate_graph` in an ONNX Loop: from ids and options to whole sequences in one call. The weights
-    stay inside the body, since ONNX Runtime before 1.29 misreads rounded weights of an outer graph."""
-    body = model.graph
+def join(step, choice):
+    """Joins the graphs of a decoder step and of the choice that follows into the body of a Loop. Its inputs are the
+    turn, whether to go on, new ids, all ids, which rows have ended, and the cache; its outputs are the last five."""
+    ids, mask, kept, *past = step.inputs
+    logits, *present = step.outputs
+    nodes = list(ir.traversal.RecursiveGraphIterator(choice))
+    values = [*choice.inputs, *choice.initializers.values()]
+    for value in (*values, *(value for node in nodes for value in node.outputs)):
+        value.name = f"choice.{value.name}"
+    given = {value.name.removeprefix("choice."): value for value in choice.inputs}
+    outputs = [*choice.outputs]
+    first = ir.val("first", const_value=ir.tensor(np.array([0]), name="first"))
+    ones = ir.tensor(np.ones(1, np.int64))
+    shape = ir.node("Shape", [given["text"]])
+    every = ir.node("ConstantOfShape", shape.outputs, {"value": ones})
+    column = ir.node("Gather", [ids, first], {"axis": 1})
+    for node, name in ((shape, "shape"), (every, "every"), (column, "column")):
+        node.outputs[0].name = f"choice.{name}"
+    for old, new in ((mask, every), (kept, column)):
+        new.outputs[0].type, new.outputs[0].shape = old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, new.outputs[0])
+    ir.convenience.replace_all_uses_with(given.pop("logits"), logits)
+    chosen, constants = list(choice), list(choice.initializers.values())
+    choice.inputs.clear()
+    choice.outputs.clear()
+    choice.initializers.clear()
+    choice.remove(chosen)
+    step.insert_before(step[0], [shape, every, column])
+    step.extend(chosen)
+    for value in (*constants, first):
+        step.register_initializer(value)
+    going_on = ir.val("going_on", ir.DataType.BOOL, [])
+    step.inputs[:] = [given["step"], going_on, ids, given["text"], given["ended"], *past]
+    step.outputs[:] = [*outputs, *present]
+    step.opset_imports.update(choice.opset_imports)
+    return step, {name: given[name] for name in OPTIONS}
+
+
+def in_a_loop(model, choice, config, stored: Precision):
+    """Wraps a decoder's graph and the choice of a token in an ONNX Loop: from ids and options to whole sequences in one
+    call. The weights stay inside the body, since ONNX Runtime before 1.29 misreads rounded weights of an outer graph."""
+    body, inner = join(model.graph, choice.graph)
     given = {}
-    for value in [value for value in body.inputs if value.name in OPTIONS]:
+    for name, value in inner.items():
         # The body reads these from the outer graph.
-        body.inputs.remove(value)
-        given[value.name] = ir.val(value.name, value.dtype, value.shape)
-        ir.convenience.replace_all_uses_with(value, given[value.name])
-    body.inputs.insert(1, ir.val("going_on", ir.DataType.BOOL, []))
+        given[name] = ir.val(name, value.dtype, value.shape)
+        ir.convenience.replace_all_uses_with(value, given[name])
     heads = ir.tensor(np.array([config.num_key_value_heads, 0, config.head_dim]), name="no_past")
     no_past = ir.val(
         heads.name, const_value=heads, type=ir.TensorType(heads.dtype), shape=heads.shape
@@ -599,8 +615,8 @@ class Traced(torch.nn.Module):
         return self.graph.forward(self.lm, dict(zip(self.graph.inputs, tensors)))
 
 
-def trace(lm, graph: Graph, blocks: dict = {}):
-    """Traces a graph to an onnx_ir.Model; blocks: the rounded weights of `lm` by name."""
+def trace(lm, graph: Graph):
+    """Traces a graph to an onnx_ir.Model, which `put_weights` finishes."""
     axes = [axes for _, *axes in graph.inputs.values()]
     dtypes = [getattr(torch, dtype) for dtype, *_ in graph.inputs.values()]
     sizes = [[SIZES.get(axis, axis) for axis in value] for value in axes]
@@ -612,7 +628,7 @@ def trace(lm, graph: Graph, blocks: dict = {}):
     )  # "no torchvision"
     with (
         torch.no_grad(),
-        single_operators(lm, graph, blocks),
+        single_operators(lm, graph),
         warnings.catch_warnings(),
         # Comparing symbolic shapes with cached ones takes longer than computing them.
         torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
@@ -630,7 +646,6 @@ def trace(lm, graph: Graph, blocks: dict = {}):
             output_names=graph.outputs,
         )
     model = tidy(program.model)
-    put_blocks(model.graph, blocks)
     for value in (*model.graph.inputs, *model.graph.outputs):
         # The axes of optimum, whose callers ask for all logits.
         value.shape = ir.Shape(
@@ -654,26 +669,15 @@ def short_limit(config) -> int | None:
 
 
 @contextlib.contextmanager
-def single_operators(lm, graph: Graph, blocks: dict):
+def single_operators(lm, graph: Graph):
     """A context in which tinylm's own leaves become single operators."""
-
-    def rounded_linear(x, weight, bias=None):
-        # The tracer has replaced the parameters by its own, so they are found by name.
-        rounded = (blocks.get(name) for name, p in lm.named_parameters() if p is weight)
-        return onnx_linear(x, weight, bias, next(rounded, None))
-
     with contextlib.ExitStack() as patches:
         patch = lambda *what: patches.enter_context(mock.patch.object(*what))
-        for name, leaf in (OPERATORS | {"linear": rounded_linear}).items():
+        for name, leaf in OPERATORS.items():
             if is_own(getattr(tinylm, name)):
                 patch(tinylm, name, leaf)
             elif name == "attend":
                 patch(tinylm, name, expand_mask(tinylm.attend))
-        if "embed.weight" in blocks:
-            dtype = str(lm.dtype).removeprefix("torch.")
-            for part, array in zip(PARTS, blocks["embed.weight"].arrays(dtype)):
-                lm.embed.register_buffer(part, torch.from_numpy(array), persistent=False)
-            patch(lm.embed, "forward", partial(onnx_embedding, lm.embed))
         if graph.grouped:
             for block in lm.layers:
                 patch(block.attention, "forward", partial(grouped_attention, block.attention))
@@ -684,23 +688,101 @@ def single_operators(lm, graph: Graph, blocks: dict):
         yield
 
 
-def put_blocks(graph, blocks: dict):
-    """Substitutes rounded weights for the traced ones: bytes, scales and zero points, each stored once."""
-    for node in list(ir.traversal.RecursiveGraphIterator(graph)):
-        if node.op_type != "MatMulNBits":
+def put_weights(model, blocks: dict):
+    """A copy of a traced model with ONNX's operators in place of each product with a weight and of the embedding:
+    MatMulNBits and a dequantized row for those in `blocks`, rounded weights by name; MatMul for the others."""
+    model = model.clone()
+    graph = model.graph
+    nodes = list(ir.traversal.RecursiveGraphIterator(graph))
+    for node in nodes:
+        if node.op_type == "Linear" and node.inputs[1].name in blocks:
+            new = rounded_product(graph, node, blocks[node.inputs[1].name])
+        elif node.op_type == "Linear":
+            new = plain_product(graph, node)
+        elif node.op_type == "Gather" and node.inputs[0].name in blocks:
+            new = rounded_rows(graph, node, blocks[node.inputs[0].name])
+        else:
             continue
-        weight = node.inputs[1]
-        names = [weight.name.removesuffix("weight") + part for part in PARTS]
-        # A tied table's are there already.
-        if names[0] not in graph.initializers:
-            for name, array in zip(names, blocks[weight.name].arrays(weight.dtype.numpy())):
-                graph.register_initializer(
-                    ir.Value(name=name, const_value=ir.tensor(array, name=name))
-                )
-        for place, name in enumerate(names, 1):
-            node.replace_input_with(place, graph.initializers[name])
-        if not weight.uses():
-            del graph.initializers[weight.name]
+        output = node.outputs[0]
+        ir.convenience.replace_nodes_and_values(
+            node.graph, node, [node], new, [output], new[-1].outputs
+        )
+        for part in new:
+            part.name = part.outputs[0].name
+    for name in blocks.keys() & graph.initializers.keys():
+        if not graph.initializers[name].uses():
+            del graph.initializers[name]
+    graph.opset_imports["com.microsoft"] = 1
+    passes.RemoveUnusedOpsetsPass()(model)
+    return model
+
+
+def constant(graph, name: str, array):
+    """The initializer of that name, registered once."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(array() if callable(array) else array, name=name)
+        graph.register_initializer(ir.val(name, const_value=tensor))
+    return graph.initializers[name]
+
+
+def plain_product(graph, node) -> list:
+    """MatMul with the transposed weight, which is stored transposed unless something else reads it (a tied embedding)."""
+    x, weight = node.inputs
+    turned = weight.meta.get("turned")
+    alone = all(use.op_type == "Linear" for use, _ in weight.uses())
+    if not weight.is_initializer() or not (turned or alone):
+        turn = ir.node("Transpose", [weight], {"perm": [1, 0]})
+        turn.outputs[0].name = f"{node.outputs[0].name}.weight"
+        return [turn, ir.node("MatMul", [x, turn.outputs[0]])]
+    if not turned:
+        array = np.ascontiguousarray(weight.const_value.numpy().T)
+        weight.const_value = ir.tensor(array, name=weight.name)
+        weight.shape = ir.Shape(array.shape)
+        weight.meta["turned"] = True
+    return [ir.node("MatMul", [x, weight])]
+
+
+def rounded_parts(graph, weight, block: QuantizedWeight) -> list:
+    """The tensors of a rounded weight, each stored once: bytes, scales and zero points."""
+    names = [weight.name.removesuffix("weight") + part for part in PARTS]
+    if names[0] in graph.initializers:
+        return [graph.initializers[name] for name in names]
+    return [
+        constant(graph, name, array)
+        for name, array in zip(names, block.arrays(weight.dtype.numpy()))
+    ]
+
+
+def rounded_product(graph, node, block: QuantizedWeight) -> list:
+    x, weight = node.inputs
+    rows, columns = weight.shape
+    options = dict(N=rows, K=columns, bits=block.bits, block_size=block.codes.shape[-1])
+    inputs = [x, *rounded_parts(graph, weight, block)]
+    return [ir.node("MatMulNBits", inputs, options, domain="com.microsoft")]
+
+
+def rounded_rows(graph, node, block: QuantizedWeight) -> list:
+    """Looks up rows of a rounded table, which may be the tied head's. Uses basic operators, since ONNX Runtime for
+    browsers has no GatherBlockQuantized."""
+    table, ids = node.inputs
+    nodes = []
+
+    def add(*arguments):
+        nodes.append(ir.node(*arguments))
+        nodes[-1].outputs[0].name = f"{node.outputs[0].name}.{len(nodes)}"
+        return nodes[-1].outputs[0]
+
+    codes, scales, zeros = (add("Gather", [x, ids]) for x in rounded_parts(graph, table, block))
+    last = constant(graph, "last_axis", np.array([-1]))
+    codes, zeros = (add("Cast", [x], {"to": table.dtype}) for x in (codes, zeros))
+    scales, zeros = (add("Unsqueeze", [x, last]) for x in (scales, zeros))
+    rows = add("Mul", [add("Sub", [codes, zeros]), scales])
+    shape = constant(graph, "rows_shape", np.array([0, 0, -1]))
+    rows = add("Reshape", [rows, shape])
+    if block.codes[0].numel() > block.columns:
+        bounds = [constant(graph, f"rows_{x}", np.array([x])) for x in (0, block.columns)]
+        add("Slice", [rows, *bounds, last])
+    return nodes
 
 
 def tidy(model):
@@ -1367,6 +1449,7 @@ def write_graphs(
     measured = text is not None or precisions != ["fp32"]
     ids = calibration_ids(lm, text, log) if measured else None
     rounded = {0: (lm, {})}
+    traces = Traces(lm)
     for name in precisions:
         stored = PRECISIONS[name]
         if int8_cache and has_int8_cache(lm, name):
@@ -1385,7 +1468,7 @@ def write_graphs(
             model, name, stored, range_texts(lm, None if ids is None else ids[:8]), log
         )
         log(f"tracing {name}, {sum(p.numel() for p in lm.parameters()):,} parameters")
-        graphs = trace_graphs(model, folder, name, stored, blocks, generate)
+        graphs = trace_graphs(traces, model, folder, stored, blocks, generate)
         write_all(graphs)
         found[name] = verify(model, folder, name, stored, sample)
         log(f"{name} verified against torch: {format_differences(found[name])}")
@@ -1404,18 +1487,39 @@ def write_graphs(
     return found
 
 
-def trace_graphs(lm, folder: Path, name: str, stored: Precision, blocks: dict, generate: bool):
+class Traces:
+    """The traced graphs of a model, which precisions share that differ in their weights only."""
+
+    def __init__(self, lm):
+        self.lm = lm
+        self.kept = {}
+
+    def of(self, lm, stored: Precision) -> dict:
+        """Stem -> traced onnx_ir.Model, with the weights of `lm`."""
+        key = stored.dtype, stored.cache and stored.name, writes(lm) and groups_queries(lm, stored)
+        if key not in self.kept:
+            # Scales of a cache belong to one precision.
+            traced = copy.deepcopy(lm if stored.cache else self.lm)
+            traced = traced.to(getattr(torch, stored.dtype))
+            self.kept[key] = {g.stem: trace(traced, g) for g in graphs_of(traced, stored)}
+        return self.kept[key]
+
+    @functools.cached_property
+    def choice(self):
+        require(not short_limit(self.lm.config), "generate: longrope has to read a text again")
+        return trace(self.lm, choice_graph(self.lm))
+
+
+def trace_graphs(traces: Traces, lm, folder: Path, stored: Precision, blocks: dict, generate: bool):
     """Path -> onnx_ir.Model of a precision's graphs, with the generating one last."""
-    traced = copy.deepcopy(lm).to(getattr(torch, stored.dtype))
     try:
-        graphs = {g.stem: trace(traced, g, blocks) for g in graphs_of(traced, stored)}
+        graphs = {stem: put_weights(model, blocks) for stem, model in traces.of(lm, stored).items()}
         if generate:
-            require(not short_limit(lm.config), "generate: longrope has to read a text again")
-            graph = generate_graph(traced, stored)
-            graphs[graph.stem] = in_a_loop(trace(traced, graph, blocks), lm.config, stored)
+            choice = traces.choice.clone()
+            graphs["generate"] = in_a_loop(graphs["model"].clone(), choice, lm.config, stored)
     except Exception as error:
         # The exporter's exceptions have no common base.
-        raise Error(f"onnx: the trace of {name} failed ({first_line(error)})") from error
+        raise Error(f"onnx: the trace of {stored.name} failed ({first_line(error)})") from error
     return {
         folder / "onnx" / f"{stem}{stored.suffix}.onnx": model for stem, model in graphs.items()
     }

@@ -1185,12 +1185,13 @@ def task_of(config: Config) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Models: new ones, pretrained ones, and what of them is trained
+# Models: from scratch or pretrained, frozen parts, adapters, shards
 # ---------------------------------------------------------------------------------------------------------------------
 def build_model(
     rows: list, options: TrainOptions, resume: bool, notices: list | None = None
 ) -> TinyLM:
-    """The model, new or opened, with what is to be trained of it. What became of its head is added to the notices."""
+    """The model to train: from scratch, from a checkpoint, or of a run to resume; its frozen parts, adapters and shards
+    as the options ask. A line about its head is added to the notices."""
     folder = options.init or Path(options.out) / "last"
     if options.init or resume:
         lm = load_for_finetuning(folder, rows, options, notices)
@@ -1205,21 +1206,24 @@ def build_model(
         for block in blocks(lm):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if rank_and_world_size()[1] > 1:
-        sharded(lm, options.parallel)
+        shard(lm, options.parallel)
     return lm
 
 
 def load_for_finetuning(
     name, rows: list, options: TrainOptions, notices: list | None = None
 ) -> TinyLM:
-    """A checkpoint in fp32, a folder's or the hub's, with the task's head and the rows' labels."""
+    """A checkpoint (its folder, or its name on the hub) in fp32, with the task's head and the labels of the rows."""
     folder = pretrained.find_checkpoint(name)
     file = folder / "config.json"
     head = TASKS[options.task].head
-    head = "config" if head == "lm" else head  # no language model begins with a head at random
-    with warnings.catch_warnings(action="ignore"):  # from_pretrained gives them
+    # A language model's head comes with the checkpoint: a random one is never meant.
+    head = "config" if head == "lm" else head
+    # from_pretrained warns of the same fields.
+    with warnings.catch_warnings(action="ignore"):
         config = pretrained.config_from_hf(read_json(file), str(file), head)
-    torch.manual_seed(options.seed)  # of a new head
+    # for the weights of a new head
+    torch.manual_seed(options.seed)
     changes = dropouts(config, options.dropout)
     lm = TinyLM.from_pretrained(folder, torch.float32, head=head, **changes)
     line = fit_head(lm, name, onnxlm.task_of(read_json(file)), rows, options)
@@ -1230,16 +1234,15 @@ def load_for_finetuning(
         f"{folder}: a model for {task_of(lm.config)}, expected one for --task {options.task}",
     )
     require(lm.tokenizer, f"{folder / 'tokenizer.json'}: no such file")
-    if (
-        lm.config.causal and lm.config.pad_token_id is None
-    ):  # by which a classifier finds a text's end
+    if lm.config.causal and lm.config.pad_token_id is None:
+        # A causal classifier reads the last token that is no padding.
         pad = lm.tokenizer.pad_token_id
         lm.config = replace(lm.config, pad_token_id=pad if pad is not None else [*lm.ends(), 0][0])
     return lm
 
 
 def other_labels(name, known: dict, changes: dict) -> str:
-    """In words: the labels of a checkpoint, which are not those of the data."""
+    """A phrase that compares the labels of a checkpoint with those of the data."""
     new = changes["id2label"]
     theirs = ", ".join(known.values())[:200]
     if changes["problem_type"] == "regression":
@@ -1251,8 +1254,8 @@ def other_labels(name, known: dict, changes: dict) -> str:
 
 
 def fit_head(lm: TinyLM, name, task: str, rows: list, options: TrainOptions) -> str:
-    """Give a model the labels of the rows: its head stays where it is one for the same labels, else the last layer of
-    it is a new one. `name` is the checkpoint's, `task` is its own. Returns a line that says it."""
+    """Gives a model the labels of the rows. The head stays if it has the same labels; otherwise its last layer is new.
+    `name` is the checkpoint's, `task` the one that it was trained for. Returns a line that says what was done."""
     kept = task == options.task
     reason = f"{name} is a model for {task}"
     if changes := label_changes(rows, options.names):
@@ -1272,7 +1275,8 @@ def fit_head(lm: TinyLM, name, task: str, rows: list, options: TrainOptions) -> 
 
 
 def dropouts(config: Config, p: float | None) -> dict:
-    """Changes of a Config; attention's own, which keeps the fast kernels out, is raised only where all are one (T5)."""
+    """The fields of a Config for a dropout of p. Attention's is not raised, as fast kernels have none, unless one field of
+    the checkpoint sets all of them (T5)."""
     if p is None:
         return {}
     return dict(
@@ -1283,20 +1287,13 @@ def dropouts(config: Config, p: float | None) -> dict:
     )
 
 
-TOKENIZER_ROLES = (
-    "text",
-    "pair",
-    "words",
-    "source",
-    "target",
-    "question",
-    "context",
-)  # what a tokenizer is trained on
+# Roles of a row whose texts train a tokenizer.
+TOKENIZER_ROLES = ("text", "pair", "words", "source", "target", "question", "context")
 
 
 def new_model(rows: list, options: TrainOptions) -> TinyLM:
-    """A model of the task's family for the rows; what adds to the residual stream starts at zero, so that training
-    starts smoothly."""
+    """A model from scratch, of the task's family, for the rows. Projections that add to the residual stream start at
+    zero: every layer then starts as the identity, and training is stable from the first step."""
     task = TASKS[options.task]
     family = pretrained.FAMILIES[task.family]
     encoder = task.family == "bert"
@@ -1338,12 +1335,12 @@ RESIDUAL_OUTPUT = re.compile(r"\.(attention\.o|mlp(\..+)?\.down)(\.weight)?$")
 
 
 def blocks(lm: TinyLM) -> list[nn.Module]:
-    """The layers, of an encoder too."""
+    """The layers of all stacks."""
     return [*lm.layers, *(lm.encoder.layers if lm.encoder is not None else ())]
 
 
 def train_bpe(texts: list, vocab: int, encoder: bool = False) -> onnxlm.Tokenizer:
-    """A byte-level BPE of `vocab` tokens, trained by the `tokenizers` library; an encoder's has BERT's specials."""
+    """A byte-level BPE of `vocab` tokens, trained by the `tokenizers` library; with BERT's special tokens for an encoder."""
     try:
         from tokenizers import ByteLevelBPETokenizer, processors
     except ImportError:
@@ -1354,17 +1351,16 @@ def train_bpe(texts: list, vocab: int, encoder: bool = False) -> onnxlm.Tokenize
     backend = ByteLevelBPETokenizer(add_prefix_space=encoder)
     live = sys.stderr.isatty() and not QUIET.get()
     size = sum(map(len, texts))
-    if size > 2**22:  # some seconds
+    # takes some seconds
+    if size > 2**22:
         log(f"training a BPE of {vocab:,} tokens on {size:,} characters")
-    texts = (
-        re.sub(r"\S{1000}", r"\g<0> ", piece)  # a word that never ends would take for ever
-        for text in texts
-        for piece in sliced(text)
-    )
+    # Long words are split: the trainer's time grows with the square of their length.
+    texts = (re.sub(r"\S{1000}", r"\g<0> ", piece) for text in texts for piece in sliced(text))
     backend.train_from_iterator(
         texts,
         max(vocab, 256 + len(special)),
-        min_frequency=10,  # a rarer token is hardly learnt, and hides the pieces that it is made of
+        # A rarer token is hardly learnt, and keeps its parts from being learnt.
+        min_frequency=10,
         show_progress=live,
         special_tokens=special,
     )
@@ -1389,19 +1385,20 @@ def train_bpe(texts: list, vocab: int, encoder: bool = False) -> onnxlm.Tokenize
 
 
 def freeze(lm: TinyLM, what: str):
-    """Keep the embeddings as they are; for a number so many layers of each stack too; for "body" all but the head."""
-    layers = 0 if what == "embeddings" else 2**31 if what == "body" else int(what)
+    """Freezes the embeddings, and with them for "body" all but the head, for a number the first layers of each stack."""
+    layers = int(what) if what.isdecimal() else 0
     for name, p in lm.named_parameters():
-        parts = name.split(".")
-        layer = next((int(part) for part in parts if part.isdigit()), -1)
-        p.requires_grad_(
-            not ("embed" in name or 0 <= layer < layers or what == "body" and parts[0] != "head")
-        )
+        if what == "body":
+            frozen = not name.startswith("head.")
+        else:
+            layer = re.search(r"\.(\d+)\.", name)
+            frozen = layer is not None and int(layer[1]) < layers
+        p.requires_grad_(not frozen and "embed" not in name)
 
 
 class LoRA(Linear):
-    """A frozen projection, and for each part fused in it a trained one of low rank: W x + 2 B A x (Hu et al. 2021; 2 is
-    alpha / rank). Its state dict is the merged projection's, so that a checkpoint needs no adapters."""
+    """A frozen projection W with a trained adapter of low rank: W x + 2 B A x (Hu et al. 2021; 2 is alpha / rank). Each
+    part of a fused projection has an adapter. The state dict is that of the merged projection."""
 
     def __init__(self, base: Linear, sizes: tuple, rank: int):
         nn.Module.__init__(self)
@@ -1414,7 +1411,7 @@ class LoRA(Linear):
         self.b = nn.Parameter(torch.zeros(sum(sizes), rank))
 
     def parts(self) -> list:
-        """(A, B) of each part."""
+        """A (rank, in) and B (out, rank) of each part."""
         return list(
             zip(full_tensor(self.a).chunk(len(self.sizes)), full_tensor(self.b).split(self.sizes))
         )
@@ -1434,7 +1431,7 @@ class LoRA(Linear):
 
 
 def add_adapters(lm: TinyLM, rank: int):
-    """Freeze all but a new head, and give every projection of the layers an adapter."""
+    """Freezes all but a new head, and adds an adapter to every projection of the layers."""
     for name, p in lm.named_parameters():
         p.requires_grad_(in_new_head(lm, name))
     for name, module in list(lm.named_modules()):
@@ -1450,10 +1447,11 @@ def add_adapters(lm: TinyLM, rank: int):
 
 
 def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
-    """adapter_config.json and adapter_model.safetensors as PEFT names them, after the family's own modules."""
+    """Writes adapter_config.json and adapter_model.safetensors for PEFT, which names tensors after the family's modules."""
     config = lm.config
     tensors = {}
-    targets = set()  # names of projections, as they stand behind the layer's number
+    # names of projections within a layer
+    targets = set()
     transposed = False
     for name, module in lm.named_modules():
         if isinstance(module, LoRA):
@@ -1478,6 +1476,11 @@ def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
         "tokens": "TOKEN_CLS",
         "qa": "QUESTION_ANS",
     }
+    # PEFT wraps a classifier of several layers as one module.
+    heads = {
+        name.split(".")[0] if name.startswith("classifier.") else name.rpartition(".")[0]
+        for name in head
+    }
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(
         folder / "adapter_model.safetensors",
@@ -1497,22 +1500,14 @@ def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
             bias="none",
             fan_in_fan_out=transposed,
             target_modules=sorted(targets),
-            modules_to_save=sorted(
-                {  # PEFT wraps a classifier as one
-                    name.partition(".")[0]
-                    if name.startswith("classifier.")
-                    else name.rpartition(".")[0]
-                    for name in head
-                }
-            )
-            or None,
+            modules_to_save=sorted(heads) or None,
         ),
     )
 
 
-def sharded(lm: TinyLM, parallel: str = "fsdp"):
-    """Spread a model over all processes: fsdp shards its weights, gradients and the optimizer's state, ddp keeps a copy
-    on each (shards over one process each). The state dict stays the plain model's."""
+def shard(lm: TinyLM, parallel: str = "fsdp"):
+    """Spreads a model over all processes: fsdp shards weights, gradients and the optimizer's state; ddp keeps a copy on
+    each, as a single shard. The state dict stays that of the plain model."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -1522,19 +1517,22 @@ def sharded(lm: TinyLM, parallel: str = "fsdp"):
     policy = MixedPrecisionPolicy()
     if lm.device.type == "cuda":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    if lm.encoder is None:  # behind an encoder, parts of a layer are called by themselves
+    # Behind an encoder, parts of a layer are called by themselves, without its hooks.
+    if lm.encoder is None:
         for block in lm.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(lm, mesh=mesh, mp_policy=policy)
 
     def gather(_, state: dict, *__):
-        for name, x in state.items():  # one at a time: a device may not hold them all
+        # one at a time: a device may not hold them all
+        for name, x in state.items():
             state[name] = full_tensor(x).cpu()
 
     lm.register_state_dict_post_hook(gather)
 
 
-NEW_HEADS = ("classify", "tokens", "qa")  # heads that fine-tuning begins at random
+# Heads that fine-tuning may begin at random.
+NEW_HEADS = ("classify", "tokens", "qa")
 
 
 def in_new_head(lm: TinyLM, parameter: str) -> bool:
@@ -1542,8 +1540,7 @@ def in_new_head(lm: TinyLM, parameter: str) -> bool:
 
 
 def make_optimizer(lm: TinyLM, options: TrainOptions) -> torch.optim.Optimizer:
-    """Muon and AdamW from scratch; in fine-tuning AdamW, with one rate for what was pretrained and another for a new
-    head, where only matrices decay."""
+    """From scratch, Muon and AdamW. In fine-tuning, AdamW: a new head has a rate of its own, and only matrices decay."""
     require(
         any(p.requires_grad for p in lm.parameters()),
         f"--freeze {options.freeze}: nothing is left to train",
@@ -2044,17 +2041,18 @@ def star(colour: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: `best` for everyone, `last` to go on with
+# Checkpoints: `best` to use, `last` to resume from
 # ---------------------------------------------------------------------------------------------------------------------
+# Options that are saved beside a model, for `run` and `eval`.
 REMEMBERED = ("task", *datafiles.COLUMNS, "label_names", "block", "regression", "classes")
 
 
 def save(
     folder: Path, lm: TinyLM, options: TrainOptions, optimizer=None, run_state: dict | None = None
 ):
-    """A checkpoint for everyone; with an optimizer, beside it all that `--resume` needs, in one file that is replaced
-    at once; under torchrun that names the folder into which each process wrote its own part. Raises Error where it
-    cannot be written; each file is then the whole former one."""
+    """Writes a checkpoint, and with an optimizer training.safetensors, with all that `--resume` needs. Under torchrun that
+    file names a folder with the part of each process. Raises Error if it cannot be written; each file is then the whole
+    former one."""
     tensors = {
         f"model/{name}": p for name, p in lm.named_parameters() if optimizer and p.requires_grad
     }
@@ -2070,10 +2068,12 @@ def save(
             settings = {name: getattr(options, name) for name in REMEMBERED}
             write_json(folder / onnxlm.TRAINING, settings | getattr(lm, "remembered", {}))
         else:
-            lm.state_dict()  # in which all processes take part
+            # All processes take part in gathering the weights.
+            lm.state_dict()
         if options.lora:
             save_adapter(folder / "adapter", lm, options)
-        elif (folder / "adapter" / "adapter_config.json").exists():  # of a former run
+        elif (folder / "adapter" / "adapter_config.json").exists():
+            # a former run's
             shutil.rmtree(folder / "adapter", ignore_errors=True)
         if optimizer and rank_and_world_size()[0] == 0:
             write_tensors(
@@ -2083,22 +2083,22 @@ def save(
                 shutil.rmtree(path, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         for path in {*folder.rglob("*.tmp"), *folder.glob("training-*")} - before:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
-                missing_ok=True
-            )
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         raise Error(
             f"{folder}: not saved ({error}); what was saved there before is as it was"
         ) from None
 
 
 def save_shards(folder: Path, tensors: dict, device) -> str:
-    """A new folder of safetensors, each with what one process has of the tensors; its name."""
+    """Writes a new folder of safetensors, one for each process with its part of the tensors. Returns its name."""
     import torch.distributed.checkpoint as dcp
 
-    number = all_reduce(
-        torch.tensor(time.time_ns() * (rank_and_world_size()[0] == 0), device=device),
-        rank_and_world_size()[1],
-    )
+    rank, world = rank_and_world_size()
+    # the same number on all processes: the first one's time
+    number = all_reduce(torch.tensor(time.time_ns() * (rank == 0), device=device), world)
     path = folder / f"training-{number}"
     try:
         dcp.save(
@@ -2110,7 +2110,7 @@ def save_shards(folder: Path, tensors: dict, device) -> str:
 
 
 def first_failure(error) -> str:
-    """What went wrong on the first process where something did, as torch.distributed.checkpoint says it."""
+    """The error of the first process that failed, from torch.distributed.checkpoint's exception."""
     return str(next(iter(error.failures.values()))[0])
 
 
@@ -2138,7 +2138,8 @@ def resumed_options(last: Path, given: dict) -> dict:
         path = os.path.join(run_state.get("cwd", ""), options[name])
         if options[name] and not os.path.exists(options[name]) and os.path.exists(path):
             options[name] = path
-    if {"steps", "epochs"} & set(given):  # either takes the other's place
+    if {"steps", "epochs"} & set(given):
+        # each excludes the other
         options |= dict(steps=None, epochs=None)
     return options | dict(quiet=False, overwrite=False, out=str(last.parent)) | given
 
@@ -2162,7 +2163,8 @@ def option_value(name: str, options: dict) -> str:
     """The value of an option as the command line has it; of one that was not given, its default."""
     value = options.get(name)
     if value is None:
-        value = getattr(TrainOptions(**options).filled(), name, None)
+        known = {f.name: options[f.name] for f in fields(TrainOptions) if f.name in options}
+        value = getattr(TrainOptions(**known).filled(), name, None)
     if value in (None, ""):
         return "not given"
     return {True: "given", False: "not given"}[value] if isinstance(value, bool) else str(value)
@@ -2176,7 +2178,7 @@ def data_place(data) -> str | None:
 
 @torch.no_grad()
 def restore(lm: TinyLM, optimizer, folder: Path, run_state: dict):
-    """Parameters and the optimizer's state as they were saved, by however many processes."""
+    """Loads parameters and the optimizer's state, which any number of processes may have saved."""
 
     def parameter(name: str) -> Tensor:
         return lm.get_parameter(name.split("/")[1])
@@ -2195,7 +2197,7 @@ def restore(lm: TinyLM, optimizer, folder: Path, run_state: dict):
 
 
 def load_shards(path: Path, parameter: Callable) -> dict:
-    """The tensors of `save_shards`, each shared out as its parameter, `parameter(name)`, is now."""
+    """The tensors of `save_shards`, each sharded as its parameter, `parameter(name)`, is now."""
     import torch.distributed.checkpoint as dcp
 
     try:
@@ -2217,7 +2219,7 @@ def load_shards(path: Path, parameter: Callable) -> dict:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """No second run trains into the folder. A run that is killed leaves no lock behind."""
+    """Locks the folder against a second run. The system removes the lock of a killed one."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
@@ -2235,13 +2237,14 @@ def locked(folder: Path):
 # The training loop
 # ---------------------------------------------------------------------------------------------------------------------
 def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
-    """Train on `data` (a path, or rows: see `read_rows`; {"train": rows, "validation": rows}) from scratch or from
-    `options.init`; or go on where `options.out`/last stopped: bit for bit the run that was not interrupted, since data
-    order and dropout depend on seed and step alone.
+    """Trains on `data` (a path, or rows: see `read_rows`; {"train": rows, "validation": rows}) from scratch or from
+    `options.init`. With `resume` it goes on where `options.out`/last stopped, bit for bit as if it had not been
+    interrupted: data order and dropout depend on seed and step alone. `data` may then be None for the run's own files.
 
     Returns the best model, in eval mode, as it is saved in `options.out`/best; its attributes `figures` and `folder` are
     those of its validation, and that folder. Under torchrun it is the last one. Raises Error for data or options that do
-    not fit, and where `options.out` holds a run that is not to go on.
+    not fit, and if `options.out` holds a run without `resume` or `overwrite`; KeyboardInterrupt after Ctrl-C or SIGTERM,
+    once `last` is saved.
     """
     lm, run_state = train_model(data, options, resume)
     folder = Path(options.out) / "best"
@@ -2268,7 +2271,8 @@ def train_quietly(data, options: TrainOptions, resume: bool) -> tuple[TinyLM, di
     options = options.filled()
     out = Path(options.out)
     task = TASKS[options.task]
-    notices = []  # lines to show before the first step, and for the model card
+    # lines to print before the first step, and for the model card
+    notices = []
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file, expected a folder")
     run_state = load_resume_metadata(out / "last") if resume else None
     if resume:
@@ -2292,7 +2296,7 @@ def train_quietly(data, options: TrainOptions, resume: bool) -> tuple[TinyLM, di
         f"--resume: {data_place(data) or 'the data'} is not the data of the run, or has changed",
     )
     notices.append(describe_rows(rows, val_rows, options))
-    # classes that are only in what is held back are classes too; its texts train no tokenizer
+    # Classes count even if only rows to validate on have them; but the texts of these train no tokenizer.
     named = [{role: row[role] for role in ("label", "tags") if role in row} for row in val_rows]
     lm = build_model(rows + named, options, resume, notices)
     optimizer = make_optimizer(lm, options)
@@ -2318,8 +2322,10 @@ def train_quietly(data, options: TrainOptions, resume: bool) -> tuple[TinyLM, di
     run_state |= dict(options=given, place=data_place(data), cwd=os.getcwd())
     if options.compile:
         lm.compile(fullgraph=True)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    torch.set_flush_denormal(True)  # a CPU takes a hundred times as long over them
+    # TF32 on CUDA
+    torch.set_float32_matmul_precision("high")
+    # A CPU computes denormal numbers a hundred times as slowly.
+    torch.set_flush_denormal(True)
     keep_memory()
     for line in notices:
         log(line)
@@ -2403,9 +2409,11 @@ def describe_cuts(options: TrainOptions, *parts: tuple[list, list]) -> list[str]
 
 
 def keep_memory():
-    """Tell glibc to keep what is freed: pages that are new in every step cost up to a fifth of it on a CPU."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    """Tells glibc to keep freed memory: on a CPU, new pages in every step would take up to a fifth of the time."""
+    # Other C libraries have no mallopt.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        for parameter in (-1, -3):
             ctypes.CDLL(None).mallopt(parameter, 2**30)
 
 
@@ -2421,7 +2429,8 @@ def train_steps(
     record: RunRecord,
     notices: list[str],
 ):
-    """The loop, from the step after the last one done to the end, or to an interruption."""
+    """The loop, from the step after the last one done to the end. Raises KeyboardInterrupt where it is interrupted, once
+    `last` is saved."""
     every = options.eval_every or min(batches.per_epoch, steps)
     best, last = (Path(options.out) / name for name in ("best", "last"))
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -2443,7 +2452,8 @@ def train_steps(
             step = run_state["step"]
             due = step % every == 0 or step == steps
             logged = due or step % log_every == 0
-            if logged or step % 16 == 0 or not loss.is_cuda:  # a look at a GPU waits for it
+            # Reading the loss waits for the GPU.
+            if logged or step % 16 == 0 or not loss.is_cuda:
                 check_loss(loss.item(), step)
                 flag_set = loss.new_tensor(interrupted.is_set())
                 stop = bool(all_reduce(flag_set, world, "MAX"))
@@ -2487,7 +2497,7 @@ def describe_stop(run_state: dict, steps: int, options: TrainOptions) -> str:
 
 
 def lr_multiplier(step: int, steps: int, options: TrainOptions) -> float:
-    """Share of the peak learning rate: warmup-stable-decay, linear at both ends."""
+    """The learning rate as a share of its peak: warmup-stable-decay, linear at both ends."""
     return min(
         1.0,
         (step + 1) / max(options.warmup * steps, 1),
@@ -2496,7 +2506,7 @@ def lr_multiplier(step: int, steps: int, options: TrainOptions) -> float:
 
 
 def check_loss(loss: float, step: int):
-    """Stop at a loss that is no number, before anything is saved."""
+    """Raises Error for a loss that is no number, before anything is saved."""
     require(
         math.isfinite(loss),
         f"step {step}: the loss is {loss}, and what was saved before is kept; expected a "
@@ -2556,7 +2566,7 @@ def merit(figures: dict, options: TrainOptions) -> tuple[float, float]:
 def validate(
     lm: TinyLM, val_examples: list, run_state: dict, options: TrainOptions
 ) -> tuple[bool, dict]:
-    """Computes the figures of the examples held out. Returns (whether they are the best so far, the figures)."""
+    """Returns (whether this validation is the best so far, its figures)."""
     better = True
     figures = {}
     if not val_examples:
@@ -2580,47 +2590,46 @@ def validate(
 def show_sample(
     lm: TinyLM, val_examples: list, options: TrainOptions, step: int, record: RunRecord
 ):
-    """Prints what a language model writes: its answer in the first conversation held out, or how it goes on after the
-    first token held out. The text ends where the time for samples does."""
+    """Prints what a language model writes: its answer in the first conversation to validate on, or what follows the first
+    token of the text to validate on. It stops when the time for samples is used up (see `RunRecord.extra`)."""
     if options.task != "lm" or not val_examples or rank_and_world_size()[1] > 1 or QUIET.get():
         return
     with record.extra() as seconds:
         deadline = time.monotonic() + seconds
         if seconds < 0.1:
             return
+        lm.eval()
         row = val_examples[0].get("row", {})
         if "messages" in row:
-            prompt, pieces = sample_answer(lm.eval(), row)
+            roles = [message.get("role") for message in row["messages"]]
+            prompt = row["messages"][: roles.index("assistant")]
+            text = "".join(f"{m['role']}: {str(m.get('content'))[:200]}\n" for m in prompt[-1:])
+            text += "assistant: "
         else:
-            prompt = lm.tokenizer.decode(val_examples[0]["input_ids"][:1])
-            pieces = lm.eval().stream(prompt, 120, temperature=0.8, top_p=0.95, seed=step)
-        text = prompt
-        # A prompt may have more tokens than the model has positions.
-        with contextlib.suppress(Error):
+            prompt = text = lm.tokenizer.decode(val_examples[0]["input_ids"][:1])
+        begun = text
+        # A prompt may have more tokens than the model has positions, or be none for the template.
+        with contextlib.suppress(Error, onnxlm.Error):
+            if "messages" in row:
+                variables = row.get("variables", {})
+                pieces = lm.chat(prompt, row.get("tools"), variables, max_new_tokens=120)
+            else:
+                pieces = lm.stream(prompt, 120, temperature=0.8, top_p=0.95, seed=step)
             for piece in pieces:
                 text += piece
                 if time.monotonic() > deadline:
                     text += " ..."
                     break
-        if text != prompt:
+        if text != begun:
             log("  | " + text.replace("\n", "\n  | "))
-
-
-def sample_answer(lm: TinyLM, row: dict) -> tuple[str, Iterable[str]]:
-    """The question before the first answer of a conversation, and the pieces of what the model answers."""
-    roles = [message.get("role") for message in row["messages"]]
-    messages = row["messages"][: roles.index("assistant")]
-    question = str(messages[-1].get("content"))[:200] if messages else ""
-    variables = row.get("variables", {})
-    pieces = lm.chat(messages, row.get("tools"), variables, max_new_tokens=120)
-    return f"user: {question}\nassistant: ", pieces
 
 
 @contextlib.contextmanager
 def interruptible():
-    """An event that the first Ctrl-C or SIGTERM sets. The second one raises KeyboardInterrupt at once."""
+    """Yields an event that the first Ctrl-C or SIGTERM sets. The second one raises KeyboardInterrupt at once."""
     event = threading.Event()
-    before = {}  # signal -> its handler
+    # signal -> its former handler
+    before = {}
 
     def handle(number, _):
         signal.signal(number, signal.default_int_handler)
@@ -2628,11 +2637,11 @@ def interruptible():
         if rank_and_world_size()[0] == 0 and not QUIET.get():
             # print is not reentrant, and the handler may run within one
             with contextlib.suppress(OSError):
-                os.write(
-                    2, b"\nstopping after this step; once more stops at once, without saving\n"
-                )
+                text = "stopping after this step; once more stops at once, without saving\n"
+                os.write(2, ("\n" * sys.stderr.isatty() + text).encode())
 
-    if threading.current_thread() is threading.main_thread():  # no other one may set handlers
+    # Python lets only the main thread set handlers.
+    if threading.current_thread() is threading.main_thread():
         before = {
             number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -2646,7 +2655,8 @@ def interruptible():
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
-WEIGHTS = Path(__file__).resolve().parent / "weights"  # the model shipped beside this file
+# The model shipped beside this file.
+WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
 def add_options(parser, owner, *names: str, shown: dict | None = None, **defaults):
@@ -2655,24 +2665,20 @@ def add_options(parser, owner, *names: str, shown: dict | None = None, **default
     for f in fields(owner):
         if f.name in names or not names:
             hint = get_type_hints(owner)[f.name]
-            while get_args(hint):  # of `int | None`, int; of choices, the first
+            # `int | None` is read as int, choices as the type of the first
+            while get_args(hint):
                 hint = get_args(hint)[0]
             kind = hint if isinstance(hint, type) else type(hint)
-            kind = (
-                dict(action="store_true")
-                if kind is bool
-                else dict(type=kind, metavar=f.name.upper())
-            )
+            reading = dict(type=kind, metavar=f.name.upper())
+            if kind is bool:
+                reading = dict(action="store_true")
             default = defaults.get(f.name, f.default)
             default = (shown or {}).get(f.name) if default is None else default
-            silent = default is None or default is False or default == ""
-            note_of_default = "" if silent else f" (default: {default})"
-            parser.add_argument(
-                flag(f.name),
-                default=defaults.get(f.name, argparse.SUPPRESS),
-                help=f.metadata.get("help", "") + note_of_default,
-                **kind,
-            )
+            text = f.metadata.get("help", "")
+            if default is not None and default is not False and default != "":
+                text += f" (default: {default})"
+            given = defaults.get(f.name, argparse.SUPPRESS)
+            parser.add_argument(flag(f.name), default=given, help=text, **reading)
 
 
 def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
@@ -2699,7 +2705,7 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         help="go on where --out/last stopped, with its data and options",
     )
 
-    sub = commands.add_parser("eval", help="the figures of a checkpoint's task on data")
+    sub = commands.add_parser("eval", help="evaluate a checkpoint on data")
     sub.add_argument("folder", help="a checkpoint")
     sub.add_argument("data", help="as for train")
     add_options(
@@ -2709,13 +2715,13 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         *("delimiter", "encoding", "batch", "block", "device"),
     )
     onnxlm.add_precision(sub, "evaluate the graph of an exported folder")
-    sub.add_argument("--json", action="store_true", help="print them as JSON")
+    sub.add_argument("--json", action="store_true", help="print the figures as JSON")
     sub.add_argument(
-        "--confusion", action="store_true", help="of classes: the confusion matrix too"
+        "--confusion", action="store_true", help="print the confusion matrix of the classes too"
     )
 
     sub = commands.add_parser(
-        "run", help="whatever a checkpoint's head is for: labels, answers, texts, embeddings"
+        "run", help="use a checkpoint: labels, tags, answers, texts or embeddings, by its head"
     )
     onnxlm.add_run_options(sub, "run the graph of an exported folder")
     add_options(sub, TrainOptions, "delimiter", "encoding", "device")
@@ -2735,7 +2741,7 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         action="append",
         type=template_variable,
         metavar="NAME=VALUE",
-        help="a variable of the chat template, as enable_thinking=false; may be given again",
+        help="a variable of the chat template, such as enable_thinking=false; may be given again",
     )
     add_generation_options(sub, max_new_tokens=512)
 
@@ -2753,7 +2759,7 @@ def add_generation_options(parser, **defaults):
 
 
 def template_variable(text: str) -> tuple[str, object]:
-    """NAME=VALUE as a name and a value, which is read as JSON where it is JSON."""
+    """Splits NAME=VALUE; the value is read as JSON if it is JSON."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=VALUE")
@@ -2763,12 +2769,14 @@ def template_variable(text: str) -> tuple[str, object]:
 
 
 def main(argv: list | None = None) -> int:
-    """`tinylm train | eval | run | sample | chat | export`; an Error is one line on stderr and exit code 1."""
+    """`tinylm train | eval | run | sample | chat | export`. Returns the exit status: 1 for an Error, which is one line on
+    stderr, 130 for an interruption."""
     onnxlm.use_utf8()
     argv = sys.argv[1:] if argv is None else [*map(str, argv)]
     if argv[:1] == ["export"]:
         return export_command().main(argv[1:])
-    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:  # `train.py my.txt`
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        # `train.py my.txt`
         argv = ["train", *argv]
     parser = make_parser(defaults_of(argv) if {"-h", "--help"} & set(argv) else None)
     known, more = parser.parse_known_args(argv)
@@ -2777,13 +2785,15 @@ def main(argv: list | None = None) -> int:
         known.command != "run" or any(text.startswith("-") and text != "-" for text in more)
     ):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
-    if more:  # inputs behind options
+    if more:
+        # inputs after options
         options["inputs"] += more
     try:
         with onnxlm.plain_warnings("tinylm"):
             COMMANDS[options.pop("command")](options)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has enough, as `head`
+    except BrokenPipeError:
+        # The reader, such as `head`, has closed the pipe.
         onnxlm.close_stdout()
         return 141
     except (Error, onnxlm.Error, OSError) as error:
@@ -2797,8 +2807,8 @@ def main(argv: list | None = None) -> int:
 
 
 def defaults_of(argv: list[str]) -> dict:
-    """The defaults of a training as its help names them: of the task and the start (from scratch, --init, --lora) that
-    the arguments ask for; where they ask for no start, of each."""
+    """The defaults that the help of `train` names: those of the task and the start (from scratch, --init, --lora) in the
+    arguments; if they name no start, those of each."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--task", default="lm")
     parser.add_argument("--init", default="")
@@ -2832,7 +2842,7 @@ def one_or_each(values: dict):
 
 
 def export_command():
-    """export.py, which lies beside this file, in a clone or as installed."""
+    """The module export.py, in a clone or as installed."""
     return importlib.import_module(".export" if __package__ else "export", __package__)
 
 
@@ -2840,13 +2850,15 @@ def run_train(options: dict):
     data, resume = options.pop("data"), options.pop("resume")
     last = Path(options.get("out", TrainOptions.out)) / "last"
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts != "0":  # torchrun begins again after a fault
+    if restarts != "0":
+        # torchrun has started the processes again after a fault
         resume |= (last / "training.safetensors").exists()
         options |= {"overwrite": True}
     if resume:
         options = resumed_options(last, options)
     options = TrainOptions(**options)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # under torchrun
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # under torchrun
         cuda = usable_device(options.device).type == "cuda"
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -3068,19 +3080,20 @@ def run_sample(options: dict):
     print_pieces(itertools.chain((prompt, first), pieces))
 
 
-CHAT_COMMANDS = "/reset begins anew, /system TEXT too and sets the system message, /exit ends"
+CHAT_COMMANDS = "/reset starts over, /system TEXT starts over with that system message, /exit ends"
 
 
 def run_chat(options: dict):
-    """Questions from standard input, one a line; answers to standard output. Ctrl-C ends an answer."""
+    """Reads questions from standard input, one a line, and prints the answers. Ctrl-C ends an answer."""
     lm = opened(options)
     system = options.pop("system")
     variables = dict(options.pop("set") or ())
     messages = system_messages(system)
     interactive = sys.stdin.isatty()
     if interactive:
-        with contextlib.suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401 (from here on, `input` edits its line and knows the last ones)
+        # With readline, `input` can edit its line and has a history. Windows has none.
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
         print(CHAT_COMMANDS, file=sys.stderr)
     while True:
         try:
@@ -3100,7 +3113,8 @@ def run_chat(options: dict):
                     lm.chat(messages, variables=variables, **options), interruptible=True
                 )
                 messages.append({"role": "assistant", "content": answer})
-            except Error as error:  # e.g. a conversation that is too long
+            except Error as error:
+                # such as a conversation that is too long
                 print(f"{error}; {CHAT_COMMANDS}", file=sys.stderr)
                 messages.pop()
                 if not interactive:
@@ -3112,7 +3126,7 @@ def system_messages(text: str | None) -> list[dict]:
 
 
 def print_pieces(pieces, interruptible: bool = False) -> str:
-    """Print text as it comes; all of it, or until Ctrl-C."""
+    """Prints pieces of text as they come, to the end or, if interruptible, until Ctrl-C. Returns the text."""
     text = ""
     try:
         for piece in pieces:

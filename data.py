@@ -1,8 +1,8 @@
-"""What is in people's files: records (dicts of columns), and rows, which map roles (text, label, ...) to values.
+"""Reads data files: text, JSON, tables, CoNLL, parquet, single files or folders of them. Needs no torch.
 
     rows = read_rows("reviews.csv", DataOptions(task="classify"))    # [{"text": ..., "label": ...}, ...]
 
-Text, JSON, tables, CoNLL, parquet, single files or folders of them; no torch.
+A record is a dict of the file's columns. A row is a record as a task reads it: a dict of roles (text, label, ...).
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, TextIO
+from typing import Annotated, BinaryIO, Literal, NamedTuple, TextIO
 
 import onnxlm
 from onnxlm import cell_list, check_fields, json_lines, lookup, require, table_records
 
-TASK_ROLES = {  # task -> roles of its rows: what the model reads, what there is to learn
+# Tasks that read plain text; all others need columns.
+PLAIN_TASKS = ("lm", "mlm")
+# Task -> the roles of its rows: the inputs first, then the target.
+TASK_ROLES = {
     "lm": ("messages", "text"),
     "classify": ("text", "pair", "label"),
     "tokens": ("words", "tags"),
@@ -38,7 +41,7 @@ TASK_ROLES = {  # task -> roles of its rows: what the model reads, what there is
 
 
 def option(default, help: str):
-    """A field of TrainOptions, and what the command line says of it."""
+    """A dataclass field with the help text of its command-line option."""
     return field(default=default, metadata=dict(help=help))
 
 
@@ -55,7 +58,7 @@ def flag(name: str) -> str:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which columns of which files are read as what."""
+    """Which columns hold the text and the labels, how the files are read, and which rows validate."""
 
     task: Literal[(*TASK_ROLES,)] = option("lm", f"{', '.join(TASK_ROLES)}")
     val: str = option("", "file to validate on; without one, --val-share of the data")
@@ -107,7 +110,7 @@ class DataOptions:
 
     @property
     def names(self) -> list[str]:
-        """--label-names, in the order of their numbers."""
+        """The names of --label-names; a label's number is its index."""
         with contextlib.suppress(ValueError):
             names = json.loads(self.label_names)
             if isinstance(names, list):
@@ -116,9 +119,10 @@ class DataOptions:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: what is in them, as records (dicts of columns)
+# Files: from a file to its records
 # ---------------------------------------------------------------------------------------------------------------------
-FORMATS = {  # a file's suffix, in any case and without .gz -> how it is read
+# Suffix (lower case, without .gz) -> format.
+FORMATS = {
     ".txt": "text",
     ".md": "text",
     ".json": "json",
@@ -132,7 +136,8 @@ FORMATS = {  # a file's suffix, in any case and without .gz -> how it is read
     ".parquet": "arrow",
     ".arrow": "arrow",
 }
-NOT_READ = {  # suffix -> what to do about it
+# Suffix -> why it is refused, and what to do instead.
+REFUSED_SUFFIXES = {
     ".xlsx": "a workbook, save its sheet as .csv",
     ".xls": "a workbook, save its sheet as .csv",
     ".ods": "a workbook, save its sheet as .csv",
@@ -145,16 +150,20 @@ NOT_READ = {  # suffix -> what to do about it
     ".xz": "compressed, unpack it or use .gz",
     ".zst": "compressed, unpack it or use .gz",
 }
-NO_DATA = re.compile(  # files that lie beside data and are none
+# Files that often lie beside the data but hold none of it.
+NOT_DATA = re.compile(
     r"(readme|licen[cs]e|copying|changelog|contributing|citation)(\.\w+)?|cache-.*"
     r"|(metadata|state|dataset_dict|dataset_infos?)\.json",
     re.IGNORECASE,
 )
-SPLIT_NAME = re.compile(  # of a file without its suffix, or of a folder
+# Matches the name of a folder, or of a file without its suffix, that belongs to a split.
+SPLIT_NAME = re.compile(
     r"(train|validation|valid|val|dev|test)(ing|set|data|split)?([^a-z].*)?", re.IGNORECASE
 )
-SPLITS = {"train": "train", "test": "test"}  # all other names of splits mean validation
-MMAP_MIN_BYTES = 2**26  # bytes of a text file above which it is not read into memory
+# First word of a split's name -> split; all other words mean validation.
+SPLITS = {"train": "train", "test": "test"}
+# Larger text files are memory-mapped.
+MMAP_MIN_BYTES = 2**26
 
 
 def suffix_of(file: Path) -> str:
@@ -162,14 +171,15 @@ def suffix_of(file: Path) -> str:
 
 
 def data_files(folder: Path) -> dict[str, list[Path]]:
-    """Split (train, validation, test) -> a folder's files, sorted by name. Hidden files and what is no data are left
-    out; a file belongs to the split that its name, or that of a folder around it, begins with."""
+    """Returns split (train, validation, test) -> the folder's files, sorted by name, without hidden files and those
+    that hold no data. The split is read from the file's name, else from the nearest folder's; by default train."""
     splits = {}
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
         hidden = any(part.startswith(".") for part in parts)
-        if suffix_of(file) not in FORMATS or hidden or NO_DATA.fullmatch(file.name):
+        if suffix_of(file) not in FORMATS or hidden or NOT_DATA.fullmatch(file.name):
             continue
+        # A folder may be named like a file.
         if file.is_dir():
             continue
         stem = file.name.partition(".")[0]
@@ -180,7 +190,8 @@ def data_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def class_folder(file: Path, root: Path) -> str | None:
-    """The folder of a text below the root that is no split's: pos/1.txt, train/neg/2.txt."""
+    """The name of a text's folder below the root, which is its class: pos/1.txt, train/neg/2.txt. A split's folder
+    is not one."""
     parts = [part for part in file.relative_to(root).parts[:-1] if not SPLIT_NAME.fullmatch(part)]
     return parts[-1] if parts else None
 
@@ -188,10 +199,11 @@ def class_folder(file: Path, root: Path) -> str | None:
 def read_records(
     path, task: str = "", split: str = "train", delimiter: str = "", encoding: str = ""
 ) -> Iterator[dict]:
-    """The records of a file, of a folder's files of one split, or of standard input ("-"), as dicts of columns.
+    """Yields the records of a file, of one split of a folder, or of standard input ("-"), as dicts of columns.
 
-    A plain text is one record with the column `text`. A task for which rows have columns reads .txt as CoNLL, and files
-    with other suffixes as tables. Raises Error for a file that is not what its name says.
+    A plain text is one record with the column `text`. task: a key of TASK_ROLES, which decides how an ambiguous file is
+    read: .txt is CoNLL for "tokens", an unknown suffix is text for "lm" and "mlm" and a table for others. Without a
+    task, a .txt that looks like CoNLL is read as that. Raises Error for a file that does not match its suffix.
     """
     options = DataOptions(task=task or "lm", delimiter=delimiter, encoding=encoding)
     root = Path(path)
@@ -201,44 +213,51 @@ def read_records(
 
 
 def file_records(file: Path, options: DataOptions, root: Path, notices: list, guess: bool = False):
-    """Yield (place, record) of a file, for an error to name the place. `guess`: no task says what a text is."""
+    """Yields (place, record); errors name the place. `guess`: the task is unknown, so a .txt that looks like CoNLL is
+    read as CoNLL. Appends remarks for the user to `notices`."""
     suffix = suffix_of(file)
     from_stdin = str(file) == "-"
     name = "standard input" if from_stdin else str(file)
-    require(suffix not in NOT_READ, f"{name}: {NOT_READ.get(suffix)}")
+    require(suffix not in REFUSED_SUFFIXES, f"{name}: {REFUSED_SUFFIXES.get(suffix)}")
     kind = FORMATS.get(suffix)
-    plain = options.task in ("lm", "mlm")  # for which a text has no columns
     if kind == "arrow":
         yield from arrow_records(file, suffix)
         return
-    may_map = plain and kind in ("text", None) and not options.encoding and not from_stdin
+    may_map = options.task in PLAIN_TASKS and kind in ("text", None)
+    may_map = may_map and not options.encoding and not from_stdin
     if may_map and is_mappable(file):
         yield name, {"text": MappedText(file)}
         return
     with open_text(file, name, options.encoding, notices) as text:
-        if kind is None:
-            kind = "text" if plain else "table"
-            if looks_like_json_lines(text):
-                kind = "json"
-        if kind == "text":
-            tagged = looks_like_conll(text) if guess else options.task == "tokens"
-            kind = "conll" if tagged else "table" if options.delimiter else "text"
+        kind = detect_format(text, kind, options, guess)
         names = {} if from_stdin or kind not in ("json", "table") else names_beside(file)
         if kind == "json":
-            yield from named_records(json_records(name, text, lines=suffix != ".json"), names)
+            yield from with_class_names(json_records(name, text, lines=suffix != ".json"), names)
         elif kind == "table":
             usual = "\t" if suffix == ".tsv" else ","
             delimiter = {"\\t": "\t", "tab": "\t"}.get(options.delimiter, options.delimiter)
-            yield from named_records(table_records(name, text, delimiter, usual), names)
+            yield from with_class_names(table_records(name, text, delimiter, usual), names)
         elif kind == "conll":
             yield from conll_records(name, text, universal=suffix == ".conllu")
         else:
-            label = class_folder(file, root) if file != root else None
+            label = class_folder(file, root)
             yield name, {"text": text.read()} | ({"label": label} if label else {})
 
 
+def detect_format(text: TextIO, kind: str | None, options: DataOptions, guess: bool) -> str:
+    """Returns a value of FORMATS: `kind`, the one of the suffix, unless the suffix is unknown or means only text."""
+    if kind is None:
+        kind = "text" if options.task in PLAIN_TASKS else "table"
+        if looks_like_json_lines(text):
+            kind = "json"
+    if kind != "text":
+        return kind
+    tagged = looks_like_conll(text) if guess else options.task == "tokens"
+    return "conll" if tagged else "table" if options.delimiter else "text"
+
+
 class MappedText:
-    """A large file's text, or some bytes of it, that stays on the disk; `tokens` are memory-mapped too."""
+    """The text of a large file, or a slice of its bytes, read from disk when str() asks for it."""
 
     def __init__(self, path: Path, first: int = 0, last: int | None = None):
         self.path, self.size, self.changed = path, path.stat().st_size, path.stat().st_mtime_ns
@@ -256,16 +275,17 @@ class MappedText:
             file.seek(self.first)
             return file.read(len(self)).decode("utf-8", errors="replace")
 
-    def __repr__(self) -> str:  # changes with the file
+    def __repr__(self) -> str:
+        # It changes with the file, so that cached tokens of an older version are not reused.
         return f"{self.path.name} {self.size} {self.changed} {self.first} {self.last}"
 
 
 def is_mappable(file: Path) -> bool:
-    """Is it a large file of plain UTF-8, as far as its first part shows?"""
+    """Whether it is a large file whose first part is plain UTF-8."""
     if file.stat().st_size <= MMAP_MIN_BYTES:
         return False
     with open(file, "rb") as opened:
-        head = opened.read(min(MMAP_MIN_BYTES, 2**26))
+        head = opened.read(MMAP_MIN_BYTES)
     if head.startswith((codecs.BOM_UTF8, b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
         return False
     try:
@@ -277,8 +297,8 @@ def is_mappable(file: Path) -> bool:
 
 @contextlib.contextmanager
 def open_text(file: Path, name: str, encoding: str, notices: list) -> Iterator[TextIO]:
-    """A file's text, or standard input's, with \\n at the ends of lines; it can be read again from the start. All of it
-    is decoded once before. Raises Error for what is no text."""
+    """Opens a file, or standard input, as seekable text whose lines end with \\n. The whole file is decoded once to find
+    its encoding. Raises Error for a file that is not text."""
     with contextlib.ExitStack() as opened:
         if str(file) == "-":
             data: BinaryIO = io.BytesIO(sys.stdin.buffer.read())
@@ -302,8 +322,8 @@ def open_text(file: Path, name: str, encoding: str, notices: list) -> Iterator[T
 
 
 def text_encoding(data: BinaryIO, name: str, encoding: str, notices: list) -> str:
-    """The encoding given; else by the byte order mark, UTF-8, or cp1252, which is said once. Raises Error for bytes that
-    are not text in it."""
+    """Returns the encoding given, else that of the byte order mark, else UTF-8, else cp1252 (with a notice, once).
+    Raises Error for bytes that are not text in that encoding."""
     start = data.read(2**16)
     marks = {codecs.BOM_UTF8: "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
     marked = next((name for mark, name in marks.items() if start.startswith(mark)), "")
@@ -329,12 +349,12 @@ def text_encoding(data: BinaryIO, name: str, encoding: str, notices: list) -> st
     )
 
 
-# Control characters, which no text has.
+# Control characters that no text contains.
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 
 
 def decoded(data: BinaryIO, encoding: str) -> Iterator[str]:
-    """A text in parts."""
+    """Yields the whole text in parts of 1 MB."""
     data.seek(0)
     decoder = codecs.getincrementaldecoder(encoding)()
     while part := data.read(2**20):
@@ -343,7 +363,7 @@ def decoded(data: BinaryIO, encoding: str) -> Iterator[str]:
 
 
 def first_lines(text: TextIO, count: int) -> list[str]:
-    """The first lines that are not blank; the text is then at its start again."""
+    """Returns the first lines that are not blank, and rewinds the text."""
     text.seek(0)
     lines = [*itertools.islice((line for line in text if line.strip()), count)]
     text.seek(0)
@@ -358,7 +378,7 @@ def looks_like_json_lines(text: TextIO) -> bool:
 
 
 def looks_like_conll(text: TextIO) -> bool:
-    """Do all of the first lines end with a tag (O, B-ORG, ...)?"""
+    """Whether the first 100 lines all end with a tag (O, B-ORG, ...)."""
     lines = [line.split() for line in first_lines(text, 100)]
     tags = [line[-1] for line in lines if len(line) > 1]
     tagged = all(re.fullmatch(r"O|[BIESLU]-\S+", tag) for tag in tags)
@@ -366,7 +386,8 @@ def looks_like_conll(text: TextIO) -> bool:
 
 
 def json_records(name: str, text: TextIO, lines: bool):
-    """Records of a JSON file, or of one object in each line; each of the two is read under the other's suffix too."""
+    """Yields (place, record) of a JSON document, or of JSON lines (`lines`). Either is also read under the other's
+    suffix."""
     if not lines or "".join(first_lines(text, 1)).lstrip().startswith("["):
         try:
             content = json.loads(text.read().strip() or "[]")
@@ -383,14 +404,15 @@ def json_records(name: str, text: TextIO, lines: bool):
 
 
 def json_rows(name: str, content) -> list:
-    """The records in a JSON file: a list of them, alone or as an object's only list; SQuAD's articles; what pandas
-    writes with orient columns, index, split or table; lists by column."""
+    """Returns the records of a JSON document: a list of records, alone or as an object's only list; SQuAD's articles;
+    pandas' to_json with orient records, columns, index, split or table; a list per column."""
     if isinstance(content, list):
         if content and isinstance(content[0], dict) and "paragraphs" in content[0]:
             return squad_rows(name, content)
         return [{"text": item} if isinstance(item, str) else item for item in content]
     require(isinstance(content, dict), f"{name}: expected a list of records")
-    if {"columns", "data"} <= set(content):  # pandas: split
+    # pandas: split
+    if {"columns", "data"} <= set(content):
         return [dict(zip(content["columns"], values)) for values in content["data"]]
     lists = [value for value in content.values() if isinstance(value, list)]
     of_records = [value for value in lists if value and isinstance(value[0], dict)]
@@ -398,11 +420,13 @@ def json_rows(name: str, content) -> list:
         rows = content.get("data", *of_records) if "data" in content else of_records[0]
         require(isinstance(rows, list), f"{name}: data: expected a list of records")
         return json_rows(name, rows)
-    if content and len(lists) == len(content):  # lists by column
+    # A list per column.
+    if content and len(lists) == len(content):
         require(len(set(map(len, lists))) == 1, f"{name}: expected lists of equal lengths")
         return [dict(zip(content, values)) for values in zip(*lists)]
     inner = [value for value in content.values() if isinstance(value, dict)]
-    if content and len(inner) == len(content):  # pandas: index, or columns
+    # pandas: index (each row's values), or columns (each column's values).
+    if content and len(inner) == len(content):
         by_index = all(key.isdecimal() for key in content) or len(content) > len(inner[0])
         if by_index and not all(key.isdecimal() for key in inner[0]):
             return inner
@@ -425,8 +449,8 @@ def squad_rows(name: str, articles: list) -> list:
 
 
 def conll_records(name: str, text: TextIO, universal: bool):
-    """A sentence's words and tags: the first and last columns of its lines (of CoNLL-U the second and the fourth), with
-    an empty line between sentences."""
+    """Yields (place, {"tokens", "tags"}) of each sentence. Words and tags are the first and last columns (`universal`,
+    CoNLL-U: the second and fourth); an empty line ends a sentence."""
     words, tags = [], []
     for n, line in enumerate(itertools.chain(text, [""]), 1):
         fields = line.rstrip().split("\t") if "\t" in line.strip() else line.split()
@@ -435,7 +459,8 @@ def conll_records(name: str, text: TextIO, universal: bool):
                 yield f"{name}, line {n}", {"tokens": words, "tags": tags}
             words, tags = [], []
         elif universal:
-            if fields[0].isdecimal():  # no comment, no part of a word
+            # Comments (#) and ranges of words (1-2) are skipped.
+            if fields[0].isdecimal():
                 require(len(fields) > 3, f"{name}, line {n}: expected the columns of CoNLL-U")
                 words.append(fields[1])
                 tags.append(fields[3])
@@ -448,7 +473,7 @@ def conll_records(name: str, text: TextIO, universal: bool):
 
 
 def arrow_records(file: Path, suffix: str):
-    """Records of .parquet, or of .arrow as `datasets` saves it; its classes by their names."""
+    """Yields (place, record) of a .parquet, or of an .arrow as `datasets` saves it, with class names for class ids."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -466,15 +491,18 @@ def arrow_records(file: Path, suffix: str):
         names = class_names(noted.get("info", {}).get("features"))
         records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
         places = ((f"{file}, row {n}", record) for n, record in enumerate(records, 1))
-        yield from named_records(places, names)
+        yield from with_class_names(places, names)
     except (pyarrow.ArrowException, OSError) as error:
         raise onnxlm.Error(f"{file}: not readable ({str(error).splitlines()[0]})") from None
 
 
 @contextlib.contextmanager
 def open_parquet(path: Path, columns: list[str], rows: Callable, types: dict) -> Iterator[Callable]:
-    """A function that appends rows to a new .parquet, see `onnxlm.open_table`; rows() yields (record, ...), whose columns
-    have the types that all records fit, and `types` are those of the new columns."""
+    """Opens a new .parquet and yields a function that appends rows, like `onnxlm.open_table`.
+
+    columns: the names of all columns; the last ones are new. rows(): yields (record, ...) of the old columns; they are
+    read once before, to find types that fit all of them. types: new column -> its Python type.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -505,7 +533,8 @@ def open_parquet(path: Path, columns: list[str], rows: Callable, types: dict) ->
 
 
 def names_beside(file: Path) -> dict:
-    """Column -> names of its classes, by the dataset_info.json (or dataset_infos.json) of `datasets` beside a file."""
+    """Returns column -> class names from the dataset_info.json (or dataset_infos.json) that `datasets` writes beside a
+    file."""
     info = onnxlm.read_json(file.with_name("dataset_info.json"), {})
     several = [*onnxlm.read_json(file.with_name("dataset_infos.json"), {}).values()]
     if not info and len(several) == 1:
@@ -514,7 +543,7 @@ def names_beside(file: Path) -> dict:
 
 
 def class_names(features: dict | None) -> dict:
-    """Column -> names of its classes, of the features that `datasets` notes in a schema or beside a file."""
+    """Returns column -> class names from the features that `datasets` stores in a schema or beside a file."""
     found = {}
     for column, feature in features.items() if isinstance(features, dict) else ():
         feature = feature[0] if isinstance(feature, list) else feature
@@ -524,20 +553,21 @@ def class_names(features: dict | None) -> dict:
     return found
 
 
-def named_records(records: Iterator, names: dict) -> Iterator:
-    """(place, record) with the names of classes in place of their numbers."""
+def with_class_names(records: Iterator, names: dict) -> Iterator:
+    """Yields (place, record) with class names for class ids; `names`: column -> class names."""
     for place, record in records:
         for column in names.keys() & record.keys() if isinstance(record, dict) else ():
-            record[column] = with_names(record[column], names[column])
+            record[column] = class_name(record[column], names[column])
         yield place, record
 
 
-def with_names(value, names: list):
-    """A class's name in place of its number, which a table has as text; -1 stands for none."""
+def class_name(value, names: list):
+    """Returns the name of a class id, or of each in a list; None for -1, which `datasets` writes for no class. The id
+    may be an int, or text from a table."""
     if is_spelled_list(value):
         value = as_cell_list(value)
     if isinstance(value, list):
-        return [with_names(item, names) for item in value]
+        return [class_name(item, names) for item in value]
     if isinstance(value, str) and re.fullmatch(r"-?\d+", value) and value not in names:
         value = int(value)
     if isinstance(value, float) and value.is_integer():
@@ -551,7 +581,7 @@ def with_names(value, names: list):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows: records as a task reads them, which map roles (text, label, ...) to values
+# Values: from a column's value to a role's
 # ---------------------------------------------------------------------------------------------------------------------
 def as_text(value) -> str:
     value = " ".join(value) if isinstance(value, list) else value
@@ -560,15 +590,16 @@ def as_text(value) -> str:
     return value
 
 
-# Several 0 and 1, as 1,0,1 or 1 0 1 or (1, 0, 1).
-HOT_CELL = re.compile(r"\s*\(?[01](\.0?)?(\s*[,;\s]\s*[01](\.0?)?)+\)?\s*")
+# Several 0 and 1 in one cell: 1,0,1 or 1 0 1 or (1, 0, 1).
+MULTI_HOT_CELL = re.compile(r"\s*\(?[01](\.0?)?(\s*[,;\s]\s*[01](\.0?)?)+\)?\s*")
 
 
 def as_label(value):
-    """A class's name, a number, or a list of either; `settle_labels` decides between numbers and classes. A table's
-    cell may hold a list, as pandas writes it."""
-    value = value.tolist() if hasattr(value, "tolist") else value  # numpy's
-    if is_spelled_list(value) or isinstance(value, str) and HOT_CELL.fullmatch(value):
+    """Returns a class name (str), a number (float), or a list of either. `settle_labels` decides later whether numbers
+    are classes. A cell of a table may spell a list, as pandas writes it."""
+    # numpy scalars and arrays
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if is_spelled_list(value) or isinstance(value, str) and MULTI_HOT_CELL.fullmatch(value):
         value = as_cell_list(value)
     if isinstance(value, (list, tuple)):
         if not all(isinstance(item, (str, int, float)) for item in value):
@@ -584,8 +615,8 @@ def is_spelled_list(value) -> bool:
 
 
 def as_cell_list(text: str):
-    """The list that a cell spells in JSON, in Python or as numbers with spaces, commas or semicolons between them; else
-    the text itself."""
+    """Parses a list from a cell: JSON, Python, or numbers separated by spaces, commas or semicolons. Returns the text
+    itself if it is none of these."""
     value = cell_list(text)
     if value is not None:
         return value
@@ -594,7 +625,7 @@ def as_cell_list(text: str):
 
 
 def as_hot(value) -> int | None:
-    """0 or 1, of a number, a truth value or a cell that spells one; None of another value."""
+    """Returns 0 or 1 from a number, a bool, or a cell that spells one; None for any other value."""
     if isinstance(value, str):
         return {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}.get(
             value.strip().lower()
@@ -603,7 +634,10 @@ def as_hot(value) -> int | None:
 
 
 def as_answers(value) -> list:
-    """[(text, where it starts or None)] of SQuAD's answers, of {"text": [...], "answer_start": [...]}, or of texts."""
+    """Returns [(text, start or None)] from SQuAD's list of answers, from {"text": [...], "answer_start": [...]}, or
+    from texts. A table's cell may spell them."""
+    if isinstance(value, str) and re.match(r"\s*([\[{]\s*['\"{]|\[\s*\])", value):
+        (value,) = cell_list(f"[{value}]") or [None]
     if isinstance(value, dict):
         value = [
             {"text": text, "answer_start": start}
@@ -619,14 +653,17 @@ def as_answers(value) -> list:
 
 
 def as_list(value) -> list:
-    """Words or tags: a list, a cell that spells one, or a text with spaces between them."""
+    """Returns words or tags from a list, a cell that spells one, or a text that spaces divide."""
     if is_spelled_list(value):
         value = as_cell_list(value)
+    if isinstance(value, str) and re.fullmatch(r"\s*\[[^][]*,[^][]*\]\s*", value):
+        raise TypeError  # a list without quotes
     items = value.split() if isinstance(value, str) else [*value]
     return [str(int(item)) if isinstance(item, float) else str(item) for item in items]
 
 
-SHAREGPT_ROLES = {  # who says something -> role in a chat template
+# ShareGPT's `from` -> role in a chat template.
+SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "model"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
@@ -635,14 +672,14 @@ SHAREGPT_ROLES = {  # who says something -> role in a chat template
 
 
 def as_messages(value) -> list[dict]:
-    """The messages of a conversation, with all their fields; a string is read as JSON."""
-    value = json.loads(value) if isinstance(value, str) else value
+    """Returns the messages of a conversation with all their fields; a string is parsed as JSON."""
+    value = cell_list(value) if isinstance(value, str) else value
     return [as_message(dict(message)) for message in value]
 
 
 def as_message(message: dict) -> dict:
-    """A message with role and content; ShareGPT's `from` and `value` are these. Raises Error for a field that no chat
-    template can take."""
+    """Returns a message with role and content, renamed from ShareGPT's `from` and `value`. Raises Error for content
+    that is not text, and for a weight other than 1, which would exclude the message from the loss."""
     if "role" not in message:
         speaker, said = message.pop("from"), message.pop("value")
         names = ", ".join(SHAREGPT_ROLES)
@@ -664,8 +701,8 @@ def as_message(message: dict) -> dict:
 
 
 def chat_columns(record: dict) -> dict:
-    """What a row says of its conversation beside the messages: `tools`, `system`, `documents` and other variables of
-    the chat template (`chat_template_kwargs`)."""
+    """Returns the columns beside `messages` that belong to the conversation: "tools", "system", and "variables" for the
+    chat template (`documents` and `chat_template_kwargs`). Empty ones are left out."""
     found = {name: record.get(name) for name in ("tools", "documents", "chat_template_kwargs")}
     for name, value in found.items():
         if isinstance(value, str):
@@ -673,47 +710,62 @@ def chat_columns(record: dict) -> dict:
                 found[name] = json.loads(value or "null")
             except ValueError:
                 raise onnxlm.Error(f"{name} = {value[:60]!r}, expected JSON") from None
-    tools = found["tools"] or None
+    tools, variables = found["tools"] or None, found["chat_template_kwargs"] or {}
     are_schemas = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
     require(
         tools is None or are_schemas,
         f"tools = {str(tools)[:60]!r}, expected a list of JSON schemas",
     )
-    variables = dict(found["chat_template_kwargs"] or {})
+    require(
+        isinstance(variables, dict),
+        f"chat_template_kwargs = {str(variables)[:60]!r}, expected an object",
+    )
     if found["documents"]:
-        variables["documents"] = found["documents"]
-    columns = {"tools": tools, "system": record.get("system"), "variables": variables}
+        variables = variables | {"documents": found["documents"]}
+    system = record.get("system")
+    is_text = not system or isinstance(system, str) or is_missing(system)
+    require(is_text, f"system = {str(system)[:60]!r}, expected a string")
+    columns = {"tools": tools, "system": system, "variables": variables}
     return {name: value for name, value in columns.items() if value}
 
 
-ROLES = {  # role -> (the option that names its column, the usual names, how it reads, what that is)
-    "messages": ("", "messages conversations", as_messages, "a list of role and content"),
-    "text": (
-        "text",
-        "text sentence review content sentence1 premise question1 comment tweet",
-        as_text,
-        "a string",
-    ),
-    "pair": ("pair", "sentence2 hypothesis question2", as_text, "a string"),
-    "words": ("text", "tokens words text sentence", as_list, "a list of words"),
-    "source": ("text", "source text document article dialogue input abstract", as_text, "a string"),
-    "label": (
-        "label",
-        "label labels class category sentiment stars rating score",
-        as_label,
-        "a label or a list",
-    ),
-    "tags": ("label", "ner_tags tags pos_tags labels label", as_list, "a list of tags"),
-    "target": ("target", "target summary translation tldr highlights output", as_text, "a string"),
-    "question": ("question", "question query", as_text, "a string"),
-    "context": ("context", "context passage paragraph document text", as_text, "a string"),
-    "answer": ("", "answers answer", as_answers, "an answer"),
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows: records as a task reads them, which map roles (text, label, ...) to values
+# ---------------------------------------------------------------------------------------------------------------------
+class Role(NamedTuple):
+    """The column of a role. option: the option that names it; names: common names, divided by spaces, the best one
+    first; read: parses its value; expected: a phrase for errors."""
+
+    option: str
+    names: str
+    read: Callable
+    expected: str
+
+
+TEXT_COLUMNS = "text sentence review content sentence1 premise question1 comment tweet"
+SOURCE_COLUMNS = "source text document article dialogue input abstract"
+LABEL_COLUMNS = "label labels class category sentiment stars rating score"
+TARGET_COLUMNS = "target summary translation tldr highlights output"
+ROLES = {
+    "messages": Role("", "messages conversations", as_messages, "a list of role and content"),
+    "text": Role("text", TEXT_COLUMNS, as_text, "a string"),
+    "pair": Role("pair", "sentence2 hypothesis question2", as_text, "a string"),
+    "words": Role("text", "tokens words text sentence", as_list, "a list of words"),
+    "source": Role("text", SOURCE_COLUMNS, as_text, "a string"),
+    "label": Role("label", LABEL_COLUMNS, as_label, "a label or a list"),
+    "tags": Role("label", "ner_tags tags pos_tags labels label", as_list, "a list of tags"),
+    "target": Role("target", TARGET_COLUMNS, as_text, "a string"),
+    "question": Role("question", "question query", as_text, "a string"),
+    "context": Role("context", "context passage paragraph document text", as_text, "a string"),
+    "answer": Role("", "answers answer", as_answers, "an answer"),
 }
-COLUMNS = tuple(dict.fromkeys(option for option, *_ in ROLES.values() if option))
-OPTIONAL = ("messages", "pair")
-# Roles that the model does not read for a prediction.
-NOT_READ_BY_RUN = ("messages", "label", "tags", "answer", "target")
-TEXT_PAIRS = (  # columns that are a pair of texts where both are there
+# Options that name a column.
+COLUMNS = tuple(dict.fromkeys(role.option for role in ROLES.values() if role.option))
+OPTIONAL_ROLES = ("messages", "pair")
+# Roles that prediction does not read.
+TRAINING_ROLES = ("messages", "label", "tags", "answer", "target")
+# Columns that form a pair of texts where a record has both.
+TEXT_PAIRS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
     ("question1", "question2"),
@@ -724,59 +776,69 @@ TEXT_PAIRS = (  # columns that are a pair of texts where both are there
     ("text1", "text2"),
 )
 VAL_SHARE = 0.1
-MAX_CLASSES_OF_NUMBERS = 20  # 0.0, 1.0, ... of so many values at most are classes
+# Labels 0.0, 1.0, ... with more values than this are numbers, not classes.
+MAX_CLASSES_OF_NUMBERS = 20
 
 
 class Incomplete(Exception):
-    """A row that nothing can be learnt from, and why."""
+    """The row is dropped, because it has nothing to learn from; the message is the reason."""
 
 
 def read_splits(
     data, options: DataOptions, notices: list, seed: int = 0, known: dict | None = None
 ) -> tuple[list, list]:
-    """Rows to train on, and those to validate on: of --val, of the data's own validation split, or --val-share of
-    the data. `known`: see `read_rows`."""
-    if isinstance(data, dict):  # splits in memory
+    """Returns (rows to train on, rows to validate on). The latter come from --val, else from the data's own validation
+    split, else they are --val-share of the data.
+
+    data: a file, a folder, records in memory, or a dict of splits. Appends remarks for the user to `notices`. known:
+    see `read_rows`.
+    """
+    # A dict of splits in memory.
+    if isinstance(data, dict):
         require("train" in data, "data: expected a split `train`")
         rows = read_rows(data["train"], options, notices=notices, known=known)
-        held = data.get("validation")
+        val_data = data.get("validation")
     else:
         rows = read_rows(data, options, notices=notices, known=known)
         in_folder = isinstance(data, (str, Path)) and Path(data).is_dir()
         splits = data_files(Path(data)) if in_folder else {}
-        held = data if "validation" in splits else None
+        val_data = data if "validation" in splits else None
         if "test" in splits:
             notices.append(f"{data}: its test split is not read (`tinylm eval` reads it)")
-    held = options.val or held
-    if held is None:
-        rows, held = split_rows(rows, options.val_share, seed)
+    val_data = options.val or val_data
+    if val_data is None:
+        rows, val_rows = split_rows(rows, options.val_share, seed)
     else:
         source = options.val or (data if isinstance(data, (str, Path)) else "the data")
         expected = f"none, as {source} has rows to validate on"
         require(options.val_share is None, f"--val-share {options.val_share}: expected {expected}")
-        if "label" in rows[0]:  # are numbers there what they are here
+        # Validation labels are numbers or classes as the training labels are.
+        if "label" in rows[0]:
             numbers = isinstance(rows[0]["label"], float)
             options = replace(options, regression=numbers, classes=not numbers)
         splits = ("validation", "test", "train") if options.val else ("validation",)
-        held = read_rows(held, options, splits, notices, dict(known or {}))
-    learnt = {identity(row) for row in rows}
-    twice = sum(identity(row) in learnt for row in held)
-    if twice:
+        val_rows = read_rows(val_data, options, splits, notices, dict(known or {}))
+    hashes = {row_hash(row) for row in rows}
+    shared = sum(row_hash(row) in hashes for row in val_rows)
+    if shared:
         notices.append(
-            f"{twice:,} of the {counted(len(held), 'row')} to validate on are among those to train on too: "
+            f"{shared:,} of the {counted(len(val_rows), 'row')} to validate on are among those to train on too: "
             "the figures are better than for new data"
         )
-    return rows, held
+    return rows, val_rows
 
 
-def identity(row: dict) -> int:
-    """A number that two identical rows have in common; a long text is not copied for it."""
+def row_hash(row: dict) -> int:
+    """Returns a hash that identical rows share. A row of running text may be large, so its repr is not made."""
     return hash(row["text"] if set(row) == {"text"} else repr(row))
 
 
 def split_rows(rows: list, share: float | None = None, seed: int = 0) -> tuple[list, list]:
-    """Rows to train on, and `share` of them to validate on. Of running text that is the end, by default a megabyte at
-    most. Others are drawn: as many of each class as its share, where rows have one label; of each range of numbers."""
+    """Returns (rows to train on, rows to validate on); `share` of them validate, by default VAL_SHARE.
+
+    Running text is cut near its end (see `split_text`). Other rows are drawn at random, stratified by class where each
+    has one label, or by range where labels are numbers.
+    """
     if set(rows[0]) == {"text"}:
         return split_text(rows, share)
     share = VAL_SHARE if share is None else share
@@ -794,75 +856,59 @@ def split_rows(rows: list, share: float | None = None, seed: int = 0) -> tuple[l
         for i in order:
             label = rows[i].get("label")
             groups.setdefault(label if isinstance(label, str) else None, []).append(i)
-    # As many as the group's share, rounded down; those that are left go to the largest remainders.
+    # Each group's share is rounded down; the rest goes to the largest remainders.
     quotas = [(len(group) * share, group) for group in groups.values()]
-    left = round(len(rows) * share) - sum(int(quota) for quota, _ in quotas)
-    held = set()
+    rest = round(len(rows) * share) - sum(int(quota) for quota, _ in quotas)
+    chosen = set()
     for quota, group in sorted(quotas, key=lambda item: int(item[0]) - item[0]):
-        more = left > 0 and int(quota) + 1 < len(group)
-        left -= more
-        held.update(group[: int(quota) + more])
-    kept = [row for i, row in enumerate(rows) if i not in held]
-    return kept, [row for i, row in enumerate(rows) if i in held]
+        # One row of each group stays with the rows to train on.
+        more = rest > 0 and int(quota) + 1 < len(group)
+        rest -= more
+        chosen.update(group[: int(quota) + more])
+    train_rows = [row for i, row in enumerate(rows) if i not in chosen]
+    return train_rows, [row for i, row in enumerate(rows) if i in chosen]
 
 
 def split_text(rows: list, share: float | None) -> tuple[list, list]:
-    """Texts before and after the point that leaves `share` of their characters behind it."""
-    kept = []
-    held = []
+    """Cuts the texts, one behind the other, so that `share` of them is behind the cut: by default VAL_SHARE, but at
+    most 1/64 of MMAP_MIN_BYTES (1 MB). Returns (texts before it, texts behind it). Lengths are those of the text:
+    characters, or bytes of a MappedText."""
+    train_rows = []
+    val_rows = []
     total = sum(len(row["text"]) for row in rows)
-    left = int(total * (1 - (VAL_SHARE if share is None else share)))
+    cut = int(total * (1 - (VAL_SHARE if share is None else share)))
     if share is None:
-        left = max(left, total - MMAP_MIN_BYTES // 64)
+        cut = max(cut, total - MMAP_MIN_BYTES // 64)
+    # `cut` counts from the start of each text in turn.
     for text in (row["text"] for row in rows):
-        kept += [{"text": text[:left]}] * (left > 0)
-        held += [{"text": text[left:]}] * (left < len(text))
-        left = max(left - len(text), 0)
-    return kept, held
+        train_rows += [{"text": text[:cut]}] * (cut > 0)
+        val_rows += [{"text": text[cut:]}] * (cut < len(text))
+        cut = max(cut - len(text), 0)
+    return train_rows, val_rows
 
 
 def read_rows(
-    path,
+    data,
     options: DataOptions,
     splits: tuple = ("train",),
     notices: list | None = None,
     known: dict | None = None,
 ) -> list[dict]:
-    """Rows, with the roles that the task needs, of a file, of a folder's files of the first of the splits that it has,
-    of standard input ("-"), or of records in memory, a pandas DataFrame too. Rows where something is empty are left out.
-    What there is to say of it goes to stderr, or to the list `notices`. known: option -> column, which is preferred to
-    the usual names where a row has it; gets the columns of the first row.
+    """Returns rows with the roles of the task. Rows with an empty value are dropped.
 
-    Raises Error where a column is missing or has something else in it.
+    data: a file, a folder, "-" for standard input, or records in memory (dicts, a pandas DataFrame). splits: a folder
+    is read from the first of these that it has. notices: a list that remarks for the user are appended to; without one
+    they are printed to stderr. known: option -> column, preferred to the common names where a record has it; the
+    columns of the first record are added to it. Raises Error for a missing column or a value of the wrong kind.
     """
-    name = "rows"
     rows = []
-    columns = {}  # of the first row
+    # Those of the first record: role -> column.
+    columns = {}
     known = {} if known is None else known
-    dropped = Counter()  # reason -> rows
+    # Reason -> number of rows.
+    dropped = Counter()
     lines = notices if notices is not None else []
-    if isinstance(path, (str, Path)):
-        name = str(path)
-        path = Path(path)
-        files = [path]
-        if path.is_dir():
-            found = data_files(path)
-            split = next((split for split in splits if split in found), splits[0])
-            require(
-                found.get(split),
-                f"{path}: no {', '.join(FORMATS)} file {'in this folder' if not found else f'to {split} on'}",
-            )
-            files = found[split]
-            more = ", ..." if len(files) > 3 else ""
-            names = ", ".join(str(file.relative_to(path)) for file in files[:3])
-            lines.append(
-                f"{path}: {counted(len(files), 'file')} of the {split} split ({names}{more})"
-            )
-        records = itertools.chain.from_iterable(
-            file_records(file, options, path, lines) for file in files
-        )
-    else:
-        records = numbered(path)
+    name, records = open_records(data, options, splits, lines)
     for place, record in records:
         try:
             if not columns:
@@ -889,16 +935,41 @@ def read_rows(
     return rows
 
 
+def open_records(
+    data, options: DataOptions, splits: tuple, notices: list
+) -> tuple[str, Iterator[tuple[str, dict]]]:
+    """Returns (name of the data for errors, iterator of (place, record)); see `read_rows`."""
+    if not isinstance(data, (str, Path)):
+        return "rows", numbered(data)
+    path = Path(data)
+    files = [path]
+    if path.is_dir():
+        found = data_files(path)
+        split = next((split for split in splits if split in found), splits[0])
+        require(
+            found.get(split),
+            f"{path}: no {', '.join(FORMATS)} file {'in this folder' if not found else f'to {split} on'}",
+        )
+        files = found[split]
+        more = ", ..." if len(files) > 3 else ""
+        names = ", ".join(str(file.relative_to(path)) for file in files[:3])
+        notices.append(
+            f"{path}: {counted(len(files), 'file')} of the {split} split ({names}{more})"
+        )
+    records = (file_records(file, options, path, notices) for file in files)
+    return str(data), itertools.chain.from_iterable(records)
+
+
 def numbered(records) -> Iterator[tuple[str, dict]]:
-    """(place, record) of records in memory: dicts, or the rows of a pandas DataFrame."""
+    """Yields (place, record) of records in memory: dicts, or the rows of a pandas DataFrame."""
     if hasattr(records, "iterrows"):
         records = records.astype(object).where(records.notna(), None).to_dict("records")
     return ((f"row {n}", record) for n, record in enumerate(records, 1))
 
 
 def by_option(columns: dict) -> dict[str, str]:
-    """Option -> column, of role -> column or columns; as on the command line."""
-    named = {ROLES[role][0]: column for role, column in columns.items() if ROLES[role][0]}
+    """Converts role -> column or columns to option -> column, as the command line has it (a,b,c for several)."""
+    named = {ROLES[role].option: column for role, column in columns.items() if ROLES[role].option}
     return {name: ",".join(x) if isinstance(x, list) else x for name, x in named.items()}
 
 
@@ -912,36 +983,31 @@ def counted(number: int, name: str) -> str:
 
 
 def read_row(place: str, record, options: DataOptions, known: dict = {}) -> dict:
-    """Role -> value. Raises Incomplete for a row where one is empty, Error for one of another kind."""
+    """Returns role -> value. Raises Incomplete for an empty value, Error for one of the wrong kind."""
     row = {}
     record = from_instruction(record, options)
     for role, column in choose_columns(place, record, options, known).items():
         if isinstance(column, list):
             row[role] = {name: read_hot(place, record, name) for name in column}
             continue
-        _, _, read, kind = ROLES[role]
         value = lookup(record, column)
-        nothing = is_missing(value) or role in ("messages", "words") and not value
-        if nothing and role == "pair":  # a text alone
+        empty = is_missing(value) or role in ("messages", "words") and not value
+        # A text may have no second one, and a question no answer.
+        if empty and role == "pair":
             continue
-        if nothing and role == "answer":
+        if empty and role == "answer":
             value = []
-        elif nothing:
+        elif empty:
             raise Incomplete(f"{column} is empty")
         try:
-            row[role] = read(value)
+            row[role] = ROLES[role].read(value)
             if role == "messages":
                 row |= chat_columns(record)
         except onnxlm.Error as error:
             raise onnxlm.Error(f"{place}: {column}: {error}") from None
         except (TypeError, ValueError, KeyError):
-            hint = ""
-            if isinstance(value, dict) and read is as_text:
-                names = ", ".join(f"{column}.{name}" for name in value)
-                hint = f"; {flag(ROLES[role][0] or 'text')} names one of {names}"
-            raise onnxlm.Error(
-                f"{place}: {column} = {str(value)[:60]!r}, expected {kind}{hint}"
-            ) from None
+            shown = f"{place}: {column} = {str(value)[:60]!r}"
+            raise onnxlm.Error(f"{shown}, {expected_value(role, column, value)}") from None
     if isinstance(system := row.pop("system", None), str):
         if row["messages"][0]["role"] != "system":
             row["messages"].insert(0, {"role": "system", "content": system})
@@ -952,6 +1018,15 @@ def read_row(place: str, record, options: DataOptions, known: dict = {}) -> dict
     return row
 
 
+def expected_value(role: str, column: str, value) -> str:
+    """Describes the values that a role accepts; for an object, the options that would name one of its fields."""
+    _, _, read, expected = ROLES[role]
+    if not isinstance(value, dict) or read is not as_text:
+        return f"expected {expected}"
+    names = ", ".join(f"{column}.{name}" for name in value)
+    return f"expected {expected}; {flag(ROLES[role].option)} names one of {names}"
+
+
 def is_missing(value) -> bool:
     if isinstance(value, str):
         return not value.strip()
@@ -959,7 +1034,7 @@ def is_missing(value) -> bool:
 
 
 def read_hot(place: str, record: dict, column: str) -> int:
-    """0 or 1, in one of several columns of labels."""
+    """Reads 0 or 1 from one of several columns of labels."""
     value = lookup(record, column)
     if is_missing(value):
         raise Incomplete(f"{column} is empty")
@@ -972,36 +1047,36 @@ def read_hot(place: str, record: dict, column: str) -> int:
 def choose_columns(
     place: str, record, options: DataOptions, known: dict = {}, inputs: bool = False
 ) -> dict[str, str | list]:
-    """Role -> the column that has it, for the roles of the task, or only those that the model reads; a list for several
-    columns of labels. A column is that of its option, or `known`, or has one of the usual names."""
+    """Returns role -> column for the roles of the task (`inputs`: only those that a prediction reads). A column is
+    named by its option, else by `known`, else it has a common name. Several columns of labels are a list."""
     require(isinstance(record, dict), f"{place}: {str(record)[:60]!r}, expected an object")
     columns = {str(name).lower(): name for name in record}
     chosen = {}
     for role in TASK_ROLES[options.task]:
-        if inputs and role in NOT_READ_BY_RUN:
+        if inputs and role in TRAINING_ROLES:
             continue
-        option, names, _, _ = ROLES[role]
+        # "" for messages and answer, which no option names.
+        named_by = ROLES[role].option
+        given = getattr(options, named_by, "")
         several = role == "label"
-        column = getattr(options, option, "")
-        if column:
-            column = find_column(record, columns, column, several)
+        if given:
+            column = find_column(record, columns, given, several)
         else:
-            names = usual_names(role, columns, chosen, options)
+            names = common_names(role, columns, chosen, options)
             column = next((columns[name] for name in names if name in columns), None)
-            if known.get(option):
-                column = find_column(record, columns, known[option], several) or column
+            if known.get(named_by):
+                column = find_column(record, columns, known[named_by], several) or column
         if column is not None:
             chosen[role] = column
-        elif role not in OPTIONAL and "messages" not in chosen:
-            raise onnxlm.Error(
-                f"{place}: {missing_column(record, role, getattr(options, option, ''))}"
-            )
+        elif role not in OPTIONAL_ROLES and "messages" not in chosen:
+            raise onnxlm.Error(f"{place}: {missing_column(record, role, given)}")
     return chosen
 
 
-def usual_names(role: str, columns: dict, chosen: dict, options: DataOptions) -> list[str]:
-    """The names of a role's column, the first one that is there is it."""
-    names = ROLES[role][1].split()
+def common_names(role: str, columns: dict, chosen: dict, options: DataOptions) -> list[str]:
+    """Returns the common names of a role's column, in order of preference. A record with both columns of a pair of
+    texts prefers these."""
+    names = ROLES[role].names.split()
     pairs = [pair for pair in TEXT_PAIRS if columns.keys() >= {*pair}]
     if options.task == "classify" and role == "text" and "text" not in columns:
         return [first for first, _ in pairs] + names
@@ -1011,7 +1086,8 @@ def usual_names(role: str, columns: dict, chosen: dict, options: DataOptions) ->
 
 
 def find_column(record: dict, columns: dict, name: str, several: bool) -> str | list | None:
-    """A column as its record spells it: exactly, nested, or in another case; or `several`, as a,b,c."""
+    """Returns a column as the record spells it: `name` itself, which may be nested (a.b), or in another case; with
+    `several` also a list for a,b,c. None if there is none. columns: lower-case name -> name."""
     with contextlib.suppress(KeyError):
         lookup(record, name)
         return name
@@ -1022,11 +1098,12 @@ def find_column(record: dict, columns: dict, name: str, several: bool) -> str | 
 
 
 def missing_column(record: dict, role: str, given: str) -> str:
-    option, names, _, _ = ROLES[role]
-    columns = column_names(record)
-    text = f"no column {given or ' or '.join(names.split())} for the {role} (columns: {', '.join(columns)[:200]})"
-    if option and not given:
-        text += f"; {flag(option)} names it"
+    """Describes a missing column; `given` is the name that its option gives."""
+    columns, role_option = column_names(record), ROLES[role].option
+    names = given or " or ".join(ROLES[role].names.split())
+    text = f"no column {names} for the {role} (columns: {', '.join(columns)[:200]})"
+    if role_option and not given:
+        text += f"; {flag(role_option)} names it"
     if columns == ["text"]:
         text += "; a plain text has one column, expected .jsonl, .csv, .tsv, .parquet, ..."
     elif any(len(name.split()) > 3 for name in columns):
@@ -1035,7 +1112,7 @@ def missing_column(record: dict, role: str, given: str) -> str:
 
 
 def column_names(record: dict) -> list[str]:
-    """All columns; nested ones by their dotted names."""
+    """Returns the names of all columns; an object's fields are column.field."""
     names = []
     for name, value in record.items():
         nested = isinstance(value, dict) and all(isinstance(key, str) for key in value)
@@ -1044,7 +1121,8 @@ def column_names(record: dict) -> list[str]:
 
 
 def from_instruction(record, options: DataOptions):
-    """alpaca's instruction, input and output as what they mean: a source and its target, or a chat of two turns."""
+    """Converts an alpaca record (instruction, input, output) to source and target, or to a chat of two turns. Returns
+    any other record as it is."""
     if not isinstance(record, dict) or options.text or options.target:
         return record
     columns = {str(name).lower(): value for name, value in record.items()}
@@ -1069,7 +1147,8 @@ def from_instruction(record, options: DataOptions):
 
 
 def find_answers(context: str, answers: list) -> list:
-    """Answers, each with where it stands in the context. Raises Incomplete if none stands there."""
+    """Returns [(text, start)] of the answers that the context contains; a wrong or missing start is searched for.
+    Raises Incomplete if it contains none of them."""
     found = []
     answers = [(text, start) for text, start in answers if text.strip()]
     for text, start in answers:
@@ -1083,9 +1162,9 @@ def find_answers(context: str, answers: list) -> list:
 
 
 def settle_labels(name: str, rows: list, options: DataOptions) -> list[str]:
-    """Make the labels of one kind, in place: names of classes, lists of them (or {name: 0 or 1}), or numbers. Numbers
-    with a decimal point are no classes, but for 0.0, 1.0, ... of a few values; --regression and --classes decide
-    otherwise. Returns what there is to say of it."""
+    """Decides whether labels are class names, lists of names, {name: 0 or 1} or numbers, and converts them in place.
+    Returns notices. Numbers with a decimal point mean regression, except for a few whole ones (0.0, 1.0, ...);
+    --regression and --classes override this."""
     labels = [row["label"] for row in rows]
     if any(isinstance(label, (list, dict)) for label in labels):
         require(not options.regression, f"{name}: lists of labels, expected numbers (--regression)")
@@ -1094,13 +1173,11 @@ def settle_labels(name: str, rows: list, options: DataOptions) -> list[str]:
     points = [isinstance(label, float) or "." in label for label in labels]
     decimal = any(number is not None and point for number, point in zip(numbers, points))
     if options.regression or decimal and not options.classes:
+        expected = "a number as others; --classes takes all as names"
+        if options.regression:
+            expected = "--regression"
         for label, number in zip(labels, numbers):
-            what = (
-                "--regression"
-                if options.regression
-                else "a number as others; --classes takes all as names"
-            )
-            require(number is not None, f"{name}: label {label!r}, expected {what}")
+            require(number is not None, f"{name}: label {label!r}, expected {expected}")
     whole = all(number is not None and number.is_integer() for number in numbers)
     few = len(set(numbers)) <= MAX_CLASSES_OF_NUMBERS
     regression = options.regression or decimal and not options.classes and not (whole and few)
@@ -1108,38 +1185,42 @@ def settle_labels(name: str, rows: list, options: DataOptions) -> list[str]:
         if regression:
             row["label"] = number
         elif decimal and number is not None and number.is_integer():
-            row["label"] = name_of(name, str(int(number)), options.names)
+            row["label"] = resolve_name(name, str(int(number)), options.names)
         else:
-            row["label"] = name_of(name, str(label), options.names)
+            row["label"] = resolve_name(name, str(label), options.names)
     if decimal and not regression and not options.classes:
         return [f"{name}: labels like 0.0 are taken as classes; --regression takes them as numbers"]
     return []
 
 
 def settle_lists(name: str, rows: list, options: DataOptions) -> list[str]:
-    """Lists of labels as lists of names; lists of 0 and 1, all of one length, as {name: 0 or 1}."""
+    """Converts lists of labels in place: multi-hot lists (0 and 1, all of one length) to {name: 0 or 1}, others to lists
+    of names. Returns notices."""
     if all(isinstance(row["label"], dict) for row in rows):
         return []
     labels = [row["label"] if isinstance(row["label"], list) else [row["label"]] for row in rows]
     items = [item for label in labels for item in label]
     lengths = sorted({len(label) for label in labels})
     kinds = {*map(type, items)}
-    # A list of names or of numbers of classes repeats none, and no such number is a float or a truth value.
-    sure = kinds & {bool, float} or any(len({*map(str, x)}) < len(x) for x in labels)
+    # Lists of 0 and 1 may also be class ids. Class ids are ints and do not repeat within a list, so bools, floats and
+    # repetitions are certainly multi-hot; ints in lists of one length above 1 are likely to be.
+    certain = kinds & {bool, float} or any(len({*map(str, label)}) < len(label) for label in labels)
     likely = len(lengths) == 1 < lengths[0] and kinds == {int}
     likely &= len(options.names) in (0, lengths[0])
-    if items and all(as_hot(item) is not None for item in items) and (sure or likely):
-        return settle_hot(name, rows, labels, lengths, options.names)
+    if items and all(as_hot(item) is not None for item in items) and (certain or likely):
+        return settle_multi_hot(name, rows, labels, lengths, options.names)
     for row, label in zip(rows, labels):
         whole = [not isinstance(item, float) or item.is_integer() for item in label]
         expected = "names, or 0 and 1 for each label"
         require(all(whole), f"{name}: label {str(label)[:60]}, expected {expected}")
         texts = [str(int(item)) if isinstance(item, float) else str(item) for item in label]
-        row["label"] = [name_of(name, text, options.names) for text in texts]
+        row["label"] = [resolve_name(name, text, options.names) for text in texts]
     return []
 
 
-def settle_hot(name: str, rows: list, labels: list, lengths: list, names: list) -> list[str]:
+def settle_multi_hot(name: str, rows: list, labels: list, lengths: list, names: list) -> list[str]:
+    """Converts multi-hot labels to {name: 0 or 1} in place; `lengths`: the different lengths of the lists, sorted.
+    Returns notices."""
     found = f"{name}: labels are lists of 0 and 1"
     size = lengths[0]
     require(len(lengths) == 1, f"{found}, {size} to {lengths[-1]} of them, expected one length")
@@ -1153,7 +1234,7 @@ def settle_hot(name: str, rows: list, labels: list, lengths: list, names: list) 
 
 
 def settle_tags(name: str, rows: list, options: DataOptions):
-    """Numbers of tags as their names, in place."""
+    """Converts the tags to names of --label-names in place. Raises Error for tags that are numbers without names."""
     tags = {tag for row in rows for tag in row["tags"]}
     numbers = all(tag.removeprefix("-").isdecimal() for tag in tags)
     shown = ", ".join(sorted(tags)[:10])
@@ -1161,13 +1242,14 @@ def settle_tags(name: str, rows: list, options: DataOptions):
         options.names or not numbers,
         f"{name}: tags are numbers ({shown}); --label-names names them in order, as O,B-PER,I-PER",
     )
-    named = {tag: name_of(name, tag, options.names) for tag in tags}
+    named = {tag: resolve_name(name, tag, options.names) for tag in tags}
     for row in rows:
         row["tags"] = [named[tag] for tag in row["tags"]]
 
 
-def name_of(place: str, label: str, names: list[str]) -> str:
-    """A label by its name among the names, which may spell it otherwise or be those of numbers."""
+def resolve_name(place: str, label: str, names: list[str]) -> str:
+    """Returns the name of a label among `names` (--label-names): the same name in another case or spacing, or the name
+    at an index. Returns the label itself if there are no names."""
     if not names:
         return label
     if label.isdecimal() and label not in names and int(label) < len(names):
@@ -1179,7 +1261,7 @@ def name_of(place: str, label: str, names: list[str]) -> str:
 
 
 def find_name(label: str, names) -> str | None:
-    """The name that is the label: exactly, or the only one without regard to case and spaces."""
+    """Returns the name equal to the label, else the only one that differs in case and spaces alone, else None."""
     if label in names:
         return label
     found = [name for name in names if name_key(name) == name_key(label)]
@@ -1187,7 +1269,8 @@ def find_name(label: str, names) -> str | None:
 
 
 def name_key(label: str) -> str:
-    """What two spellings of a label have in common. LABEL_0 is the name of a class without one, 0."""
+    """Returns a key that two spellings of a label share: without case and spaces. The key of LABEL_0, transformers' name
+    of an unnamed class, is 0."""
     key = "".join(label.split()).casefold()
     return key.removeprefix("label_") if re.fullmatch(r"label_\d+", key) else key
 

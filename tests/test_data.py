@@ -397,3 +397,11 @@ def test_rows_of_chats_keep_their_fields():
 def test_fields_of_chats_that_no_template_takes_are_named(message, word):
     with pytest.raises(tinylm.Error, match=word):
         datafiles.read_rows([{"messages": [message]}], train.TrainOptions())
+
+
+@pytest.mark.parametrize("column, value", [("system", ["be brief"]), ("chat_template_kwargs", [1])])
+def test_a_wrong_value_beside_messages_is_named(column, value):
+    """Guards a system prompt that was dropped silently, and variables whose error blamed the messages."""
+    record = {"messages": [{"role": "user", "content": "hi"}], column: value}
+    with pytest.raises(tinylm.Error, match=f"{column} = "):
+        datafiles.read_rows([record], train.TrainOptions())

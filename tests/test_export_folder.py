@@ -249,7 +249,7 @@ def test_the_speed_counts_tokens(small_export, tmp_path, monkeypatch, capsys):
         (byte, "\U0001f600" * (i % 4 == 3)) for i, byte in enumerate("\U0001f600".encode() * 9)
     ]
     monkeypatch.setattr(lm, "steps", lambda *_, **__: iter(emoji))
-    export.show(lm, "hi", 36)
+    export.print_sample(lm, "hi", 36, "")
     assert "\U0001f600" in (text := capsys.readouterr().out) and text.endswith(", 1 tokens/s\n")
 
 

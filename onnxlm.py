@@ -116,7 +116,7 @@ def read_json(path: Path, missing: dict | list | None = None):
     """The JSON object in a file. `missing` is returned where there is no file; a list means that an array is expected."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if missing is not None:
             return missing
         raise Error(f"{path}: no such file") from None
@@ -512,7 +512,7 @@ class OnnxLM:
         return make_generation_config(given, defaults, self.config)
 
     def run(
-        self, texts: list[str], pairs: list | None = None, batch: int = 32, **options
+        self, texts: list[str] | str, pairs: list | str | None = None, batch: int = 32, **options
     ) -> list[list[dict]]:
         """What the model is for, of each text: see `run` below; options as of the task's function."""
         return run(self, texts, pairs, batch, **options)
@@ -1547,67 +1547,79 @@ class TextStream:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tasks: from texts to windows of tokens, and from a model's outputs to labels, entities, answers, texts
+# Tasks: from texts to windows of tokens, and from outputs to labels, entities, answers, texts
 # ---------------------------------------------------------------------------------------------------------------------
 #
-# A `model` (OnnxLM, or an adapter around one in torch) has forward(ids, mask, types) -> array, generate(ids, mask,
-# **options) -> ids, tokenizer, config (a dict as in config.json), max_length, task, folder (or None) and remembered, what
-# tinylm_training.json says (or {}).
+# A `model` is an OnnxLM, or train.py's adapter of a torch model. It has forward(ids, mask, types) -> array,
+# generate(ids, mask, **options) -> ids, tokenizer, config (the dict of config.json), max_length, task, folder (or None)
+# and remembered (the dict of tinylm_training.json, or {}).
 
-LONGEST = 512  # tokens of a text that are read, where nothing says another limit
-SHARED = 128  # tokens that neighbouring windows share, at most
-LONGEST_ANSWER = 30  # tokens of an answer, where training has no longer one
-# Likeliest first and last columns of an answer that are paired, as in transformers' run_qa.
+# Tokens per window if neither the model's files nor its training set a limit.
+DEFAULT_LIMIT = 512
+# Tokens that neighbouring windows share, at most.
+MAX_STRIDE = 128
+# Tokens of an answer, at most, unless the training had longer ones.
+LONGEST_ANSWER = 30
+# Likeliest starts and ends of an answer that are paired, as in transformers' run_qa.
 N_BEST = 20
-MOST_ATTACHED = 2000  # words with punctuation at an end that are remembered of a training
+# Words that begin or end with punctuation, at most, in tinylm_training.json.
+MAX_ATTACHED = 2000
 
-# Letters of scripts that are written without spaces between words: Thai to Tibetan, Myanmar, Khmer, Tai, kana, Han, Yi.
+# Letters of scripts without spaces between words: Thai to Tibetan, Myanmar, Khmer, Tai, kana, Han, Yi.
 UNSPACED = (
     "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0fbc\u1000-\u109f\u1780-\u17d3\u1950-\u19df\u1a20-\u1aad"
     "\u3005-\u3007\u3041-\u30ff\u3105-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua4cf"
     "\ua9e0-\ua9fe\uaa60-\uaadf\uf900-\ufaff\uff66-\uff9f\U00016fe0-\U0001b2ff\U00020000-\U0003ffff"
 )
-# U.S. and J., and signs that belong to a word.
+# Words that keep the mark at their end: U.S. and J., and those that end with one of -%&/*_.
 ABBREVIATION = re.compile(r"\.\w+\.$|^[A-ZÀ-ÞΑ-ΩА-Я]\.$|[-%&/*_]$")
 HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff"
 
 
 class Window(NamedTuple):
-    """Tokens of a text, or of a pair, that a model reads at once: lists with one entry for each."""
+    """Tokens of a text, or of a pair, that a model reads at once. The lists have one entry per token."""
 
     ids: list
     type_ids: list
-    sequence_ids: list  # which text it is of, 0 or 1; None of a special one
-    offsets: list  # (start, end) in its text
-    columns: list  # where it stands in the encoding of the whole text
-    cut: bool = False  # is a part of the text in no window?
+    # The token's text, 0 or 1; None for special tokens.
+    sequence_ids: list
+    # (start, end) in the token's text.
+    offsets: list
+    # The token's index in the encoding of the whole text.
+    columns: list
+    # Whether a part of the text is in no window.
+    cut: bool = False
 
 
 def encode_windows(
     tokenizer,
     text: str,
     pair: str | None = None,
-    limit: int = LONGEST,
+    limit: int = DEFAULT_LIMIT,
     stride: int | None = None,
     special: bool = True,
 ) -> list[Window]:
-    """A text, or two, between special tokens (if `special`) in at most `limit` tokens: cut on the tokenizer's
-    `truncation_side`, of two texts first the longer one. With a stride nothing is cut: the last text is divided into
-    windows that share so many tokens."""
+    """Encodes a text, or a pair, as windows of at most `limit` tokens, with special tokens if `special`.
+
+    Without a stride there is one window: a longer text is truncated on the tokenizer's `truncation_side`, the longer of
+    two texts first. With a stride nothing is truncated: the last text is divided into windows that share `stride`
+    tokens, each behind the whole first text. Raises Error if the first text leaves no room for that.
+    """
     encoding = tokenizer.encoding(text, pair, special)
-    columns: dict = {None: [], 0: [], 1: []}
-    for column, part in enumerate(encoding.sequence_ids):
-        columns[part].append(column)
-    special, first, second = columns.values()
+    # Token indices of the special tokens, of the text and of its pair.
+    specials, first, second = (
+        [column for column, part in enumerate(encoding.sequence_ids) if part == wanted]
+        for wanted in (None, 0, 1)
+    )
     left = getattr(tokenizer, "truncation_side", "right") == "left"
-    room = limit - len(special)
+    room = limit - len(specials)
     cut = len(encoding.ids) > limit and stride is None
     if len(encoding.ids) <= limit:
         kept = [range(len(encoding.ids))]
     elif cut:
         shorter, longer = sorted((first, second), key=len)
         shorter = truncate(shorter, room // 2, left)
-        kept = [special + shorter + truncate(longer, room - len(shorter), left)]
+        kept = [specials + shorter + truncate(longer, room - len(shorter), left)]
     else:
         fixed, divided = ([], first) if pair is None else (first, second)
         room -= len(fixed)
@@ -1616,9 +1628,10 @@ def encode_windows(
         )
         starts = range(0, max(len(divided) - stride, 1), room - stride)
         spans = [(start, min(start + room, len(divided))) for start in starts]
-        if left:  # mirrored: the last window is full, not the first
+        # Counted from the end, so that the last window is full instead of the first.
+        if left:
             spans = [(len(divided) - end, len(divided) - start) for start, end in reversed(spans)]
-        kept = [special + fixed + divided[start:end] for start, end in spans]
+        kept = [specials + fixed + divided[start:end] for start, end in spans]
     lists = encoding.ids, encoding.type_ids, encoding.sequence_ids, encoding.offsets
     windows = []
     for columns in map(sorted, kept):
@@ -1628,47 +1641,50 @@ def encode_windows(
 
 
 def truncate(columns: list, count: int, left: bool) -> list:
-    """The first columns, or where the text loses its beginning the last."""
+    """Returns the first `count` columns, or the last ones if the text is truncated on its left."""
     count = max(count, 0)
     return columns[max(len(columns) - count, 0) :] if left else columns[:count]
 
 
 def stride_of(tokenizer, limit: int, *texts: str) -> int:
-    """Tokens that windows share, behind one text or none."""
-    return min(SHARED, max(limit - len(tokenizer.encode(*texts)), 0) // 2)
+    """Returns the tokens that neighbouring windows share: at most half of the room that `texts` and the special tokens
+    leave."""
+    return min(MAX_STRIDE, max(limit - len(tokenizer.encode(*texts)), 0) // 2)
 
 
 def widest_context(windows: list[Window]) -> dict[int, tuple[int, int]]:
-    """Column of a whole text -> (window, column in it), where it has the most context on its shorter side."""
+    """Returns token of the whole text -> (window, column) of its copy with the most context: the number of tokens on
+    its shorter side."""
     best: dict = {}
     for number, window in enumerate(windows):
-        inside = [c for c, part in enumerate(window.sequence_ids) if part is not None]
-        for i, c in enumerate(inside):
-            context, column = min(i, len(inside) - 1 - i), window.columns[c]
-            if column not in best or context > best[column][0]:
-                best[column] = (context, number, c)
-    return {column: best[column][1:] for column in sorted(best)}
+        inside = [column for column, part in enumerate(window.sequence_ids) if part is not None]
+        for i, column in enumerate(inside):
+            context, token = min(i, len(inside) - 1 - i), window.columns[column]
+            if token not in best or context > best[token][0]:
+                best[token] = (context, number, column)
+    return {token: best[token][1:] for token in sorted(best)}
 
 
-def reading_limit(model, most: int = 2**31) -> int:
-    """How many tokens of a text the model reads at once: as many as it was trained on; else as its files say (or
-    LONGEST), but at `most`."""
-    named = (
+def reading_limit(model, task_limit: int = 2**31) -> int:
+    """Returns the tokens of a window: as many as in training, else the smallest limit in the model's files (or
+    DEFAULT_LIMIT), at most `task_limit`."""
+    limits = (
         getattr(model.tokenizer, "model_max_length", None),
         model.config.get("max_position_embeddings"),
     )
-    known = [n for n in named if is_number_in(n, 1, 2**31 - 1)] or [LONGEST]
-    return min(model.remembered.get("block") or min(*known, most), model.max_length)
+    known = [n for n in limits if is_number_in(n, 1, 2**31 - 1)] or [DEFAULT_LIMIT]
+    return min(model.remembered.get("block") or min(*known, task_limit), model.max_length)
 
 
 def pad(windows: list, model) -> tuple:
-    """Ids, mask and types (batch, longest) of windows, padded on the right."""
+    """Returns ids, mask and token types (batch, longest) of windows, padded on the right; types are None for a model
+    without them. A window without tokens, as some tokenizers make of an empty text, becomes an end token."""
     empty = np.ravel(model.config.get("eos_token_id") or 0)[:1].tolist()
     shape = len(windows), max(len(window.ids or empty) for window in windows)
     ids = np.full(shape, max(model.config.get("pad_token_id") or 0, 0))
     mask, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     for row, window in enumerate(windows):
-        tokens = window.ids or empty  # of a text of no tokens, where a tokenizer has no specials
+        tokens = window.ids or empty
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = 1
         types[row, : len(window.type_ids)] = window.type_ids
@@ -1676,14 +1692,14 @@ def pad(windows: list, model) -> tuple:
 
 
 def batches_by_length(lengths: list[int], batch: int) -> list[list[int]]:
-    """Indices in batches of like length, the longest first."""
+    """Returns the indices of `lengths` in batches of similar length, the longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[at : at + batch] for at in range(0, len(order), batch)]
 
 
 def read(model, windows: list, batch: int = 32) -> list:
-    """The model's output for each window, without padding: of a classifier (labels,), else (tokens, ...). Raises Error
-    where it is not finite."""
+    """Runs the model on windows. Returns its output for each, without padding: (labels,) from a classifier, else
+    (tokens, ...). Raises Error if it is not finite."""
     outputs: list = [None] * len(windows)
     for rows in batches_by_length([len(window.ids) for window in windows], batch):
         ids, mask, types = pad([windows[i] for i in rows], model)
@@ -1695,12 +1711,14 @@ def read(model, windows: list, batch: int = 32) -> list:
 
 
 class Reader:
-    """How a model reads texts for its task, and what its outputs mean. `run` and an evaluation both decide by it.
+    """One task: how a text becomes windows, and how the model's outputs become results. `run` and `tinylm eval` share
+    it, so that both decide alike.
 
-    limit: tokens that it reads at once (None: see `reading_limit`).
+    limit: tokens per window (None: see `reading_limit`).
     """
 
-    most = 2**31  # tokens of a window, where no training says it
+    # See `reading_limit`.
+    task_limit = 2**31
 
     def __init__(self, model, limit: int | None = None):
         require(
@@ -1708,44 +1726,48 @@ class Reader:
             f"limit = {limit!r}, expected a positive number",
         )
         self.model = model
-        self.limit = min(limit or reading_limit(model, self.most), model.max_length)
-        self.texts = self.cut = 0  # read so far, and those of them that were cut
+        self.limit = min(limit or reading_limit(model, self.task_limit), model.max_length)
+        # Texts read so far, and how many of them were truncated; for `notices`.
+        self.texts = self.cut = 0
 
     def windows(self, text: str, pair: str | None) -> list[Window]:
-        """What the model reads of a text (and its pair)."""
+        """Encodes a text and its pair, if any."""
         return encode_windows(self.model.tokenizer, text, pair, self.limit)
 
     def outputs(self, windows: list, batch: int) -> list:
-        """What the model says of each window."""
+        """Runs the model on windows and returns one output for each."""
         return read(self.model, windows, batch)
 
     def decide(self, text: str, pair: str | None, windows: list, outputs: list) -> list[dict]:
-        """What that means, the likeliest first."""
+        """Returns the results of one text from the outputs of its windows, the likeliest first."""
         raise NotImplementedError
 
     def read(self, texts: list, pairs: list, batch: int) -> list[tuple]:
-        """(windows, outputs) of each text and its pair (or None)."""
+        """Returns (windows, outputs) of each text and its pair (or None)."""
         windows = [self.windows(text, pair) for text, pair in zip(texts, pairs)]
-        outputs = iter(self.outputs([one for some in windows for one in some], batch))
+        outputs = iter(self.outputs([window for some in windows for window in some], batch))
         self.texts += len(texts)
         self.cut += sum(any(window.cut for window in some) for some in windows)
         return [(some, [*itertools.islice(outputs, len(some))]) for some in windows]
 
     def run(self, texts: list, pairs: list, batch: int) -> list[list[dict]]:
-        """A list of dicts for each text and its pair (or None)."""
+        """Returns the results (see `decide`) of each text and its pair (or None)."""
         found = self.read(texts, pairs, batch)
-        return [self.decide(*both, *reading) for *both, reading in zip(texts, pairs, found)]
+        return [
+            self.decide(text, pair, windows, outputs)
+            for text, pair, (windows, outputs) in zip(texts, pairs, found)
+        ]
 
     def columns(self) -> dict:
-        """The columns of a table that take what it decides -> their types."""
+        """Returns the columns that a table of results has -> their types."""
         return {"prediction": str, "score": float}
 
     def cells(self, found: list[dict]) -> dict:
-        """A text's values of these columns: the first ones of the likeliest."""
+        """Returns the values of these columns for one text's results; here, those of the likeliest."""
         return dict(zip(self.columns(), found[0].values()))
 
     def notices(self) -> list[str]:
-        """What the results do not say by themselves, a line each."""
+        """Returns remarks on the results so far, one line each: truncated texts and the like."""
         return [cut_notice(self.cut, self.texts, self.limit, self.model.tokenizer)] * bool(self.cut)
 
 
@@ -1763,8 +1785,8 @@ def label_names(config: dict, count: int) -> list:
 
 
 def label_scores(logits, config: dict) -> np.ndarray:
-    """Of logits (..., labels): probabilities that sum to one, one for each (of several labels, or of a single one), or
-    the numbers themselves."""
+    """Converts logits (..., labels) to scores: the numbers themselves for regression, a sigmoid each for several labels
+    or a single one, else a softmax."""
     kind = config.get("problem_type")
     if kind == "regression":
         return logits
@@ -1796,13 +1818,13 @@ class Classifier(Reader):
         (logits,) = outputs
         config = self.model.config
         scores, names = label_scores(logits, config), label_names(config, len(logits))
-        # by the logits: a score of float32 may be 1 for several
+        # Sorted by logits: several scores may round to 1 in float32.
         order = np.argsort(-logits, kind="stable")
         return [{"label": names[i], "score": float(scores[i])} for i in order]
 
 
 class Tagger(Reader):
-    """Entities: neighbouring words of one kind, with the mean of their scores. The first token of a word has its tag,
+    """Entities: neighbouring words of one kind, with the mean of their scores. A word's tag is read at its first token,
     as in training."""
 
     def windows(self, text, pair):
@@ -1825,7 +1847,7 @@ class Tagger(Reader):
         return super().notices() + [text] * numbers
 
     def word_logits(self, text: str, windows: list, outputs: list) -> dict[int, np.ndarray]:
-        """Where a word starts -> the logits of its tag; without words that the tokenizer makes nothing of."""
+        """Returns start of a word -> logits of its tag. Words without tokens are left out."""
         spans = self.words(text)
         places = first_tokens([text[start:end] for start, end in spans], windows)
         return {spans[word][0]: outputs[at][column] for word, (at, column) in places.items()}
@@ -1848,31 +1870,37 @@ class Tagger(Reader):
 
 
 def word_windows(tokenizer, words: list[str], limit: int) -> tuple[list[Window], dict]:
-    """Windows of the words with spaces between them, and where each word's first token stands: see `first_tokens`."""
+    """Encodes words joined by spaces. Returns (windows, see `first_tokens`)."""
     stride = stride_of(tokenizer, limit, "")
     windows = encode_windows(tokenizer, " ".join(words), None, limit, stride)
     return windows, first_tokens(words, windows)
 
 
 def first_tokens(words: list[str], windows: list[Window]) -> dict[int, tuple[int, int]]:
-    """Word -> (window, column) of its first token, where that has most context. A word that the tokenizer makes nothing
-    of is left out."""
+    """Returns word -> (window, column) of its first token, in the window where that has the most context. Words without
+    tokens are left out."""
     text = " ".join(words)
     word_at = [i for i, word in enumerate(words) for _ in word + " "]
     first: dict = {}
     for number, column in widest_context(windows).values():
         start, end = windows[number].offsets[column]
-        if text[start:end].strip():  # a token may begin with the space before its word
+        # The token's end decides, since it may begin with the space before its word; one of spaces alone is no word's.
+        if text[start:end].strip():
             first.setdefault(word_at[end - 1], (number, column))
     return first
 
 
 def split_words(text: str, training: dict) -> list[tuple[int, int]]:
-    """(start, end) of each word of a text, divided as the words of the training were (`words_of_training`): at spaces;
-    before and behind punctuation, where that stood alone; into letters, where a script has no spaces."""
+    """Divides a text as the words of the training were divided (see `words_of_training`; `training` is the dict of
+    tinylm_training.json). Returns (start, end) of each word.
+
+    Words end at spaces, and at punctuation if that was a word of its own in training. Text without spaces is divided
+    into letters, unless the words of the training were longer.
+    """
     known = training.get("words") or {}
     attached, longest = known.get("attached", []), known.get("longest_unspaced", 1)
     chunks = [match.span() for match in re.finditer(r"\S+", text)]
+    # A comma or full stop between spaces: the text is already divided into words.
     divided = any(text[start:end] in (",", ".") for start, end in chunks)
     whole = divided or attached is True
     attached = set() if whole else {*attached}
@@ -1891,9 +1919,10 @@ def split_words(text: str, training: dict) -> list[tuple[int, int]]:
 
 
 def split_letters(text: str, start: int, end: int) -> list[tuple[int, int]]:
-    """A part of a text without spaces in letters, each with the marks on it; words of other scripts stay whole."""
+    """Divides text without spaces into letters, each with its combining marks. A word of another script stays whole."""
     pieces: list = []
-    inside = False  # of a word of another script
+    # Whether the last piece is a word of another script.
+    inside = False
     for i, char in enumerate(text[start:end], start):
         mark, unspaced = unicodedata.category(char)[0] == "M", re.match(f"[{UNSPACED}]", char)
         other = not unspaced and char.isalnum()
@@ -1908,8 +1937,10 @@ def split_letters(text: str, start: int, end: int) -> list[tuple[int, int]]:
 def split_punctuation(
     text: str, start: int, end: int, attached: set, clitics: list
 ) -> list[tuple[int, int]]:
-    """What stands before a word, the word, and what stands behind it. Abbreviations like U.S. and J., and what training
-    has as a word, stay whole."""
+    """Splits punctuation off both ends of a word, and clitics ('s) off its end. Returns the (start, end) of each piece.
+
+    Abbreviations (U.S., J.) and words in `attached`, those that training had with their punctuation, stay whole.
+    """
     before, behind = [], []
     while end - start > 1 and text[start:end] not in attached:
         clitic = next((x for x in clitics if text[start + 1 : end].endswith(x)), "")
@@ -1932,9 +1963,11 @@ def is_mark(char: str) -> bool:
 
 
 def words_of_training(rows: list[list[str]]) -> dict:
-    """What `split_words` has to know of the words of a training. "attached": those that begin or end with punctuation,
-    the most frequent first, or True where commas and full stops do not stand alone; "longest_unspaced": how many letters
-    of a script without spaces a word has at most."""
+    """Returns the facts about the words of a training that `split_words` needs, for tinylm_training.json.
+
+    "attached": words that begin or end with punctuation, the most frequent first; or True if commas and full stops were
+    mostly part of a word. "longest_unspaced": the most letters of scripts without spaces in one word.
+    """
     counts = Counter(word for words in rows for word in words)
     attached = {
         word for word in counts if len(word) > 1 and (is_mark(word[0]) or is_mark(word[-1]))
@@ -1943,12 +1976,12 @@ def words_of_training(rows: list[list[str]]) -> dict:
     joined = sum(counts[word] for word in attached if word[-1] == ",")
     joined += sum(words[-1] in attached and words[-1][-1] in ".!?" for words in rows if words)
     letters = max((len(re.findall(f"[{UNSPACED}]", word)) for word in counts), default=0)
-    frequent = sorted(attached, key=lambda word: (-counts[word], word))[:MOST_ATTACHED]
+    frequent = sorted(attached, key=lambda word: (-counts[word], word))[:MAX_ATTACHED]
     return {"attached": True if joined > apart else frequent, "longest_unspaced": max(letters, 1)}
 
 
 def marks_ends(names) -> bool:
-    """Do the tags of a model mark the end of an entity, or single words, too: IOBES, BILOU, BMES?"""
+    """Whether a model's tags also mark ends or single words (IOBES, BILOU, BMES), unlike IOB."""
     marked = {(name[0], name[2:]) for name in names if re.fullmatch(r"[BIMELSUW]-.+", name)}
     closed = {kind for mark, kind in marked if mark in "ELSUW"}
     single = all(name == "O" or name[:2] in ("S-", "U-") for name in names)
@@ -1956,9 +1989,12 @@ def marks_ends(names) -> bool:
 
 
 def tag_spans(tags: list, names=None) -> list:
-    """(kind, first, behind the last) of each entity among the tags of a text's words. `names`: all tags of the model,
-    which tell IOBES, BILOU and BMES, where an entity is B I E (or B I L, B M E) or single (S, U, W) and nothing else, as
-    seqeval reads them strictly; other tags are runs of one kind but O, where B- begins another."""
+    """Returns (kind, start, end) of each entity among the tags of a text's words.
+
+    names: all tags of the model, which tell the scheme. In IOBES, BILOU and BMES an entity is complete (B I E, B I L,
+    B M E) or single (S, U, W), as in seqeval's strict mode. Otherwise it is a run of one kind other than O, and B-
+    begins another.
+    """
     if marks_ends(tags if names is None else names):
         return closed_spans(tags)
     kinds = [tag[2:] if tag[:2] in ("B-", "I-") else tag for tag in tags]
@@ -1970,8 +2006,10 @@ def tag_spans(tags: list, names=None) -> list:
 
 
 def closed_spans(tags: list) -> list:
+    """Returns `tag_spans` for IOBES, BILOU and BMES."""
     spans = []
-    begun: tuple = ("", 0)  # kind and first word of what is not yet closed
+    # Kind and first word of an entity that is not yet closed.
+    begun: tuple = ("", 0)
     for i, tag in enumerate(tags):
         mark, kind = tag[:1] if tag[1:2] == "-" else "O", tag[2:]
         if mark in "SUW":
@@ -1988,12 +2026,12 @@ def closed_spans(tags: list) -> list:
 
 
 class Answerer(Reader):
-    """The likeliest span in any window of the context, or none.
+    """The likeliest span of the context, or no answer.
 
-    max_answer_length: tokens of an answer at most (None: as training has them).
+    max_answer_length: tokens of an answer, at most (None: as in training, or LONGEST_ANSWER).
     """
 
-    most = 384
+    task_limit = 384
 
     def __init__(self, model, limit=None, max_answer_length: int | None = None):
         super().__init__(model, limit)
@@ -2015,7 +2053,8 @@ class Answerer(Reader):
 
 
 def question_windows(tokenizer, question: str, context: str, limit: int) -> list[Window]:
-    """A question before each part of its context."""
+    """Encodes a question and its context as windows: the question before each part of the context. Raises Error if the
+    question leaves no room for it."""
     stride = stride_of(tokenizer, limit, question, "")
     require(
         stride > 0, f"question {question[:60]!r}: leaves no room for the context in {limit} tokens"
@@ -2026,14 +2065,16 @@ def question_windows(tokenizer, question: str, context: str, limit: int) -> list
 def best_answer(
     context: str, windows: list, outputs: list, longest: int, may_be_none: bool = True
 ) -> dict:
-    """The span of at most `longest` tokens whose first and last columns have the largest sum of logits; in all windows
-    the N_BEST likeliest of both are paired. It is "" if it `may_be_none` and the first column, which stands for no
-    answer, has a larger sum in every window. So decides transformers' run_qa, and after it SQuAD 2's script.
+    """Returns the span of at most `longest` tokens with the largest sum of start and end logits over all windows, as
+    transformers' run_qa and SQuAD 2's script decide.
 
-    The score is the probability of the first column times that of the last, among the columns of the window's context
-    and the one for none. A span is widened to whole words where the script has spaces.
+    outputs: start and end logits (tokens, 2) of each window. The first column stands for no answer: the answer is "" if
+    it `may_be_none` and that column has a larger sum in every window. The score is the probability of the start times
+    that of the end, among the window's context and the first column. A span is widened to whole words in scripts with
+    spaces.
     """
-    best, none = None, None  # (sum of logits, window, first, last), (sum, window, 0, 0)
+    # (sum of logits, window, (start logits, end logits, is context), first column, last column)
+    best, no_answer = None, None
     for window, logits in zip(windows, outputs):
         begins, ends = logits.T.astype(np.float32)
         inside = np.array([part == 1 for part in window.sequence_ids])
@@ -2041,13 +2082,15 @@ def best_answer(
         if found and (best is None or found[0] > best[0]):
             best = found[0], window, (begins, ends, inside), *found[1:]
         total = begins[0] + ends[0]
-        if none is None or total < none[0]:
-            none = total, window, (begins, ends, inside), 0, 0
-    chosen = none if best is None or may_be_none and none[0] > best[0] else best
+        if no_answer is None or total < no_answer[0]:
+            no_answer = total, window, (begins, ends, inside), 0, 0
+    chosen = best
+    if best is None or may_be_none and no_answer[0] > best[0]:
+        chosen = no_answer
     _, window, (begins, ends, inside), first, last = chosen
-    shown = inside.copy()
-    shown[0] = True  # the column for none
-    begins, ends = (softmax(np.where(shown, x, -np.inf)) for x in (begins, ends))
+    candidates = inside.copy()
+    candidates[0] = True
+    begins, ends = (softmax(np.where(candidates, x, -np.inf)) for x in (begins, ends))
     start = end = 0
     if chosen is best:
         start, end = whole_words(context, window.offsets[first][0], window.offsets[last][1])
@@ -2056,7 +2099,8 @@ def best_answer(
 
 
 def likeliest_span(begins, ends, inside, longest: int) -> tuple | None:
-    """(sum, first, last) of the likeliest span inside of the context."""
+    """Returns (sum of logits, first column, last column) of the likeliest span in the context, or None. All columns are
+    tried only if no pair of the N_BEST likeliest fits."""
     everything = np.arange(len(begins))
     ranked = np.argsort(begins)[::-1][:N_BEST], np.argsort(ends)[::-1][:N_BEST]
     for first, last in (ranked, (everything, everything)):
@@ -2070,7 +2114,7 @@ def likeliest_span(begins, ends, inside, longest: int) -> tuple | None:
 
 
 def whole_words(context: str, start: int, end: int) -> tuple[int, int]:
-    """A span without the spaces at its ends, and with the rest of the words that it begins or ends in."""
+    """Strips spaces from a span's ends and widens it to whole words."""
     while start < end and context[start].isspace():
         start += 1
     while start < end and context[end - 1].isspace():
@@ -2083,17 +2127,19 @@ def whole_words(context: str, start: int, end: int) -> tuple[int, int]:
 
 
 def in_a_word(chars: str) -> bool:
-    """Are two neighbouring characters of one word? Nobody knows in a script without spaces, nor in Hangul, where
-    particles stand behind the word that is the answer."""
+    """Whether two neighbouring characters belong to one word. Always False for scripts without spaces, where nobody
+    knows, and for Hangul, where particles follow the word that is the answer."""
     letters = all(unicodedata.category(char)[0] in "LMN" for char in chars)
     return letters and not re.search(f"[{UNSPACED}{HANGUL}]", chars)
 
 
 def mask_token(tokenizer) -> tuple[str, int]:
-    """Text and id of the token that hides another."""
-    backend = getattr(tokenizer, "backend", None)  # bytes have none
+    """Returns (text, id) of the mask token."""
+    # A tokenizer of bytes has no backend.
+    backend = getattr(tokenizer, "backend", None)
     named = tokenizer.special_tokens.get("mask_token")
-    for name in (named, "[MASK]", "<mask>"):  # BERT's own files do not name it
+    # BERT's own files do not name it.
+    for name in (named, "[MASK]", "<mask>"):
         token = backend.token_to_id(name) if backend and name else None
         if token is not None:
             return name, token
@@ -2101,10 +2147,7 @@ def mask_token(tokenizer) -> tuple[str, int]:
 
 
 class MaskFiller(Reader):
-    """The likeliest tokens in the place of each <mask> (or what the tokenizer calls it).
-
-    top_k: so many of them.
-    """
+    """The `top_k` likeliest tokens for each <mask> of a text, or mask token of the tokenizer."""
 
     def __init__(self, model, limit=None, top_k: int = 5):
         super().__init__(model, limit)
@@ -2141,7 +2184,8 @@ class MaskFiller(Reader):
         return {"prediction": tokens, "score": math.prod(row["score"] for row in likeliest)}
 
 
-POOLINGS = {  # of sentence-transformers, in its order: states (tokens, hidden) and weights (tokens, 1) -> a vector
+# sentence-transformers' poolings, in its order: (states (tokens, hidden), weights (tokens, 1)) -> vector.
+POOLINGS = {
     "cls": lambda x, weights: x[0],
     "max": lambda x, weights: x.max(0),
     "mean": lambda x, weights: x.mean(0),
@@ -2149,7 +2193,8 @@ POOLINGS = {  # of sentence-transformers, in its order: states (tokens, hidden) 
     "weightedmean": lambda x, weights: (x * weights).sum(0) / weights.sum(),
     "lasttoken": lambda x, weights: x[-1],
 }
-DENSE_ACTIVATIONS = {  # of its Dense: the class of torch -> what it computes
+# The activations of its Dense module, by torch class.
+DENSE_ACTIVATIONS = {
     "Identity": lambda x: x,
     "Tanh": np.tanh,
     "ReLU": lambda x: np.maximum(x, 0),
@@ -2161,10 +2206,8 @@ SENTENCE_CONFIGS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm
 
 
 class SentenceModules:
-    """From a text to its vector, as the files of sentence-transformers in the model's folder say it, which are read
-    once; without them, the mean of the hidden states.
-
-    Raises Error for what they say that is not supported here.
+    """The modules of sentence-transformers behind the encoder, read from the files in the model's folder: prompts,
+    pooling and further layers. Without files, mean pooling. Raises Error for unsupported modules and settings.
     """
 
     def __init__(self, model):
@@ -2178,7 +2221,8 @@ class SentenceModules:
         files = [self.folder / name for name in names if (self.folder / name).exists()]
         self._read_transformer(model, files[0] if files else Path(os.devnull))
         self.poolings, self.include_prompt = ["mean"], True
-        self.layers: list = []  # vector -> vector
+        # Functions from vector to vector.
+        self.layers: list = []
         for kind, name in sentence_modules(self.folder)[1:]:
             path = self.folder / name
             config = read_json(path / "config.json", {}) if name else {}
@@ -2192,7 +2236,8 @@ class SentenceModules:
                 self.layers.append(lambda x: x / max(np.linalg.norm(x), 1e-12))
 
     def _read_transformer(self, model, file: Path):
-        """How texts are cut and lower-cased."""
+        """Reads the limit of tokens and whether texts are lower-cased. Raises Error for other settings that would change
+        the vector."""
         config = read_json(file, {}) if file.suffix else {}
         processor = config.get("processor_kwargs") or config.get("tokenizer_args") or {}
         model_args = config.get("model_kwargs") or config.get("model_args") or {}
@@ -2237,7 +2282,7 @@ class SentenceModules:
         require(not unknown, f"{file}: {', '.join(sorted(unknown))} is not supported")
 
     def prompt(self, prompt: str | None, prompt_name: str | None) -> str:
-        """The text that stands before every other."""
+        """Returns the prompt put before every text: `prompt`, else the one named, else the default one or ""."""
         name = prompt_name if prompt_name is not None else self.default_prompt
         require(
             prompt is not None or name is None or name in self.prompts,
@@ -2246,7 +2291,7 @@ class SentenceModules:
         return (self.prompts.get(name) if prompt is None else prompt) or ""
 
     def prompt_tokens(self, prompt: str) -> int:
-        """Tokens before a text's own that no pooling sees."""
+        """Returns the number of leading tokens, those of the prompt, that are not pooled."""
         if self.include_prompt or not prompt:
             return 0
         ids = encode_windows(self.tokenizer, prompt, None, self.limit)[0].ids
@@ -2254,7 +2299,7 @@ class SentenceModules:
         return len(ids) - (ids[-1] in [*special])
 
     def pool(self, states: np.ndarray, skip: int = 0) -> np.ndarray:
-        """The vector of hidden states (tokens, hidden), of which the first `skip` do not count."""
+        """Returns the vector of hidden states (tokens, hidden); the first `skip` tokens are left out."""
         require(
             len(states) > skip, f"prompt: {skip} tokens leave no room for a text in {self.limit}"
         )
@@ -2267,7 +2312,7 @@ class SentenceModules:
 
 
 def is_embedder(folder: Path | None) -> bool:
-    """Is it a folder of sentence-transformers whose model embeds (and does not classify pairs)?"""
+    """Whether the folder is a sentence-transformers model that embeds (and is not a CrossEncoder)."""
     main = read_json(folder / "config_sentence_transformers.json", {}) if folder else {}
     return (
         folder is not None
@@ -2277,7 +2322,8 @@ def is_embedder(folder: Path | None) -> bool:
 
 
 def sentence_modules(folder: Path) -> list[tuple[str, str]]:
-    """(class, name of its folder) of each module that modules.json names; "" is the folder itself."""
+    """Returns (class, path relative to the folder) of each module in modules.json. Raises Error for a class or an order
+    that is not supported."""
     file, modules = folder / "modules.json", []
     supported = ("Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
     for entry in read_json(file, []):
@@ -2304,7 +2350,7 @@ def sentence_modules(folder: Path) -> list[tuple[str, str]]:
 
 
 def sentence_files(folder: Path) -> list[str]:
-    """Names of the files that sentence-transformers has in a folder beside the model, which travel with it."""
+    """Returns the names of sentence-transformers' files in a folder, which are copied with the model."""
     names = ["modules.json", "config_sentence_transformers.json"]
     names += [f"sentence_{name}_config.json" for name in SENTENCE_CONFIGS]
     for _, path in sentence_modules(folder)[1:]:
@@ -2313,7 +2359,7 @@ def sentence_files(folder: Path) -> list[str]:
 
 
 def dense_layer(folder: Path, config: dict):
-    """A linear map and an activation function."""
+    """Returns sentence-transformers' Dense module, a linear layer with an activation, as a function of a vector."""
     weights = read_safetensors(folder / "model.safetensors")
     activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
     name = activation.rpartition(".")[2]
@@ -2344,7 +2390,8 @@ def norm_layer(folder: Path):
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Name -> tensor, in fp32: the file is the length of a JSON header, the header and all numbers."""
+    """Returns name -> tensor in fp32. The file is 8 bytes with the length of the header, the header in JSON, and the
+    numbers of all tensors."""
     require(
         path.exists(),
         f"{path}: no such file; save the model again with a newer sentence-transformers",
@@ -2362,14 +2409,15 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         )
         first, end = (start + offset for offset in entry["data_offsets"])
         array = np.frombuffer(content[first:end], types[entry["dtype"]])
-        if entry["dtype"] == "BF16":  # the upper half of an fp32
+        # bfloat16 is the upper half of a float32.
+        if entry["dtype"] == "BF16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
         tensors[name] = array.astype(np.float32).reshape(entry["shape"])
     return tensors
 
 
 def lower_case(tokenizer):
-    """A copy of the tokenizer that writes texts small first."""
+    """Returns a copy of the tokenizer that lower-cases texts first."""
     from tokenizers import normalizers
 
     tokenizer = copy.copy(tokenizer)
@@ -2380,7 +2428,10 @@ def lower_case(tokenizer):
 
 
 class Embedder(Reader):
-    """A vector for each text behind a prompt, or the one of that name; as sentence-transformers computes it."""
+    """One vector per text, as sentence-transformers computes it.
+
+    prompt: text before each text; prompt_name: the name of a prompt in config_sentence_transformers.json.
+    """
 
     def __init__(self, model, prompt: str | None = None, prompt_name: str | None = None):
         if getattr(model, "sentence_modules", None) is None:
@@ -2402,13 +2453,17 @@ class Embedder(Reader):
 
 
 class Writer(Reader):
-    """What follows a text, or what is written of a source; through a chat template, where there is one, what answers
-    it. Greedy unless the options, those of `generate`, say otherwise."""
+    """Text that a model generates: the continuation of a text, the answer to it if the tokenizer has a chat template, or
+    the target of a source (seq2seq).
+
+    options: those of `generate`; greedy by default.
+    """
 
     def __init__(self, model, limit=None, **options):
         self.model, self.options = model, options
         self.texts = self.cut = 0
-        self.unfinished: list = []  # lengths of texts that came to no end
+        # Lengths of generated texts that have no end token.
+        self.unfinished: list = []
         tokenizer = model.tokenizer
         self.behind_source = model.task == "seq2seq"
         self.chat = not self.behind_source and has_chat_template(tokenizer)
@@ -2443,7 +2498,7 @@ class Writer(Reader):
         return texts
 
     def text(self, ids: list, new: list) -> str:
-        """The text of new ids behind those of a prompt, or of a source."""
+        """Decodes the new ids behind the `ids` of a prompt (or of a source), up to the end token or a stop string."""
         tokenizer, ending = self.model.tokenizer, self.ending
         stream = TextStream(tokenizer, ending, [] if self.behind_source else ids)
         pieces = [stream.append(id, n == len(new)) for n, id in enumerate(new, 1)]
@@ -2483,9 +2538,12 @@ TASKS = {
     "mlm": MaskFiller,
     "embed": Embedder,
 }
-PAIRS = ("classify", "qa")  # tasks that read two texts
-TRAINING = "tinylm_training.json"  # what a training leaves beside a model: its task, columns, block
-ARCHITECTURES = {  # end of a class's name in transformers -> task
+# Tasks that read two texts.
+PAIRS = ("classify", "qa")
+# The file that a training leaves beside a model: its task, columns, block.
+TRAINING = "tinylm_training.json"
+# End of a class name in transformers -> task.
+ARCHITECTURES = {
     "ForSequenceClassification": "classify",
     "ForTokenClassification": "tokens",
     "ForQuestionAnswering": "qa",
@@ -2498,7 +2556,7 @@ ARCHITECTURES = {  # end of a class's name in transformers -> task
 
 
 def task_of(config: dict, folder: Path | None = None) -> str:
-    """What a model is for, a key of TASKS, by its config.json; with sentence-transformers' modules.json to embed."""
+    """Returns a model's task, a key of TASKS, from its config.json; "embed" for a sentence-transformers folder."""
     if is_embedder(folder):
         return "embed"
     if config.get("is_encoder_decoder"):
@@ -2510,7 +2568,7 @@ def task_of(config: dict, folder: Path | None = None) -> str:
 
 
 def remembered(folder: str | Path | None) -> dict:
-    """What a training has left beside a model; {} beside another."""
+    """Returns the dict of tinylm_training.json, or {} for a model that we did not train."""
     found = read_json(Path(folder) / TRAINING, {}) if folder else {}
     if not is_number_in(found.get("block"), 1, 2**31, int):
         found.pop("block", None)
@@ -2524,11 +2582,15 @@ def run(
     batch: int = 32,
     **options,
 ) -> list[list[dict]]:
-    """A list of dicts for each text (and its pair: of a question the context), the likeliest first: {"label", "score"},
-    {"entity_group", "word", "score", "start", "end"}, {"answer", "score", "start", "end"}, {"token_str", "score",
-    "sequence"}, {"embedding"} or {"generated_text"}. A string is one text; as `pairs` it is the pair of every text. Runs
-    in batches of texts of like length. Options: those of the task's reader (`TASKS`). Warns of texts that are cut, and
-    of those that came to no end."""
+    """Runs the model's task on texts and returns a list of results for each, the likeliest first.
+
+    texts: a list, or a string for one text. pairs: the second text of each (the context of a question), or a string for
+    the same one everywhere. options: those of the task's reader (`TASKS`).
+
+    A result is {"label", "score"}, {"entity_group", "word", "score", "start", "end"}, {"answer", "score", "start",
+    "end"}, {"token_str", "score", "sequence"}, {"embedding"} or {"generated_text"}. Warns of texts that are truncated
+    and of generated texts without an end. Raises Error for invalid arguments.
+    """
     reader = TASKS[model.task](model, **options)
     results = read_all(reader, texts, pairs, batch)
     for notice in reader.notices():
@@ -2543,11 +2605,11 @@ def read_all(
     batch: int,
     advance: Callable = lambda count: None,
 ) -> list[list[dict]]:
-    """What a reader makes of each text and its pair, in batches of like length; `advance` is called with the size of
-    each."""
+    """Returns a reader's results for each text and its pair (see `run`), run in batches of similar length; calls
+    `advance` with the size of each batch."""
     texts = [texts] if isinstance(texts, str) else list(texts)
-    alike = pairs is None or isinstance(pairs, str)
-    pairs = [pairs] * len(texts) if alike else list(pairs)
+    one_for_all = pairs is None or isinstance(pairs, str)
+    pairs = [pairs] * len(texts) if one_for_all else list(pairs)
     require(
         len(pairs) == len(texts), f"pairs: {len(pairs)} of them, expected the {len(texts)} of texts"
     )
@@ -2568,13 +2630,14 @@ def read_all(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: rows, and the same rows with predictions
+# Files: rows, and the same rows with results
 # ---------------------------------------------------------------------------------------------------------------------
-CHUNK = 64  # batches of rows that lie in memory at a time
+# Batches of rows in memory at a time.
+CHUNK = 64
 
 
 def file_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yields (place, row) of a UTF-8 file: a table, JSON lines, or in .txt a text per line."""
+    """Yields (place, record) of a UTF-8 file: a table, JSON lines, or a .txt with a text per line."""
     kinds = {
         ".csv": table_records,
         ".tsv": functools.partial(table_records, usual="\t"),
@@ -2598,7 +2661,7 @@ def text_lines(name: str, text: TextIO) -> Iterator[tuple[str, dict]]:
 
 
 def json_lines(name: str, text: TextIO) -> Iterator[tuple[str, dict]]:
-    """A JSON object in each line. No other character ends one: a string may hold U+2028."""
+    """Yields (place, record) of JSON lines. Only \\n ends a line: a string may contain U+2028."""
     for n, line in enumerate(text, 1):
         if line.strip():
             try:
@@ -2612,7 +2675,8 @@ def json_lines(name: str, text: TextIO) -> Iterator[tuple[str, dict]]:
 def table_records(
     name: str, text: TextIO, delimiter: str = "", usual: str = ","
 ) -> Iterator[tuple[str, dict]]:
-    """Records of a table with a header, by default divided as its header shows. `text` can be read again."""
+    """Yields (place, record) of a table with a header. `text` must be seekable. Without a delimiter: `usual` if it is in
+    the header, else the most frequent of , ; tab and |."""
     text.seek(0)
     header = next((line for line in text if line.strip("\n")), "")
     if not delimiter:
@@ -2622,13 +2686,14 @@ def table_records(
         quoting = csv.QUOTE_NONE
     csv.field_size_limit(2**31 - 1)
     text.seek(0)
-    # Spaces behind every delimiter mean nothing.
+    # A header with a space after each delimiter means that rows have them too; they are not data.
     spaced = delimiter + " " in header
     table = csv.reader(
         text, delimiter=delimiter, strict=True, quoting=quoting, skipinitialspace=spaced
     )
     columns = None
-    first = 1  # line of the record that is being read
+    # The first line of the record being read, for an error.
+    first = 1
     try:
         for values in table:
             place = f"{name}, line {table.line_num}"
@@ -2647,7 +2712,7 @@ def table_records(
 
 
 def is_quoted(text: TextIO) -> bool:
-    """Is a table with tabs to be read with quotes (as spreadsheets write it) rather than without?"""
+    """Whether quotes in a table with tabs enclose fields, as spreadsheets write them: all rows then have one length."""
     text.seek(0)
     try:
         rows = csv.reader(text, delimiter="\t", strict=True)
@@ -2657,7 +2722,8 @@ def is_quoted(text: TextIO) -> bool:
 
 
 def lookup(record: dict, column: str):
-    """A column's value; of nested ones, `translation.en`, that of a name in it. Raises KeyError."""
+    """Returns a column's value, or a nested one (translation.en); None inside a value that is not an object. Raises
+    KeyError for a name that is missing."""
     if column in record:
         return record[column]
     value = record
@@ -2667,25 +2733,28 @@ def lookup(record: dict, column: str):
 
 
 def cell_list(cell: str) -> list | None:
-    """The list that a table's cell spells in JSON or in Python."""
+    """Parses a list from a table's cell, in JSON or Python; None if it is none."""
     # numpy prints no commas between strings.
     python = re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", cell.strip())
-    for read, spelled in ((json.loads, cell), (ast.literal_eval, python)):
+    for parse, spelled in ((json.loads, cell), (ast.literal_eval, python)):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            if isinstance(value := read(spelled), list):
+            if isinstance(value := parse(spelled), list):
                 return value
     return None
 
 
-INPUT_COLUMNS = {"classify": ("text", "pair"), "qa": ("question", "context")}  # of others, text
+# Task -> the columns that its model reads; other tasks read "text".
+INPUT_COLUMNS = {"classify": ("text", "pair"), "qa": ("question", "context")}
 
 
 def input_rows(
     model, records, columns: dict = {}, view: Callable = lambda record: record
 ) -> Iterator[tuple[dict, str | None, str | None]]:
-    """Yields (record, text, pair) of (place, record): what the model reads of it, as `view` shows it; None stands for a
-    text that is missing. `columns`: text, pair, question or context -> its column; else as in the training, or the
-    name."""
+    """Yields (record, text, pair) for each (place, record); None for an empty text.
+
+    columns: text, pair, question or context -> the record's column; else that of the training, else the name itself.
+    view: converts a record before its columns are looked up. Raises Error for a missing column.
+    """
     names = INPUT_COLUMNS.get(model.task, ("text",))
     named = {name: columns.get(name) or model.remembered.get(name) for name in names}
     for place, record in records:
@@ -2704,7 +2773,10 @@ def input_rows(
                 text_in(seen, column, place, words=model.task == "tokens") if column else None
             )
         text, pair = (*texts, None)[:2]
-        yield record, text if pair or model.task != "qa" else None, pair
+        # A question without a context has no answer.
+        if model.task == "qa" and not pair:
+            text = None
+        yield record, text, pair
 
 
 def has_column(record: dict, column: str) -> bool:
@@ -2716,14 +2788,17 @@ def has_column(record: dict, column: str) -> bool:
 
 
 def text_in(record: dict, column: str, place: str, words: bool) -> str | None:
-    """The text in a column; of a list of words, with spaces between them; None where it is empty."""
+    """Returns the text in a column, a list of words joined by spaces, or None if it is empty. `words`: a cell may spell
+    a list of words."""
     value = lookup(record, column)
-    value = value.tolist() if hasattr(value, "tolist") else value  # numpy's
+    # numpy scalars and arrays
+    value = value.tolist() if hasattr(value, "tolist") else value
     if words and isinstance(value, str) and value.lstrip().startswith("["):
         value = cell_list(value) or value
     if isinstance(value, list) and all(isinstance(word, str) for word in value):
         value = " ".join(value)
-    if value is None or value != value:  # NaN
+    # NaN is not equal to itself.
+    if value is None or value != value:
         return None
     require(isinstance(value, str), f"{place}: {column} = {str(value)[:60]!r}, expected a text")
     return value if value.strip() else None
@@ -2731,7 +2806,8 @@ def text_in(record: dict, column: str, place: str, words: bool) -> str | None:
 
 @contextlib.contextmanager
 def open_table(path: Path, columns: list[str], **_) -> Iterator[Callable]:
-    """A function that appends rows to a new file: .csv, .tsv or .jsonl."""
+    """Opens a new .csv, .tsv or .jsonl and yields a function that appends rows. Further arguments, which a .parquet needs
+    (`open_parquet` in data.py), are ignored."""
     with open(path, "w", encoding="utf-8", errors="replace", newline="") as file:
         if path.suffix.lower() in (".jsonl", ".ndjson"):
 
@@ -2751,12 +2827,12 @@ def open_table(path: Path, columns: list[str], **_) -> Iterator[Callable]:
 
 
 def as_cell(value):
-    """A value in a table; lists and objects are JSON."""
+    """Returns the value for a table's cell; lists and objects become JSON."""
     return strict_json(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
 
 
 def strict_json(value, **options) -> str:
-    """JSON as RFC 8259 has it, with null for a number that is none; other values (a date) as text."""
+    """Returns strict JSON (RFC 8259): NaN and infinities become null, other objects (a date) text."""
 
     def finite(value):
         if isinstance(value, dict):
@@ -2769,7 +2845,7 @@ def strict_json(value, **options) -> str:
 
 
 def progress_bar(total: int):
-    """A bar of rows on stderr, which appears after two seconds, if tqdm is installed."""
+    """Returns a progress bar on stderr that appears after two seconds; without tqdm, one that does nothing."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -2790,11 +2866,12 @@ def run_file(
     bar: Callable = progress_bar,
     **options,
 ):
-    """Writes a file: the rows of another, and in new columns what the model says of each (`Reader.columns`). It appears
-    whole or not at all, and a large one does not lie in memory.
+    """Writes the rows of a file with the model's results in new columns (`Reader.columns`). Rows are streamed, and the
+    file appears only once it is complete.
 
-    rows(): yields (record, text, pair), see `input_rows`; it is called twice, so that all rows are read before the first
-    is run. tables: suffix of `out` -> what opens it, see `open_table`. Options: those of the task's reader.
+    rows(): yields (record, text, pair), see `input_rows`. It is called twice, so that an invalid row is found before
+    the model runs. out: the file to write. tables: its suffix -> a function like `open_table`. bar(total): the progress
+    bar. options: those of the task's reader.
     """
     suffix = out.suffix.lower()
     require(suffix in tables, f"--out {out}: expected one of {', '.join(tables)}")
@@ -2807,31 +2884,31 @@ def run_file(
         count += 1
         empty += text is None
     new = new_columns(reader.columns(), columns)
-    part = out.with_name(f".{os.getpid()}.{out.name}")
+    temporary = out.with_name(f".{os.getpid()}.{out.name}")
     try:
         types = dict(zip(new.values(), reader.columns().values()))
         with (
-            tables[suffix](part, [*columns, *types], rows=rows, types=types) as write,
+            tables[suffix](temporary, [*columns, *types], rows=rows, types=types) as write,
             bar(count) as shown,
         ):
             remaining = rows()
-            while some := list(itertools.islice(remaining, CHUNK * max(batch, 1))):
-                there = [(text, pair) for _, text, pair in some if text is not None]
-                texts, pairs = zip(*there) if there else ((), ())
+            while chunk := list(itertools.islice(remaining, CHUNK * max(batch, 1))):
+                texts = [text for _, text, _ in chunk if text is not None]
+                pairs = [pair for _, text, pair in chunk if text is not None]
                 found = iter(read_all(reader, texts, pairs, batch, shown.update))
-                write([record | cells_of(reader, new, text, found) for record, text, _ in some])
-        os.replace(part, out)
+                write([record | cells_of(reader, new, text, found) for record, text, _ in chunk])
+        os.replace(temporary, out)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     lines = [f"{out}: {count:,} rows with {', '.join(types)}"]
     if empty:
-        lines.append(f"{empty:,} of {count:,} rows have no text: their {', '.join(types)} is empty")
+        lines.append(f"{empty:,} of {count:,} rows have no text, and nothing in these columns")
     for line in (*lines, *reader.notices()):
         print(line, file=sys.stderr)
 
 
 def new_columns(names, taken) -> dict[str, str]:
-    """Names -> these, or name_2, name_3, ... where a column has one of them."""
+    """Returns name -> name, or name -> name_2, name_3, ... for all of them if one is taken."""
     for n in itertools.count(1):
         new = {name: f"{name}_{n}" if n > 1 else name for name in names}
         if not {*new.values()} & {*taken}:
@@ -2839,7 +2916,7 @@ def new_columns(names, taken) -> dict[str, str]:
 
 
 def cells_of(reader: Reader, new: dict, text: str | None, found: Iterator) -> dict:
-    """The new columns of a row: the next result, unless it has no text."""
+    """Returns the new columns of one row: those of the next results in `found`, or None each if it has no text."""
     cells = dict.fromkeys(new) if text is None else reader.cells(next(found))
     return {new[name]: value for name, value in cells.items()}
 
@@ -2854,7 +2931,7 @@ def add_precision(parser: argparse.ArgumentParser, help: str):
 
 
 def add_run_options(parser: argparse.ArgumentParser, precision: str):
-    """What `onnxlm.py FOLDER` and `tinylm run FOLDER` take."""
+    """Adds the arguments that `onnxlm.py FOLDER` and `tinylm run FOLDER` share; `precision`: help of --precision."""
     add_precision(parser, precision)
     parser.add_argument("folder", help="a model's folder")
     parser.add_argument(
@@ -2868,7 +2945,7 @@ def add_run_options(parser: argparse.ArgumentParser, precision: str):
         "--out",
         metavar="FILE",
         help="write the rows of the file INPUT with what the model says of them in new columns (prediction, score): "
-        ".csv, .tsv or .jsonl",
+        ".csv, .tsv or .jsonl (with tinylm .parquet too)",
     )
     parser.add_argument("--text", metavar="COLUMN", help="with --out: column of the text")
     parser.add_argument("--pair", metavar="COLUMN", help="with --out: column of a second text")
@@ -2897,10 +2974,18 @@ def run_command(
     bar: Callable = progress_bar,
     **options,
 ):
-    """What `onnxlm.py` and `tinylm run` do: print a line for each input, or write a file for one. rows(path, columns)
-    yields the rows of a file, see `input_rows`."""
-    own = dict(max_new_tokens=("lm", "seq2seq"), prompt_name=("embed",), max_answer_length=("qa",))
-    for name, tasks in own.items():
+    """Runs `onnxlm.py` or `tinylm run`: prints a line for each input, or with `out` writes the file for one.
+
+    rows(path, columns): yields the rows of a file, see `input_rows`; tables, bar: see `run_file`. options: the other
+    arguments of `add_run_options`. Raises Error for arguments that do not go together.
+    """
+    # Options of some tasks; others ignore them.
+    task_options = {
+        "max_new_tokens": ("lm", "seq2seq"),
+        "prompt_name": ("embed",),
+        "max_answer_length": ("qa",),
+    }
+    for name, tasks in task_options.items():
         if model.task not in tasks or options.get(name) is None:
             options.pop(name, None)
     columns = {name: options.pop(name) for name in ("text", "pair", "question")}
@@ -2926,20 +3011,25 @@ def run_command(
 
 
 def run_lines(model, inputs, context=None, batch: int = 32, json: bool = False, **options):
-    """Print a line for each input: what the model says of it, the likeliest first, with scores."""
-    two = model.task in PAIRS
-    require(context is None or two, "--context: the model reads one text alone")
+    """Prints a line of results for each input, the likeliest first, with scores.
+
+    inputs: texts, or "-" for the lines of standard input (the default); a second text follows a tab. context: the
+    second text of all inputs. json: print objects. options: those of the task's reader.
+    """
+    reads_pairs = model.task in PAIRS
+    require(context is None or reads_pairs, "--context: the model reads one text alone")
+    divided = reads_pairs and not context
     lines = (line.rstrip("\r\n") for line in sys.stdin)
     inputs = itertools.chain.from_iterable(
         (line for line in lines if line.strip()) if text == "-" else [text]
         for text in inputs or ["-"]
     )
     reader = TASKS[model.task](model, **options)
-    while some := list(itertools.islice(inputs, max(batch, 1))):
-        parts = [text.partition("\t") if two and not context else (text, "", "") for text in some]
+    while chunk := list(itertools.islice(inputs, max(batch, 1))):
+        parts = [text.partition("\t") if divided else (text, "", "") for text in chunk]
         pairs = [context or pair for *_, pair in parts]
         results = read_all(reader, [text for text, *_ in parts], pairs, batch)
-        for text, found in zip(some, results):
+        for text, found in zip(chunk, results):
             line = "  ".join(map(plain_line, found[:5]))
             print(json_line(input=text, output=found) if json else line, flush=True)
     for notice in reader.notices():
@@ -2947,12 +3037,12 @@ def run_lines(model, inputs, context=None, batch: int = 32, json: bool = False, 
 
 
 def json_line(**values) -> str:
-    """A line that a pipe of any encoding carries."""
+    """Returns a JSON object in ASCII, which passes a pipe of any encoding."""
     return json.dumps(values)
 
 
 def plain_line(result: dict) -> str:
-    """What a result says, and its score; or its numbers."""
+    """Returns a result as words: its texts and its score, or the numbers of a vector."""
     words = [
         value for name, value in result.items() if isinstance(value, str) and name != "sequence"
     ]
@@ -2961,34 +3051,39 @@ def plain_line(result: dict) -> str:
 
 
 def use_utf8():
-    """UTF-8 in the standard streams on every platform: through a pipe on Windows they have the encoding of its code
-    page. A byte order mark, which PowerShell writes, is no text."""
+    """Sets the standard streams to UTF-8: Windows gives pipes its code page. A byte order mark on stdin, which
+    PowerShell writes, is skipped."""
     encodings = {"stdin": "utf-8-sig", "stdout": "utf-8", "stderr": "utf-8"}
     for name, encoding in encodings.items():
-        # A stream of somebody else's, as of a notebook, or one that has been read from, stays as it is.
+        # A stream that a notebook replaced, or that has been read from, cannot be changed.
         with contextlib.suppress(AttributeError, io.UnsupportedOperation):
             getattr(sys, name).reconfigure(encoding=encoding, errors="replace")
 
 
 @contextlib.contextmanager
 def plain_warnings(command: str):
-    """In its context, a warning is one line on stderr (`tinylm: warning: ...`), without the source line."""
+    """Prints warnings in its context as one line on stderr (`tinylm: warning: ...`), without the source line."""
 
-    def print_line(message, *_, **__):
-        print(f"{command}: warning: {first_line(message)}", file=sys.stderr, flush=True)
+    def show(message, *_, **__):
+        print_status(f"{command}: warning: {first_line(message)}")
 
     with warnings.catch_warnings():
-        warnings.showwarning = print_line
+        warnings.showwarning = show
         yield
 
 
+def print_status(text: str, end: str = "\n"):
+    """Prints a line on stderr, on a terminal in the place of a line of progress."""
+    print("\r\x1b[K" * sys.stderr.isatty() + text, end=end, file=sys.stderr, flush=True)
+
+
 def close_stdout():
-    """What is still to be written goes nowhere, without a message when Python ends."""
+    """Sends unwritten output to /dev/null, so that Python reports no broken pipe when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: list | None = None) -> int:
-    """`onnxlm.py FOLDER INPUT...`; an Error is one line on stderr and exit code 1."""
+    """Runs `onnxlm.py FOLDER INPUT...` and returns the exit code. An Error is one line on stderr and exit code 1."""
     use_utf8()
     parser = argparse.ArgumentParser(
         prog="onnxlm", description="Run an exported folder on texts, without torch."
@@ -2999,7 +3094,8 @@ def main(argv: list | None = None) -> int:
         with plain_warnings("onnxlm"):
             run_command(OnnxLM(options.pop("folder"), options.pop("precision")), **options)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has enough, as `head`
+    except BrokenPipeError:
+        # The reader, `head` for instance, has stopped reading.
         close_stdout()
         return 141
     except KeyboardInterrupt:

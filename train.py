@@ -1567,9 +1567,7 @@ QUIET = contextvars.ContextVar("QUIET", default=False)
 def log(text: str, end: str = "\n"):
     """Prints a line on stderr, from the first process only."""
     if rank_and_world_size()[0] == 0 and not QUIET.get():
-        # on a terminal, the line may hold the progress
-        clear = "\r\x1b[K" * sys.stderr.isatty()
-        print(clear + text, end=end, file=sys.stderr, flush=True)
+        onnxlm.print_status(text, end)
 
 
 class LineStream:
@@ -1612,7 +1610,8 @@ def count_parameters(lm: TinyLM) -> tuple[int, int]:
 def describe_parameters(lm: TinyLM, options: TrainOptions) -> str:
     total, trained = count_parameters(lm)
     if not options.lora:
-        return f"{total:,} parameters, {trained:,} of them trained"
+        part = "all" if trained == total else f"{trained:,}"
+        return f"{total:,} parameters, {part} of them trained"
     head = " and a new head" if lm.config.head in NEW_HEADS else ""
     return f"{total:,} parameters, trained by {trained:,} in adapters of rank {options.lora}{head}"
 
@@ -2797,11 +2796,11 @@ def main(argv: list | None = None) -> int:
         onnxlm.close_stdout()
         return 141
     except (Error, onnxlm.Error, OSError) as error:
-        print(f"tinylm: error: {error}", file=sys.stderr)
+        onnxlm.print_status(f"tinylm: error: {error}")
         return 1
     except KeyboardInterrupt as interruption:
         if str(interruption):
-            print(f"tinylm: {interruption}", file=sys.stderr)
+            onnxlm.print_status(f"tinylm: {interruption}")
         return 130
     return 0
 

@@ -542,7 +542,7 @@ def unanswerable(folder):
 def peer_qa(start, train, test, seed, lr, folder):
     """As transformers' run_qa with version_2_with_negative, its features and its postprocessing; SQuAD 2's script."""
     from helpers import run_qa_answer, squad_scores
-    from transformers import AutoModelForQuestionAnswering, AutoTokenizer, default_data_collator
+    from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding
 
     tokenizer = AutoTokenizer.from_pretrained(start)
     torch.manual_seed(seed)
@@ -559,7 +559,6 @@ def peer_qa(start, train, test, seed, lr, folder):
                 stride=128,
                 return_overflowing_tokens=True,
                 return_offsets_mapping=True,
-                padding="max_length" if path == train else False,
             )
             for i, offsets in enumerate(inputs["offset_mapping"]):
                 parts = inputs.sequence_ids(i)
@@ -570,7 +569,7 @@ def peer_qa(start, train, test, seed, lr, folder):
                 features.append((number, places, feature))
         sets.append(features)
     learnt = [feature for _, _, feature in sets[0]]
-    model = trainer(model, learnt, default_data_collator, seed, lr, 6, 16, folder)
+    model = trainer(model, learnt, DataCollatorWithPadding(tokenizer), seed, lr, 6, 16, folder)
     logits = outputs_of(model, tokenizer, [feature for _, _, feature in sets[1]])
     rows, grouped = rows_of(test), {}
     for (number, places, _), ends in zip(sets[1], logits):

@@ -1550,7 +1550,7 @@ def read_json(path: Path, missing: dict | list | None = None):
     """The JSON object in a file. `missing` is returned where there is no file; a list means that an array is expected."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if missing is not None:
             return missing
         raise Error(f"{path}: no such file") from None

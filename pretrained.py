@@ -1319,7 +1319,11 @@ def read_m2m100(raw: dict) -> dict:
 
 
 def bart_like(
-    stem: str, lm_ending: str = "ForConditionalGeneration", heads: dict = {}, **rest
+    stem: str,
+    lm_ending: str = "ForConditionalGeneration",
+    lm: HeadTable | None = None,
+    heads: dict = {},
+    **rest,
 ) -> Family:
     sides = "model.encoder.", "model.decoder."
     output = {
@@ -1339,7 +1343,7 @@ def bart_like(
             intermediate_size=decoder_ffn_dim encoder_intermediate_size=encoder_ffn_dim
             hidden_dropout=dropout embedding_dropout=dropout
         """),
-        heads=heads or {"lm": HeadTable(output, {})},
+        heads={"lm": lm or HeadTable(output, {})} | heads,
         aliases=name_map("""
             hidden_size=d_model num_attention_heads=encoder_attention_heads num_hidden_layers=encoder_layers
         """),
@@ -1349,7 +1353,7 @@ def bart_like(
     )
 
 
-def t5_like(stem: str, defaults: dict = {}, **rest) -> Family:
+def t5_like(stem: str, defaults: dict = {}, fields: dict = {}, **rest) -> Family:
     return Family(
         stem,
         tensors=encoder_decoder("shared", t5_stack("encoder", mlp=1), t5_stack("decoder", mlp=2)),
@@ -1360,7 +1364,8 @@ def t5_like(stem: str, defaults: dict = {}, **rest) -> Family:
             num_hidden_layers=num_decoder_layers num_attention_heads=num_heads norm_eps=layer_norm_epsilon
             head_dropout=dropout_rate hidden_dropout=dropout_rate embedding_dropout=dropout_rate
             attention_dropout=dropout_rate hidden_act=feed_forward_proj
-        """),
+        """)
+        | fields,
         heads=LM_ONLY,
         prefix="",
         fixed=dict(position="relative", query_pre_attn_scalar=1),
@@ -1403,6 +1408,12 @@ BART_DEFAULTS = dict(
 FAMILIES |= {
     "bart": bart_like(
         "Bart",
+        heads={
+            "classify": head_table(
+                "head.dense=classification_head.dense head.out=classification_head.out_proj",
+                head_act="tanh",
+            )
+        },
         fixed=SEQ2SEQ,
         defaults=BART_DEFAULTS | dict(decoder_start_token_id=2),
         only=SEQ2SEQ_ONLY,
@@ -1432,7 +1443,7 @@ FAMILIES |= {
     ),
     "m2m_100": bart_like(
         "M2M100",
-        heads=LM_ONLY,
+        lm=LM_ONLY["lm"],
         fixed=SEQ2SEQ
         | dict(
             position="sinusoidal",
@@ -1456,7 +1467,12 @@ FAMILIES |= {
         read=read_m2m100,
         drop="model.encoder.embed_positions.weight* model.decoder.embed_positions.weight*",
     ),
-    "t5": t5_like("T5", defaults=dict(scale_decoder_outputs=None), read=read_t5),
+    "t5": t5_like(
+        "T5",
+        fields=name_map("scale_logits=scale_decoder_outputs"),
+        defaults=dict(scale_decoder_outputs=None),
+        read=read_t5,
+    ),
     "mt5": t5_like("MT5", defaults=dict(feed_forward_proj="gated-gelu"), read=read_mt5),
     # An architecture that no other family can express keeps our own names; only tinylm loads it.
     "tinylm": Family(

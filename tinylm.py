@@ -927,6 +927,13 @@ def pooled_column(input_ids: Tensor, mask: Tensor | None, config: Config) -> Ten
     return last_column(real & (input_ids != pad))
 
 
+def shift_right(ids: Tensor, mask: Tensor | None, start: int) -> Tensor:
+    """The tokens (batch, seq) before each token of a text: a start token, then all but the last."""
+    shifted = torch.cat((ids[:, :1], ids[:, :-1]), dim=1)
+    first = torch.ones_like(ids) if mask is None else mask.long()
+    return torch.where(first.cumsum(1) * first == 1, start, shifted)
+
+
 def mean_state(x: Tensor, mask: Tensor | None) -> Tensor:
     """The mean (batch, 1, hidden) of the states of a text's tokens."""
     if mask is None:
@@ -1301,8 +1308,13 @@ class TinyLM(Stack):
         ids = as_ids_tensor("input_ids", input_ids, self.device)
         mask = as_ids_tensor("attention_mask", attention_mask, self.device, optional=True)
         types = as_ids_tensor("token_type_ids", token_type_ids, self.device, optional=True)
-        name = "input_ids"
-        if self.encoder is not None:
+        name, text = "input_ids", ids
+        if self.encoder is not None and self.config.head == "classify":
+            # The decoder reads the text too, behind its start token.
+            require(decoder_input_ids is None, "decoder_input_ids: a classifier reads input_ids")
+            cross_kv, encoder_mask = self.encode(ids, mask)
+            ids = shift_right(ids, mask, self.config.decoder_start_token_id)
+        elif self.encoder is not None:
             name = "decoder_input_ids"
             if cross_kv is None:
                 cross_kv, encoder_mask = self.encode(ids, mask)
@@ -1320,7 +1332,7 @@ class TinyLM(Stack):
         if self.config.head == "classify" and self.config.classifier_pooling == "mean":
             x = mean_state(x, mask)
         elif self.config.head == "classify":
-            columns = pooled_column(ids, mask, self.config)
+            columns = pooled_column(text, mask, self.config)
         if columns is not None:
             x = x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
         if self.config.scale_logits:

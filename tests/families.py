@@ -638,7 +638,9 @@ def model(case):
     oracle = (
         AUTO[case.head].from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     )
-    if case.family == "mt5" or case.fields.get("feed_forward_proj") == "gated-gelu":
+    if case.family == "mt5" or (
+        case.family == "t5" and case.fields.get("tie_word_embeddings") is False
+    ):
         oracle.lm_head.weight = torch.nn.Parameter(
             oracle.lm_head.weight.clone()
         )  # transformers ties it all the same

@@ -9,6 +9,7 @@ import torch
 from families import (
     CASES,
     LENGTH,
+    SENTIMENTS,
     SEQ2SEQ,
     Case,
     difference,
@@ -24,7 +25,7 @@ from helpers import LAYOUTS, assert_same_weights, every, refuses, surprise
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
-from tinylm import TinyLM
+from tinylm import TinyLM, train_step
 
 BY_NAME = {case.name: case for case in SEQ2SEQ + CASES}
 T5, FLAN, BART, MARIAN = (BY_NAME[name] for name in ("t5", "t5-v1.1", "bart", "marian"))
@@ -612,6 +613,26 @@ def test_defaults_of_generation_are_saved(copy, tmp_path):
     TinyLM.from_pretrained(path).save_pretrained(tmp_path / "again")
     saved = GenerationConfig.from_pretrained(tmp_path / "again")
     assert {name: getattr(saved, name) for name in fields} == fields
+
+
+@torch.no_grad()
+def test_bart_classifies(tmp_path):
+    """As bart-large-mnli: the decoder reads the text again, and the state of its last end decides."""
+    case = Case("bart-classify", "bart", BART.fields | SENTIMENTS, "classify")
+    ours = TinyLM.from_pretrained(save(case, tmp_path / "hf"))
+    rows = [torch.cat((row, torch.tensor([2]))) for row in sources(case)]
+    oracle = load_oracle(tmp_path / "hf", "classify")
+    alone = torch.cat([oracle(row[None]).logits for row in rows])
+    for layout in LAYOUTS.values():
+        batch, mask = ragged(rows, layout)
+        assert difference(ours(batch.masked_fill(mask == 0, 1), mask), alone) < 1e-5
+    ours.save_pretrained(tmp_path / "again")
+    assert_same_weights(load_oracle(tmp_path / "again", "classify"), oracle)
+    ids = rows[0][None].repeat(2, 1)
+    batch = {"input_ids": ids, "labels": torch.tensor([0, 2])}
+    with torch.enable_grad():
+        loss = train_step(ours, torch.optim.SGD(ours.parameters(), lr=0.1), batch)
+    assert loss.isfinite() and ours.eval()(ids).isfinite().all()
 
 
 @pytest.mark.parametrize("scaled", [True, False])

@@ -524,7 +524,11 @@ AGREEING = {  # task -> a row of it, what `run` reads of a row, the figures of w
 }
 
 
-@pytest.mark.parametrize("task", AGREEING)
+# its two graphs take as long as all other tests here
+SLOW = pytest.param("seq2seq", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("task", ["classify", "tokens", "qa", SLOW])
 def test_eval_and_run_and_the_exported_folder_agree(task, tmp_path):
     """Guards figures of `eval` that no user of `run` ever sees (F1 0.886 where what `run` returned had 0.212)."""
     make, read, count, options = AGREEING[task]
@@ -618,7 +622,11 @@ def test_an_answer_that_no_window_has_whole_teaches_nothing(tmp_path):
     row = dict(question="Which?", context=f"x {words} y", answer=[(words, 2)])
     task = train.TASKS["qa"]
     assert {tuple(example["labels"]) for example in task.examples(lm, row, 64)} == {(-100, -100)}
-    epoch = task.epochs(lm, [row, row | dict(answer=[])], 64)
+    rows = [row, row | dict(answer=[])]
+    epoch = task.epochs(lm, rows, 64)
+    options = train.TrainOptions(task="qa", block=64)
+    (line,) = train.describe_cuts(options, (rows, epoch(None)))
+    assert line.startswith("the answers to 1 of 2 questions are in no window of --block 64")
     assert {example["number"] for example in epoch(None)} == {0, 1}
     assert {example["number"] for example in epoch(torch.Generator())} == {1}
 
@@ -737,8 +745,8 @@ def test_texts_are_written_to_their_end(tmp_path):
     target = " ".join(str(i * i) for i in range(66))
     rows = [dict(source=f"count {i}", target=target) for i in range(12)]
     data = write(tmp_path / "rows.jsonl", rows)
-    options = "--task seq2seq --size pico --vocab 300 --block 200 --batch 6 --steps 60 --dropout 0"
-    options += " --eval-every 60 --quiet"
+    options = "--task seq2seq --size pico --vocab 300 --block 200 --batch 4 --steps 50 --dropout 0"
+    options += " --eval-every 50 --quiet"
     finished(run_command("train", data, "--out", tmp_path / "out", *options.split()))
     last = tmp_path / "out" / "last"
     lm = TinyLM.from_pretrained(last)

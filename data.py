@@ -898,11 +898,12 @@ def read_rows(
 
     data: a file, a folder, "-" for standard input, or records in memory (dicts, a pandas DataFrame). splits: a folder
     is read from the first of these that it has. notices: a list that remarks for the user are appended to; without one
-    they are printed to stderr. known: option -> column, preferred to the common names where a record has it; the
-    columns of the first record are added to it. Raises Error for a missing column or a value of the wrong kind.
+    they are printed to stderr. known: option -> column, preferred to the common names where a record has it; a pair that
+    it lacks beside a text is not read. The columns that are read are added to it. Raises Error for a missing column or
+    a value of the wrong kind.
     """
     rows = []
-    # Those of the first record: role -> column.
+    # Role -> column, of the first record that has the role.
     columns = {}
     known = {} if known is None else known
     # Reason -> number of rows.
@@ -911,12 +912,13 @@ def read_rows(
     name, records = open_records(data, options, splits, lines)
     for place, record in records:
         try:
-            if not columns:
-                columns = choose_columns(place, from_instruction(record, options), options, known)
-                known |= by_option(columns)
-            rows.append(read_row(place, record, options, known))
+            record = from_instruction(record, options)
+            chosen = choose_columns(place, record, options, known)
+            columns = chosen | columns
+            rows.append(read_row(place, record, chosen))
         except Incomplete as reason:
             dropped[str(reason)] += 1
+    known |= by_option(columns)
     reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
     require(rows, f"{name}: no rows" + (f"; dropped: {reasons}" if dropped else ""))
     chats = {"messages" in row for row in rows}
@@ -982,11 +984,11 @@ def counted(number: int, name: str) -> str:
     return f"{number:,} {name}{'s' * (number != 1)}"
 
 
-def read_row(place: str, record, options: DataOptions, known: dict = {}) -> dict:
-    """Returns role -> value. Raises Incomplete for an empty value, Error for one of the wrong kind."""
+def read_row(place: str, record: dict, columns: dict) -> dict:
+    """Returns role -> value; columns: role -> column. Raises Incomplete for an empty value, Error for one of the wrong
+    kind."""
     row = {}
-    record = from_instruction(record, options)
-    for role, column in choose_columns(place, record, options, known).items():
+    for role, column in columns.items():
         if isinstance(column, list):
             row[role] = {name: read_hot(place, record, name) for name in column}
             continue
@@ -1053,7 +1055,9 @@ def choose_columns(
     columns = {str(name).lower(): name for name in record}
     chosen = {}
     for role in TASK_ROLES[options.task]:
-        if inputs and role in TRAINING_ROLES:
+        # A model that was trained on single texts reads no pair.
+        single = role == "pair" and known.get("text") and not known.get("pair")
+        if inputs and role in TRAINING_ROLES or single and not options.pair:
             continue
         # "" for messages and answer, which no option names.
         named_by = ROLES[role].option

@@ -60,6 +60,7 @@ from onnxlm import (
     is_embedder,
     is_number_in,
     plain_warnings,
+    progress_bar,
     remembered,
     run_lines,
     sentence_files,
@@ -963,32 +964,10 @@ def gptq(weight, scales, zeros, factor: tuple, top: int):
     return codes[order.argsort()].t().unflatten(1, (groups, block))
 
 
-class LogStream:
-    """The file of a tqdm bar that becomes lines of a log."""
-
-    def __init__(self, log):
-        self.log = log
-
-    def write(self, text: str):
-        if text.strip():
-            self.log(text.strip())
-
-    def flush(self):
-        pass
-
-
 def progress(what: str, total: int, log=None):
-    """A progress bar on stderr, shown after two seconds; where that is no terminal, a line of the log every ten
-    seconds."""
-    from tqdm import tqdm
-
-    if sys.stderr.isatty() or log is None:
-        return tqdm(total=total, desc=what, delay=2, leave=False, disable=None)
-    line = "{desc}: {n_fmt} of {total_fmt}"
-    stream = LogStream(log)
-    return tqdm(
-        total=total, desc=what, delay=5, mininterval=8, leave=False, file=stream, bar_format=line
-    )
+    """A progress bar on stderr; where that is no terminal, lines of the log, or nothing without one."""
+    silent = log is None and not sys.stderr.isatty()
+    return progress_bar(total, what, print_line=log, silent=silent)
 
 
 def quantize_weights(lm, bits: int, ids, log=None) -> dict:

@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType, SimpleNamespace, UnionType
+from types import NoneType, UnionType
 from typing import (
     Annotated,
     Literal,
@@ -73,6 +73,11 @@ def require(ok, message: str):
 
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def print_status(text: str, end: str = "\n"):
+    """Prints a line on stderr, on a terminal in the place of a line of progress."""
+    print("\r\x1b[K" * sys.stderr.isatty() + text, end=end, file=sys.stderr, flush=True)
 
 
 def is_number_in(value, low, high, kind=numbers.Real) -> bool:
@@ -2764,6 +2769,9 @@ def input_rows(
     """
     names = INPUT_COLUMNS.get(model.task, ("text",))
     named = {name: columns.get(name) or model.remembered.get(name) for name in names}
+    # A model that was trained on single texts reads no pair.
+    if model.remembered.get("text") and not named.get("pair"):
+        names = [name for name in names if name != "pair"]
     for place, record in records:
         require(isinstance(record, dict), f"{place}: {str(record)[:60]!r}, expected an object")
         seen = view(record)
@@ -2851,14 +2859,57 @@ def strict_json(value, **options) -> str:
     return json.dumps(finite(value), allow_nan=False, default=str, **options)
 
 
-def progress_bar(total: int):
-    """Returns a progress bar on stderr that appears after two seconds; without tqdm, one that does nothing."""
+class BarLines:
+    """The file of a progress bar where there is no terminal: each of its states becomes a line."""
+
+    def __init__(self, print_line: Callable[[str], object]):
+        self.print_line = print_line
+
+    def write(self, text: str):
+        if text.strip():
+            self.print_line(text.strip())
+
+    def flush(self):
+        pass
+
+
+class NoBar:
+    """A progress bar where tqdm is not installed."""
+
+    def __init__(self, items=()):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, count: int = 1):
+        pass
+
+
+def progress_bar(
+    total: int | None = None,
+    what: str = "running",
+    items=None,
+    print_line: Callable[[str], object] = print_status,
+    silent: bool = False,
+):
+    """tqdm's bar over the items, or one to `update`, on stderr after two seconds; if that is no terminal, a line every
+    ten seconds."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return contextlib.nullcontext(SimpleNamespace(update=lambda count: None))
-    pause = 0.2 if sys.stderr.isatty() else 10
-    return tqdm(total=total, desc="running", unit=" rows", delay=2, mininterval=pause, leave=False)
+        return NoBar(items)
+    style: dict = dict(mininterval=0.2)
+    if not sys.stderr.isatty():
+        line = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+        style = dict(mininterval=9, file=BarLines(print_line), bar_format=line)
+    return tqdm(items, what, total, delay=2, leave=False, disable=silent, **style)
 
 
 TABLES = {".csv": open_table, ".tsv": open_table, ".jsonl": open_table}
@@ -3077,11 +3128,6 @@ def plain_warnings(command: str):
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
-
-
-def print_status(text: str, end: str = "\n"):
-    """Prints a line on stderr, on a terminal in the place of a line of progress."""
-    print("\r\x1b[K" * sys.stderr.isatty() + text, end=end, file=sys.stderr, flush=True)
 
 
 def close_stdout():

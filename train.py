@@ -1573,28 +1573,10 @@ def log(text: str, end: str = "\n"):
         onnxlm.print_status(text, end)
 
 
-class LineStream:
-    """Where stderr is no terminal, the file of a tqdm bar: each state of the bar becomes a line."""
-
-    def write(self, text: str):
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
-
-    def flush(self):
-        pass
-
-
 def progress_bar(items: Iterable, what: str, total: int | None = None) -> Iterable:
-    """Yields the items, with a progress bar on stderr if it takes longer than two seconds; from the first process only.
-    Where stderr is no terminal, a line every ten seconds."""
-    from tqdm import tqdm
-
+    """onnxlm's progress bar over the items, from the first process only."""
     silent = QUIET.get() or rank_and_world_size()[0] != 0
-    style = dict(mininterval=0.2)
-    if not sys.stderr.isatty():
-        line = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-        style = dict(mininterval=10, file=LineStream(), bar_format=line)
-    return tqdm(items, what, total, delay=2, leave=False, disable=silent, **style)
+    return onnxlm.progress_bar(total, what, items, silent=silent)
 
 
 def format_duration(seconds: float) -> str:
@@ -1899,8 +1881,8 @@ def finite(value) -> bool:
 
 
 def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The mean of a twentieth of the points around each."""
-    reach = len(points) // 40
+    """The mean of a twentieth of the points around each, of some more where there are few."""
+    reach = max(len(points) // 40, min(len(points) // 8, 5))
     found = []
     for i, (step, _) in enumerate(points):
         window = [value for _, value in points[max(i - reach, 0) : i + reach + 1]]

@@ -15,7 +15,7 @@ from helpers import CPU, assert_same_weights, finished, refuses, run_command
 import data as datafiles
 import onnxlm
 import train
-from export import OnnxLM
+from export import OnnxLM, export_onnx
 from tinylm import Config, TinyLM
 from train import TrainOptions, predict
 
@@ -104,6 +104,27 @@ def test_rows_are_read_by_the_columns_of_the_training(reviews):
     refuses(lambda: predict(reviews, [{"review": 3}]), "row 1", "review = '3'")
     refuses(lambda: predict(reviews, ["x"], text="review"), "text", "rows")
     refuses(lambda: predict(reviews, rows, ["x"] * len(rows)), "pairs")
+
+
+def test_a_pair_is_read_where_the_training_had_one(reviews, tmp_path):
+    """Guards a second text that a model of single texts gets, and one that is left out."""
+    pairs = [row | {"hypothesis": f"no {row['id']}"} for row in ROWS]
+    assert predict(reviews, pairs) == predict(reviews, ROWS)
+    folder = train.train(pairs[:3] + ROWS[3:], options(tmp_path / "out", steps=12)).folder
+    expected = predict(
+        folder, [row["review"] for row in pairs], [row["hypothesis"] for row in pairs]
+    )
+    assert close(predict(folder, pairs), expected)
+    alone = predict(folder, [row["review"] for row in pairs])
+    gaps = [abs(one[0]["score"] - two[0]["score"]) for one, two in zip(alone, expected)]
+    assert max(gaps) > 3e-5
+    refuses(lambda: predict(folder, ROWS), "no column hypothesis", "--pair names it")
+    export_onnx(folder, tmp_path / "exported")
+    path = table(tmp_path / "pairs.csv", pairs)
+    assert onnxlm.main([str(tmp_path / "exported"), str(path), "--out", f"{path}.tsv"]) == 0
+    with open(f"{path}.tsv", encoding="utf-8", newline="") as file:
+        found = [float(row["score"]) for row in csv.DictReader(file, delimiter="\t")]
+    assert found == pytest.approx([answer[0]["score"] for answer in expected], abs=1e-5)
 
 
 def test_a_data_frame_is_rows(reviews, tmp_path):

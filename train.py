@@ -584,8 +584,7 @@ class TorchRunner:
 
 
 class ExportedLM(TinyLM):
-    """The graph of an exported folder in the place of the model: an evaluation of it runs in ONNX Runtime. It has no
-    weights."""
+    """An exported graph behind the interface of TinyLM, without weights: an evaluation of it runs in ONNX Runtime."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -630,7 +629,7 @@ class Task:
         yield text_example(lm, block, *(row[name] for name in self.inputs if name in row))
 
     def text_and_pair(self, row: dict) -> tuple[str, str | None]:
-        """What `run` reads of a row."""
+        """Returns the texts of a row that `run` reads."""
         values = [row.get(name) for name in self.inputs]
         texts = [" ".join(value) if isinstance(value, list) else value for value in values]
         return (*texts, None)[:2]
@@ -674,7 +673,7 @@ def similar(examples: list, batch: int) -> list:
 
 
 def readings(task: Task, reader: onnxlm.Reader, examples: list, batch: int) -> Iterable:
-    """Yields (row, text, pair, windows, outputs) of each row of the examples, as `run` reads it."""
+    """Yields (row, text, pair, windows, outputs) for each row of the examples, as `run` reads it."""
     rows = [*{example["number"]: example["row"] for example in examples}.values()]
     inputs = [task.text_and_pair(row) for row in rows]
     lengths = [len(text) + len(pair or "") for text, pair in inputs]
@@ -2225,8 +2224,8 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
     `options.init`. With `resume` it goes on where `options.out`/last stopped, bit for bit as if it had not been
     interrupted: data order and dropout depend on seed and step alone. `data` may then be None for the run's own files.
 
-    Returns the best model, in eval mode, as it is saved in `options.out`/best; its attributes `figures` and `folder` are
-    those of its validation, and that folder. Under torchrun it is the last one. Raises Error for data or options that do
+    Returns the best model in eval mode, as saved in `options.out`/best, with the attributes `figures` (of its validation)
+    and `folder`; under torchrun the last model. Raises Error for data or options that do
     not fit, and if `options.out` holds a run without `resume` or `overwrite`; KeyboardInterrupt after Ctrl-C or SIGTERM,
     once `last` is saved.
     """
@@ -2242,7 +2241,7 @@ def train(data, options: TrainOptions, resume: bool = False) -> TinyLM:
 
 
 def train_model(data, options: TrainOptions, resume: bool) -> tuple[TinyLM, dict]:
-    """The last model, and where the run stands."""
+    """Returns the last model and the run's state."""
     quiet = QUIET.set(options.quiet)
     try:
         return train_quietly(data, options, resume)
@@ -2869,7 +2868,7 @@ def run_train(options: dict):
 
 
 def opened(options: dict) -> TinyLM:
-    """The checkpoint that a command names, or with --precision its graph, with a tokenizer."""
+    """Opens the checkpoint that a command names, or with --precision its graph."""
     folder = pretrained.find_checkpoint(options.pop("folder"))
     device, precision = options.pop("device", None), options.pop("precision", None)
     if precision is None:
@@ -2877,12 +2876,12 @@ def opened(options: dict) -> TinyLM:
     return ExportedLM(folder, precision, PROVIDERS.get(device))
 
 
-# A device -> ONNX Runtime's providers.
+# Device -> ONNX Runtime's providers.
 PROVIDERS = {"cpu": [onnxlm.CPU], "cuda": [onnxlm.CUDA]}
 
 
 def open_checkpoint(folder: Path, device=None) -> TinyLM:
-    """A checkpoint of the hub or of a training, in eval mode, with a tokenizer."""
+    """Opens a checkpoint in eval mode with its tokenizer and what its training left. Raises Error without a tokenizer."""
     require(
         any(folder.glob("*.safetensors*")) or not (folder / "onnx").is_dir(),
         f"{folder}: no model.safetensors, graphs only; `eval` and `run` take them with --precision",
@@ -2895,10 +2894,10 @@ def open_checkpoint(folder: Path, device=None) -> TinyLM:
 
 
 class Evaluation:
-    """Data for a model's task, read as in its training, on which that model or its graphs are evaluated.
+    """Data of a model's task, read as in its training, to evaluate the model and its graphs on.
 
-    data: see `read_rows`; of a folder, its test split. given: fields of TrainOptions. Raises Error for a model without a
-    task, and for data that does not fit.
+    data: see `read_rows`; a folder is read from its test split. given: fields of TrainOptions. Raises Error for a model
+    without a task, and for data that does not fit it.
     """
 
     def __init__(self, lm: TinyLM, data, **given):
@@ -2914,7 +2913,7 @@ class Evaluation:
         if "block" not in settings and name not in ("lm", "mlm"):
             settings["block"] = max(onnxlm.TASKS[name](TorchRunner(lm)).limit, 8)
         self.options = TrainOptions(**settings | given).filled()
-        # What the readers go by.
+        # The readers take their limits from it.
         self.remembered = known | {"block": self.options.block}
         if self.options.max_answer_length:
             self.remembered["max_answer_length"] = self.options.max_answer_length
@@ -2929,17 +2928,18 @@ class Evaluation:
                 log(onnxlm.cut_notice(cut, len(self.rows), most, lm.tokenizer))
 
     def report(self, lm: TinyLM) -> dict:
-        """All figures, by name."""
+        """Returns name -> figure, with tables and what takes longer (BLEU)."""
         lm.remembered = self.remembered
         return self.task.report(lm, self.examples, self.options.batch)
 
     def figures(self, lm: TinyLM) -> dict:
-        """Those of a validation."""
+        """Returns name -> figure, as a validation in training does."""
         lm.remembered = self.remembered
         return self.task.figures(lm, self.examples, self.options.batch)
 
     def decisions(self, lm: TinyLM) -> list | None:
-        """What `run` says of each row, without scores; None of a task where that are no decisions."""
+        """Returns the prediction of `run` for each row, without scores; None for a task that predicts numbers or
+        tokens, where no two models agree exactly."""
         if isinstance(self.task, LanguageModelling) or lm.config.problem_type == "regression":
             return None
         lm.remembered = self.remembered
@@ -2988,7 +2988,7 @@ def table_lines(table: dict[str, dict]) -> list[str]:
 
 
 def run_run(options: dict):
-    """A line for each input: what the head says, the likeliest first, with scores; or with --out a file."""
+    """Prints a line of results for each input, or writes the file --out."""
     lm = opened(options)
     model = lm.graph if isinstance(lm, ExportedLM) else TorchRunner(lm, lm.folder)
     reading = {name: options.pop(name, "") for name in ("delimiter", "encoding")}
@@ -3008,19 +3008,21 @@ def run_run(options: dict):
 
 
 def run_options(model, columns: dict, **more) -> datafiles.DataOptions:
-    """How rows are read for a prediction; columns: option -> column or None."""
+    """Options to read rows for a prediction; columns: option -> column or None."""
     columns = {name: column for name, column in columns.items() if column}
-    task = "mlm" if model.task == "embed" else model.task  # of which the rows are texts
+    # Rows to embed are texts, as those of masked language modelling.
+    task = "mlm" if model.task == "embed" else model.task
     return datafiles.DataOptions(task=task, **columns, **more)
 
 
 def input_rows(model, records: Iterable, options: datafiles.DataOptions) -> Iterable:
-    """Yields (record, text, pair) of (place, record), see `onnxlm.input_rows`, by the columns of the first one."""
+    """Yields (record, text, pair) for each (place, record), see `onnxlm.input_rows`. Columns are chosen by the first
+    record."""
     records = iter(records)
     first = [*itertools.islice(records, 1)]
 
     def view(record):
-        """With an instruction and its input as one source, where no output is there yet too."""
+        """Joins alpaca's instruction and input to one source, even if the record has no output yet."""
         if options.task != "seq2seq" or not isinstance(record, dict):
             return record
         return datafiles.from_instruction({"output": ""} | record, options)
@@ -3037,13 +3039,14 @@ def input_rows(model, records: Iterable, options: datafiles.DataOptions) -> Iter
 def predict(
     model: TinyLM | str | Path, texts, pairs=None, batch: int = 32, device=None, **options
 ) -> list[list[dict]]:
-    """What a model is for, of each text (and its pair): the answer of `OnnxLM.run`, a list of dicts for each text, the
-    likeliest first.
+    """Returns what `OnnxLM.run` returns, computed in torch: for each text (and its pair) a list of dicts, the likeliest
+    first.
 
-    model: a TinyLM, or a checkpoint's folder or name on the hub. texts: a list of them, or one; or rows with columns
-    (dicts, a pandas DataFrame), which are read as in the training, or by text, pair, question and context, names of
-    columns; a row without a text has an empty list. pairs: a list, or one for all. Options: those of the task's reader,
-    such as max_new_tokens. Raises Error for what cannot be read.
+    model: a TinyLM, or a checkpoint by its folder or its name on the hub. texts: a text, a list of texts, or rows (dicts
+    or a pandas DataFrame). Rows are read from the columns of the training, or from those that the options text, pair,
+    question and context name; a row without a text gets an empty list. pairs: a list, or one pair for all texts.
+    options: those of the task's reader, such as max_new_tokens. Raises Error for a missing column or a value that is no
+    text.
     """
     lm = model
     if not isinstance(model, TinyLM):

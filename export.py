@@ -1294,17 +1294,20 @@ def export_onnx(
     eval_data=None,
     max_drop: float | None = None,
 ) -> dict:
-    """Write the folder `out` from a TinyLM or a checkpoint (its folder, or its name on the hub): config, tokenizer and
-    model.safetensors in the stored dtype, and the graphs in onnx/ in each of the precisions (keys of PRECISIONS), of a
-    decoder with genai_config.json for the first of them, and with `generate` onnx/generate.onnx: prefill, cache,
-    sampling and stopping in one graph. Weights of 4 bits and, with `int8_cache`, keys and values (in all but fp32) are
-    rounded for a text such as the model will meet; without one, for what it writes by itself. With `eval_data`, rows or a
-    file of the model's task, each precision is evaluated (see `evaluate`), the model card gets the table, and a precision
-    that is worse than torch by more than `max_drop` is left out. Returns what `verify` found, by precision, and as "eval"
-    the row of the table. The folder appears whole, after its check, or not at all. An earlier export in its place is
-    replaced, but for the graphs in other precisions of the same weights.
+    """Writes a folder with config, tokenizer, model.safetensors in the stored dtype and verified graphs in onnx/; for a
+    decoder also genai_config.json, for the first precision. Returns what `verify` found, by precision.
 
-    Raises Error where the checkpoint cannot be read or a check fails.
+    model_or_folder: a TinyLM, or a checkpoint by its folder or its name on the hub. out: the folder. It appears whole,
+    after all checks, or not at all; an earlier export there is replaced, except for graphs in other precisions of the
+    same weights. onnx, safetensors: whether to write these. log: takes a line at each stage. precisions: keys of
+    PRECISIONS. text: like what the model will meet; 4-bit weights and 8-bit caches are rounded for it (default: text
+    that the model generates). generate: also write onnx/generate.onnx, with prefill, cache, sampling and stopping in one
+    graph. int8_cache: keys and values in 8 bits, in all precisions but fp32.
+    eval_data: data of the model's task, a file or rows. Each precision is evaluated on it (see `evaluate`); the table
+    goes into the model card, its rows under "eval" into the result. max_drop: a precision whose figure is worse than
+    torch's by more than this is left out.
+
+    Raises Error for a checkpoint or data that cannot be read, and if a check fails.
     """
     out = Path(out).resolve()
     log = log or (lambda text: None)
@@ -1348,9 +1351,13 @@ def export_onnx(
         log(f"model.safetensors {megabytes(work / 'model.safetensors')}")
         if onnx:
             (work / "onnx").mkdir()
-            found = write_graphs(lm, work, precisions, text, generate, int8_cache, log)
+            evaluation = None
             if eval_data is not None:
-                table = evaluate(lm, work, found, eval_data, max_drop, log)
+                # Before the graphs are traced, which takes longer than to find that a column is missing.
+                evaluation = tinylm.beside("train").Evaluation(lm, eval_data)
+            found = write_graphs(lm, work, precisions, text, generate, int8_cache, log)
+            if evaluation:
+                table = evaluate(lm, work, found, evaluation, max_drop, log)
                 write_card(work / "README.md", out.name, source, table)
             write_genai_config(lm, work, next(iter(found), precisions[0]), log)
             keep_graphs(out, work, weights, precisions, log)
@@ -1680,13 +1687,16 @@ class Measure:
         )
 
 
-def evaluate(lm, folder: Path, found: dict, data, max_drop: float | None, log) -> dict[str, dict]:
-    """Evaluates torch in fp32 and each precision that was found on data of the model's task, on the CPU. Returns a table:
-    the size, the first figure of a validation, how many rows are decided otherwise than by torch, texts in a second, and
-    these beside those of fp32. A precision whose figure is worse by more than `max_drop` is deleted, from `found` too;
-    raises Error where none is left."""
+def evaluate(
+    lm, folder: Path, found: dict, evaluation, max_drop: float | None, log
+) -> dict[str, dict]:
+    """Evaluates torch in fp32 and each precision in `found` on the CPU; evaluation: train.py's `Evaluation`.
+
+    Returns a table, precision -> column -> value: size, the first figure of a validation, rows whose prediction differs
+    from torch's, texts per second, and that relative to fp32. Deletes the graphs of a precision whose figure is worse
+    than torch's by more than `max_drop`, and its entry in `found`. Raises Error if none is left.
+    """
     train = tinylm.beside("train")
-    evaluation = train.Evaluation(lm, data)
     table: dict = {}
     speeds: dict = {}
     for name in ("torch", *found):
@@ -1734,7 +1744,7 @@ def evaluate(lm, folder: Path, found: dict, data, max_drop: float | None, log) -
 
 
 def write_card(file: Path, title: str, source: Path | None, table: dict):
-    """The model card of the checkpoint, with its pictures, and the table of the graphs."""
+    """Writes the checkpoint's model card, with its pictures, and the table of `evaluate` under it."""
     card = source / "README.md" if source else file
     text = f"# {title}\n"
     if card.exists():
@@ -1747,7 +1757,9 @@ def write_card(file: Path, title: str, source: Path | None, table: dict):
     for name, values in table.items():
         rows.append([name, *(f"{x:.4f}" if isinstance(x, float) else x for x in values.values())])
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    about = "On the CPU; changed: rows that are decided otherwise than by torch in fp32."
+    about = (
+        "Measured on the CPU. Changed: rows whose prediction differs from that of torch in fp32."
+    )
     code = f'from onnxlm import OnnxLM\n\nmodel = OnnxLM(".", precision="{rows[-1][0]}")'
     text += f"\n## Graphs\n\n{about}\n\n{lines}\n\n```python\n{code}\n```\n"
     file.write_text(text, encoding="utf-8")
@@ -1802,7 +1814,7 @@ NO_SEARCH = (
 
 
 def write_genai_config(lm, folder: Path, precision: str, log):
-    """genai_config.json of a decoder, for the graph of a precision."""
+    """Writes the genai_config.json of a decoder, for the graph of one precision."""
     if writes(lm):
         config, left = genai_config(lm, PRECISIONS[precision])
         tinylm.write_json(folder / "genai_config.json", config)

@@ -2263,6 +2263,8 @@ def train_quietly(data, options: TrainOptions, resume: bool) -> tuple[TinyLM, di
         data = run_state.get("place") if data is None else data
         lost = "--resume: the run's data came from no file; expected the same data again"
         require(data is not None, lost)
+        moved = f"--resume: {data}, the run's data, is not there; expected its new place"
+        require(data != run_state.get("place") or os.path.exists(data), moved)
     require(data is not None, "train: no data; expected a file, a folder or - for standard input")
     if not isinstance(data, (str, Path, dict)):
         data = [record for _, record in datafiles.numbered(data)]
@@ -2767,7 +2769,7 @@ def main(argv: list | None = None) -> int:
     argv = sys.argv[1:] if argv is None else [*map(str, argv)]
     if argv[:1] == ["export"]:
         return export_command().main(argv[1:])
-    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+    if argv and argv[0] not in COMMANDS and (argv[0] == "-" or not argv[0].startswith("-")):
         # `train.py my.txt`
         argv = ["train", *argv]
     parser = make_parser(defaults_of(argv) if {"-h", "--help"} & set(argv) else None)

@@ -101,6 +101,10 @@ def test_a_precision_that_falls_too_far_is_dropped(reviews, tmp_path, monkeypatc
     bad = {"int8", "fp32"}
     refuses(lambda: export_onnx(lm, out, **options), "--max-drop 0.01", "accuracy", "nothing")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    lines.clear()
+    wrong = dict(options, eval_data=[{"film": "good", "stars": "a"}])
+    refuses(lambda: export_onnx(lm, out, **wrong), "row 1", "no column", "film")
+    assert not any("tracing" in line for line in lines)  # before what takes long
     for wrong in (dict(max_drop=0.1), dict(max_drop=-1, eval_data=ROWS)):
         refuses(lambda wrong=wrong: export_onnx(lm, out, **wrong), "--max-drop")
 
@@ -153,7 +157,8 @@ def test_every_task_has_a_table(name, exported_pair):
     figure = {"electra-tokens": "entity F1", "bert-qa": "span F1", "t5": "nats/token"}[name]
     lm, _, out = exported_pair(name)
     found = {"fp32": {}}
-    table = evaluate(copy.deepcopy(lm), out, found, rows, 0.01, log=lambda line: None)
+    lm = copy.deepcopy(lm)
+    table = evaluate(lm, out, found, train.Evaluation(lm, rows), 0.01, log=lambda line: None)
     assert [*table] == ["torch", "fp32"] and found["fp32"]["eval"] == table["fp32"]
     assert [*table["fp32"]][:3] == ["size", figure, "changed"]
     assert table["fp32"]["changed"] == f"0 of {len(rows)}"

@@ -49,18 +49,21 @@ def test_long_contexts_are_read_in_windows(exported_pair):
         onnx_lm.run(["w9 w8"])
 
 
-def test_run_needs_no_torch(exported_pair):
+def test_run_needs_no_torch(exported_pair, tmp_path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text\nw9 w8\n")
     script = f"""
 import sys
-for name in ("torch", "tinylm", "onnx", "transformers", "safetensors", "einops"):
+for name in ("torch", "tinylm", "onnx", "transformers", "safetensors", "einops", "pyarrow", "tqdm"):
     sys.modules[name] = None
-import onnxlm
 import onnxlm
 onnxlm.main([{str(exported_pair("distilbert-classify")[2])!r}, "w9 w8"])
 onnxlm.main([{str(exported_pair("t5")[2])!r}, "w9"])
+onnxlm.main([{str(exported_pair("distilbert-classify")[2])!r}, {str(rows)!r}, "--out", "{rows}.jsonl"])
 """
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and len(run.stdout.splitlines()) == 2, run.stderr
+    assert json.loads((tmp_path / "rows.csv.jsonl").read_text())["text"] == "w9 w8"
 
 
 def test_a_tab_divides_only_what_has_two_parts(exported_pair, capsys, monkeypatch):

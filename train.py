@@ -2263,8 +2263,9 @@ def train_quietly(data, options: TrainOptions, resume: bool) -> tuple[TinyLM, di
         data = run_state.get("place") if data is None else data
         lost = "--resume: the run's data came from no file; expected the same data again"
         require(data is not None, lost)
-        moved = f"--resume: {data}, the run's data, is not there; expected its new place"
-        require(data != run_state.get("place") or os.path.exists(data), moved)
+        if isinstance(data, str) and data == run_state.get("place"):
+            moved = f"--resume: {data}, the run's data, is not there; expected its new place"
+            require(os.path.exists(data), moved)
     require(data is not None, "train: no data; expected a file, a folder or - for standard input")
     if not isinstance(data, (str, Path, dict)):
         data = [record for _, record in datafiles.numbered(data)]

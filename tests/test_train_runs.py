@@ -132,7 +132,7 @@ def test_a_run_goes_on_from_another_folder_under_another_name(tmp_path, monkeypa
     assert "--init is two/best, expected " in run.stderr
     (tmp_path / "data.jsonl").unlink()
     run = run_command("train", "--resume", "--out", "two")
-    assert run.returncode == 1 and "data.jsonl" in run.stderr.splitlines()[-1]
+    assert run.returncode == 1 and "data.jsonl, the run's data, is not there" in run.stderr
 
 
 def test_another_option_is_refused_with_the_value_of_the_run(text, whole):

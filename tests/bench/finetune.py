@@ -598,7 +598,7 @@ def answer_columns(answers, places):
 
 def peer_translation(start, train, test, seed, lr, folder):
     from sacrebleu import corpus_bleu
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(start)
     torch.manual_seed(seed)
@@ -613,7 +613,19 @@ def peer_translation(start, train, test, seed, lr, folder):
         {name: inputs[name][i] for name in ("input_ids", "attention_mask")} | {"labels": labels[i]}
         for i in range(len(rows))
     ]
-    collate = DataCollatorForSeq2Seq(tokenizer, model)
+    first = model.config.decoder_start_token_id
+
+    def collate(features):
+        # MBart's own way would begin with the last token of the target, as in its languages.
+        padded = tokenizer.pad(
+            [{k: row[k] for k in row if k != "labels"} for row in features], return_tensors="pt"
+        )
+        rows = [torch.tensor(row["labels"]) for row in features]
+        labels = torch.nn.utils.rnn.pad_sequence(rows, True, -100)
+        before = labels.new_full((len(labels), 1), first)
+        shifted = torch.cat([before, labels[:, :-1].clamp(min=0)], 1)
+        return padded | {"labels": labels, "decoder_input_ids": shifted}
+
     model = trainer(model, learnt, collate, seed, lr, 6, 64, folder)
     rows, written = rows_of(test), []
     for i in range(0, len(rows), 64):
@@ -626,12 +638,12 @@ def peer_translation(start, train, test, seed, lr, folder):
     return {"BLEU": corpus_bleu(written, [[row["target"] for row in rows]]).score}
 
 
-def untrained(train, folder):
+def untrained(train, folder, seed):
     """The model from scratch from which `tinylm train --task seq2seq` begins."""
     import data
     from train import TrainOptions, new_model
 
-    options = TrainOptions(task="seq2seq").filled()
+    options = TrainOptions(task="seq2seq", seed=seed).filled()
     new_model(data.read_rows(train, options, notices=[]), options).save_pretrained(folder / "start")
     return folder / "start"
 
@@ -677,11 +689,12 @@ def compare(name, folder, limit, seeds):
                 ),
             )
     train, test = paths
-    start = untrained(train, folder) if name == "translation" else fetch_minilm()
+    scratch = name == "translation"
+    start = fetch_minilm()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     task, *options = options.split()
-    if name != "translation":
+    if not scratch:
         options += ["--init", start]
 
     def ours(seed):
@@ -693,7 +706,11 @@ def compare(name, folder, limit, seeds):
 
     report("tinylm", name, ours, seeds, shown)
     for lr in rates:
-        theirs = lambda seed, lr=lr: peer(start, train, test, seed, lr, folder)
+
+        def theirs(seed, lr=lr):
+            first = untrained(train, folder, seed) if scratch else start
+            return peer(first, train, test, seed, lr, folder)
+
         report(f"Trainer, lr {lr:g}", name, theirs, seeds, shown)
 
 

@@ -57,7 +57,7 @@ import torch
 import onnxlm
 import tinylm
 from tinylm import Config, MuonAdamW, TinyLM, pretrained, train_step
-from tinylm.train import TrainOptions, train
+from tinylm.train import TrainOptions, predict, train
 
 config: Config = Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 width: int = config.hidden_size
@@ -83,7 +83,8 @@ array: np.ndarray = model.generate(np.zeros((1, 4), np.int64), max_new_tokens=4)
 for piece in model.stream("Once", max_new_tokens=4):
     text = piece + text
 try:
-    train("data.txt", TrainOptions(steps=10))
+    best: TinyLM = train("data.txt", TrainOptions(steps=10))
+    found: list[list[dict]] = predict(best, ["a text"], batch=8)
 except (tinylm.Error, onnxlm.Error) as error:
     text = str(error)
 """

@@ -1848,7 +1848,7 @@ class Tagger(Reader):
     def notices(self):
         names = [*(self.model.config.get("id2label") or {}).values()]
         numbers = bool(names) and all(str(name).isdecimal() for name in names)
-        text = "the model's tags are numbers (id2label of config.json): none of them is known to be no entity"
+        text = "the model's tags are numbers (id2label in config.json): which one means no entity is unknown"
         return super().notices() + [text] * numbers
 
     def word_logits(self, text: str, windows: list, outputs: list) -> dict[int, np.ndarray]:
@@ -2525,7 +2525,7 @@ class Writer(Reader):
         if self.unfinished:
             count, longest = len(self.unfinished), max(self.unfinished)
             found.append(
-                f"{count:,} of {self.texts:,} texts came to no end within {longest:,} tokens; max_new_tokens allows more"
+                f"{count:,} of {self.texts:,} texts did not end within {longest:,} tokens; max_new_tokens allows more"
             )
         return found
 

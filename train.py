@@ -774,12 +774,11 @@ class Writing(Task):
         yield example | {"labels": labels, "decoder_input_ids": [start, *labels[:-1]]}
 
     def remember(self, lm, rows, examples, options):
-        """generation_config.json gets room for the longest target, and a quarter more; and no text has to be longer than
-        the shortest."""
+        """Lets generation_config.json allow the longest target and a quarter more, and the shortest."""
         lengths = [len(example["labels"]) for example in examples]
         needed = min(max(lengths) * 5 // 4, limit(lm, 2**31) - 1) + 1
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        # as they are saved where nothing else is said of generation
+        # Saved by default, unless there are other settings.
         ids = {name: getattr(lm.config, name) for name in names}
         ids = {name: id for name, id in ids.items() if id is not None}
         config = lm.generation_config = dict(lm.generation_config or ids)
@@ -817,9 +816,8 @@ class Writing(Task):
 
 
 def bleu_score(written: list[str], true: list[str]) -> dict:
-    """sacrebleu's BLEU by the tokenizer that is for the script of the references. The figure's name says it where that
-    is not sacrebleu's default, and where the n-grams are at most as long as the longest reference, which has less than
-    four words: the usual BLEU is 0 there."""
+    """sacrebleu's BLEU, with the tokenizer for the references' script. The figure's name gives the tokenizer if it is not
+    the default, and eff:yes if no reference has four words: BLEU of 4-grams would be 0 there, so shorter n-grams count."""
     from sacrebleu.metrics import BLEU
 
     tokenizer = bleu_tokenizer(true)
@@ -833,11 +831,12 @@ def bleu_score(written: list[str], true: list[str]) -> dict:
 
 
 def bleu_tokenizer(texts: list[str]) -> str:
-    """sacrebleu's name of the tokenizer for what most of the texts are written in."""
+    """The name of sacrebleu's tokenizer for the script of most of the texts."""
     text = "".join(texts)
     letters = sum(map(str.isalpha, text))
     unspaced = len(re.findall(f"[{onnxlm.UNSPACED}]", text))
-    if 4 * unspaced <= letters:  # a word of other scripts has about four letters for one of these
+    # A word has about four letters in scripts with spaces.
+    if 4 * unspaced <= letters:
         return "13a"
     kana = len(re.findall("[\u3041-\u30ff]", text))
     if 20 * kana > unspaced:
@@ -848,7 +847,7 @@ def bleu_tokenizer(texts: list[str]) -> str:
 
 
 def rouge_scores(written: list[str], true: list[str]) -> dict:
-    """The means of rouge_score's F measures, where words are those of any script."""
+    """The means of rouge_score's F measures, for words of every script."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=RougeWords())
@@ -857,8 +856,8 @@ def rouge_scores(written: list[str], true: list[str]) -> dict:
 
 
 class RougeWords:
-    """rouge_score's own tokenizer with stemming, for every script: it drops all that is not ASCII. Letters of a script
-    without spaces are words."""
+    """rouge_score's tokenizer with stemming, for every script: its own drops what is not ASCII. In scripts without spaces
+    each letter is a word."""
 
     def __init__(self):
         from nltk.stem.porter import PorterStemmer
@@ -871,7 +870,7 @@ class RougeWords:
 
 
 def all_words(text: str) -> list[str]:
-    """Words and signs of a text; letters where a script has no spaces."""
+    """The words and signs of a text, and the letters of scripts without spaces."""
     spans = (onnxlm.split_letters(text, *match.span()) for match in re.finditer(r"\S+", text))
     return [text[start:end] for start, end in itertools.chain.from_iterable(spans)]
 
@@ -953,7 +952,7 @@ class Classification(Task):
 
 
 def correlation(predicted: np.ndarray, labels: np.ndarray) -> float | None:
-    """Pearson's; None of what is always the same."""
+    """Pearson's correlation; None of constants."""
     for name, values in (("labels", labels), ("predictions", predicted)):
         if values.min() == values.max():
             log(f"correlation: none, since all {name} are {values[0]:g}")
@@ -1043,7 +1042,7 @@ class Tagging(Task):
         return {"words": onnxlm.words_of_training([row["words"] for row in rows])}
 
     def figures(self, lm, examples, batch):
-        """The F1 of entities, as `run` finds them in the words with spaces between, the share of words with the right
+        """The F1 of the entities that `run` finds in the words with spaces between them, the share of words with the right
         tag, and the loss."""
         reader = onnxlm.Tagger(TorchRunner(lm))
         names = [lm.config.id2label[i] for i in range(lm.config.num_labels)]
@@ -1080,8 +1079,8 @@ class Tagging(Task):
 
 
 class QuestionAnswering(Task):
-    """Questions whose answer stands in a context; a long one is read in windows that overlap. The label of a window
-    without the answer is its first column twice."""
+    """Questions whose answer is a part of a context; a long one is read in windows that overlap. Column 0, twice, is the
+    label of a window without the answer."""
 
     head, inputs = "qa", ("question", "context")
     scratch, init = SCRATCH, dict(lr=3e-4, epochs=6)
@@ -1109,7 +1108,7 @@ class QuestionAnswering(Task):
         return [inside[0], inside[-1]] if whole else [0, 0]
 
     def epochs(self, lm, rows, block):
-        """To train on, only windows of which something is learnt."""
+        """Leaves out windows without labels in training."""
         every = super().epochs(lm, rows, block)(None)
         learnt = [example for example in every if example["labels"][0] != -100]
         return lambda generator: every if generator is None else learnt
@@ -1122,10 +1121,11 @@ class QuestionAnswering(Task):
         }
 
     def figures(self, lm, examples, batch):
-        """F1 and exact match as SQuAD 2's script counts them, of all questions, and if some have no answer also of those
-        and of the others; and the loss."""
+        """F1 and exact match as in SQuAD 2's script: of all questions, and if some have no answer, of both kinds; and the
+        loss."""
         reader = onnxlm.Answerer(TorchRunner(lm))
-        scores = {True: [], False: []}  # has it an answer -> (F1, exact match)
+        # Whether a question has an answer -> pairs of F1 and exact match.
+        scores = {True: [], False: []}
         losses = []
         for row, *reading in readings(self, reader, examples, batch):
             (found,) = reader.decide(*reading)
@@ -1147,8 +1147,8 @@ class QuestionAnswering(Task):
 
 
 def plain(text: str) -> list:
-    """Words without case, punctuation and articles, as SQuAD's script compares them (Rajpurkar et al. 2016); as
-    MLQA's does (Lewis et al. 2020), letters where a script has no spaces."""
+    """The words of an answer without case, punctuation and articles, as in SQuAD's script (Rajpurkar et al. 2016); in
+    scripts without spaces the letters, as in MLQA's (Lewis et al. 2020)."""
     text = text.lower()
     if not re.search(f"[{onnxlm.UNSPACED}]", text):
         text = "".join(char for char in text if char not in string.punctuation)

@@ -766,8 +766,8 @@ def test_texts_are_written_to_their_end(tmp_path):
     assert json.loads(run.stdout)["BLEU"] == pytest.approx(100)
     assert f"texts are written in up to {needed} tokens" in run.stderr
     run = finished(run_command("run", last, "count 3", "count 4"))
-    assert "2 of 2 texts came to no end within 20 tokens" in run.stderr
-    with pytest.warns(UserWarning, match="1 of 1 texts came to no end"):
+    assert "2 of 2 texts did not end within 20 tokens" in run.stderr
+    with pytest.warns(UserWarning, match="1 of 1 texts did not end"):
         onnxlm.run(train.TorchRunner(TinyLM.from_pretrained(last), last), ["count 3"])
 
 

@@ -1358,7 +1358,7 @@ def export_onnx(
             found = write_graphs(lm, work, precisions, text, generate, int8_cache, log)
             if evaluation:
                 table = evaluate(lm, work, found, evaluation, max_drop, log)
-                write_card(work / "README.md", out.name, source, table)
+                write_card(work / "README.md", out.name, source, table, safetensors)
             write_genai_config(lm, work, next(iter(found), precisions[0]), log)
             keep_graphs(out, work, weights, precisions, log)
             note_external_data(work)
@@ -1743,7 +1743,7 @@ def evaluate(
     return table
 
 
-def write_card(file: Path, title: str, source: Path | None, table: dict):
+def write_card(file: Path, title: str, source: Path | None, table: dict, safetensors: bool):
     """Writes the checkpoint's model card, with its pictures, and the table of `evaluate` under it."""
     card = source / "README.md" if source else file
     text = f"# {title}\n"
@@ -1760,6 +1760,7 @@ def write_card(file: Path, title: str, source: Path | None, table: dict):
     about = (
         "Measured on the CPU. Changed: rows whose prediction differs from that of torch in fp32."
     )
+    about += "" if safetensors else " There is no model.safetensors: these graphs are the model."
     code = f'from onnxlm import OnnxLM\n\nmodel = OnnxLM(".", precision="{rows[-1][0]}")'
     text += f"\n## Graphs\n\n{about}\n\n{lines}\n\n```python\n{code}\n```\n"
     file.write_text(text, encoding="utf-8")

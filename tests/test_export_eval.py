@@ -47,6 +47,7 @@ def test_the_table_is_printed_and_in_the_model_card(reviews, evaluated):
     lm, data = reviews
     out, printed = evaluated
     card = (out / "README.md").read_text()
+    assert "no model.safetensors" in card
     assert card.startswith((lm.folder / "README.md").read_text().rstrip())
     assert (out / "loss.svg").read_bytes() == (lm.folder / "loss.svg").read_bytes()
     lines = [line for line in card.partition("## Graphs")[2].splitlines() if line[:1] == "|"]

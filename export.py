@@ -456,7 +456,7 @@ def join(step, choice):
     every = ir.node("ConstantOfShape", shape.outputs, {"value": ones})
     column = ir.node("Gather", [ids, first], {"axis": 1})
     for node, name in ((shape, "shape"), (every, "every"), (column, "column")):
-        node.outputs[0].name = f"choice.{name}"
+        node.name = node.outputs[0].name = f"choice.{name}"
     for old, new in ((mask, every), (kept, column)):
         new.outputs[0].type, new.outputs[0].shape = old.type, old.shape
         ir.convenience.replace_all_uses_with(old, new.outputs[0])
@@ -510,6 +510,8 @@ def in_a_loop(model, choice, config, stored: Precision):
     for i, value in enumerate(value for node in nodes for value in node.outputs):
         # A name that the body does not use.
         value.name = f"loop.{i}"
+    for node in nodes:
+        node.name = node.outputs[0].name
     text.name, text.type = "sequences", ir.TensorType(ir.DataType.INT64)
     text.shape = ir.Shape(["batch_size", "total_sequence_length"])
     graph = ir.Graph(

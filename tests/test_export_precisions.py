@@ -278,6 +278,27 @@ def test_a_row_that_ends_is_filled_and_all_ended_stops(rounded):
     assert expected.shape[1] < free.shape[1]
 
 
+def test_one_trace_for_what_differs_in_weights_only(tmp_path, monkeypatch):
+    """Guards exports that traced every precision, and its loop, anew: minutes for a model of 30 layers."""
+    traced, trace = [], export.trace
+    monkeypatch.setattr(
+        export, "trace", lambda lm, graph: traced.append(graph.stem) or trace(lm, graph)
+    )
+    export_onnx(model("window"), tmp_path / "out", precisions=["int8", "int4"], generate=True)
+    assert sorted(traced) == ["generate", "model"]
+    for path in (tmp_path / "out" / "onnx").iterdir():
+        # ONNX Runtime refuses a graph with two nodes of one name, as a joined one had.
+        names = [node.name for node in ir.traversal.RecursiveGraphIterator(ir.load(path).graph)]
+        assert len({*names}) == len(names)
+
+
+def test_8_bits_need_no_text_to_round_for():
+    """Guards 40 texts that int8 wrote to be measured on 8 of them."""
+    lines = []
+    ids = export.calibration_ids(model("window"), None, lines.append, export.MEASURED)
+    assert len(ids) == export.MEASURED and "8 texts of 256 tokens to measure on" in lines[0]
+
+
 def test_a_small_top_k_or_top_p_is_greedy(rounded):
     _, folder = rounded("qwen3")
     ids, path = np.array([[1, 2, 3]]), folder / "onnx" / "generate_q4.onnx"

@@ -886,6 +886,19 @@ class QuantizedWeight(NamedTuple):
         return codes, self.scales[..., 0].numpy().astype(dtype), zeros
 
 
+@contextlib.contextmanager
+def one_thread():
+    """A context in which torch computes on one thread: many short operations, each waiting for the last, take twice as
+    long on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def quantize(weight, bits: int, moments=None) -> QuantizedWeight:
     """Blocks for a weight (rows, columns). With the second moments (columns, columns) of the inputs it meets, ranges
     and zeros are those of least weighted error, and what rounding a column does to the outputs is made up for by the

@@ -1159,16 +1159,17 @@ def uniform(seed: int, step: int, batch: int, vocab: int) -> np.ndarray:
     """Numbers in (0, 1), (batch, vocab), a function of seed, row, step and column alone (Salmon et al. 2011,
     counter-based random numbers)."""
 
-    def hash32(x):  # full avalanche of the lowest 32 bits (Wellons' two-round prospector)
-        x = x & 0xFFFFFFFF
+    def hash32(x):  # full avalanche of 32 bits (Wellons' two-round prospector)
         for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-        return x ^ (x >> 15)
+            x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+        return x ^ (x >> np.uint32(15))
 
-    rows, columns = np.arange(batch), np.arange(vocab)
-    state = hash32(hash32(hash32(np.array([seed], np.int64)) + rows) + step)
-    bits = hash32(state[:, None] + columns * 0x9E3779B9)
-    return ((bits >> 9).astype(np.float32) + np.float32(0.5)) / np.float32(2**23)
+    rows, columns = (np.arange(n, dtype=np.uint32) for n in (batch, vocab))
+    # Sums and products of arrays wrap around at 32 bits; those of scalars would warn.
+    start = np.array([[seed & 0xFFFFFFFF], [step & 0xFFFFFFFF]], np.uint32)
+    state = hash32(hash32(hash32(start[0]) + rows) + start[1])
+    bits = hash32(state[:, None] + columns * np.uint32(0x9E3779B9))
+    return ((bits >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) / np.float32(2**23)
 
 
 # Logits processors take logits or log-probabilities (batch, vocab) and the state after the ids so far, change the

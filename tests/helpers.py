@@ -2,13 +2,13 @@
 
 import collections
 import contextlib
+import heapq
 import io
+import itertools
 import json
 import math
-import re
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -100,57 +100,38 @@ def byte_backend(*added):
     return backend
 
 
-def run_qa_answer(context, features, logits, negative, longest, n_best=20):
-    """postprocess_qa_predictions of transformers' examples, of one question: the text that it predicts."""
-    null, candidates = None, []
-    for offsets, ends in zip(features, logits):
-        first_logits, last_logits = ends.T
-        score = first_logits[0] + last_logits[0]
-        if null is None or null["score"] > score:
-            null = dict(offsets=(0, 0), score=score)
-        for first in np.argsort(first_logits)[-1 : -n_best - 1 : -1].tolist():
-            for last in np.argsort(last_logits)[-1 : -n_best - 1 : -1].tolist():
-                if offsets[first] is None or offsets[last] is None:
-                    continue
-                if last < first or last - first + 1 > longest:
-                    continue
-                span = offsets[first][0], offsets[last][1]
-                candidates.append(dict(offsets=span, score=first_logits[first] + last_logits[last]))
-    best = max(candidates, key=lambda candidate: candidate["score"], default=None)
-    if best is None:
+def run_qa_answer(context, features, logits, may_be_none, longest, n_best=20):
+    """What transformers' run_qa answers to a question, or None where none of its spans fits.
+
+    features: a text's place in the context for each column of a window, or None outside of it. logits: (columns, 2). A
+    span joins one of the n_best likeliest starts to one of the n_best likeliest ends of its window; the largest sum of
+    logits wins. Nothing is the answer where the first column's sum is larger than that in every window.
+    """
+    spans, none = {}, []
+    for places, ends in zip(features, logits):
+        none.append(ends[0].sum())
+        first, last = (heapq.nlargest(n_best, range(len(ends)), key=side.item) for side in ends.T)
+        for start, end in itertools.product(first, last):
+            if places[start] and places[end] and 0 <= end - start < longest:
+                spans[ends[start, 0] + ends[end, 1]] = places[start][0], places[end][1]
+    if not spans:
         return None
-    if negative and null["score"] - best["score"] > 0:
-        return ""
-    return context[slice(*best["offsets"])]
-
-
-# SQuAD 2's evaluate-v2.0.py.
-
-
-def squad_normal(text):
-    text = "".join(
-        char for char in text.lower() if char not in set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
-    )
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text, flags=re.UNICODE).split())
-
-
-def squad_f1(gold, predicted):
-    gold, predicted = squad_normal(gold).split(), squad_normal(predicted).split()
-    same = sum((collections.Counter(gold) & collections.Counter(predicted)).values())
-    if not gold or not predicted:
-        return int(gold == predicted)
-    precision, recall = same / len(predicted), same / len(gold)
-    return 2 * precision * recall / (precision + recall) if same else 0
+    best = max(spans)
+    return "" if may_be_none and min(none) > best else context[slice(*spans[best])]
 
 
 def squad_scores(rows, predicted):
-    """Name -> figure, of the rows' answers and the texts predicted."""
+    """Name -> figure, of the rows' answers and the texts predicted. SQuAD 2 adds to the figures of SQuAD 1 that a
+    question without an answer has the answer ""."""
+    from torchmetrics.functional.text import squad  # takes two seconds to import
+
     scores = collections.defaultdict(list)
     for row, text in zip(rows, predicted, strict=True):
-        gold = [each for each in row["answers"]["text"] if squad_normal(each)] or [""]
-        exact = max(int(squad_normal(each) == squad_normal(text)) for each in gold)
-        f1 = max(squad_f1(each, text) for each in gold)
-        for kind in ("", "HasAns " if row["answers"]["text"] else "NoAns "):
-            scores[kind + "exact match"].append(exact)
-            scores[kind + "span F1"].append(f1)
+        true = row["answers"]["text"]
+        found = squad(
+            dict(id="", prediction_text=text), dict(id="", answers=dict(text=true or [""]))
+        )
+        for kind in ("", "HasAns " if true else "NoAns "):
+            scores[kind + "exact match"].append(found["exact_match"].item() / 100)
+            scores[kind + "span F1"].append(found["f1"].item() / 100)
     return {name: sum(values) / len(values) for name, values in scores.items()}

@@ -577,7 +577,7 @@ def peer_qa(start, train, test, seed, lr, folder):
         grouped[number][0].append(places)
         grouped[number][1].append(ends)
     predicted = [
-        run_qa_answer(row["context"], *grouped[number], negative=True, longest=30) or ""
+        run_qa_answer(row["context"], *grouped[number], may_be_none=True, longest=30) or ""
         for number, row in enumerate(rows)
     ]
     return squad_scores(rows, predicted)

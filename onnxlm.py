@@ -2553,6 +2553,7 @@ TRAINING = "tinylm_training.json"
 ARCHITECTURES = {
     "ForSequenceClassification": "classify",
     "ForTokenClassification": "tokens",
+    "ElectraForPreTraining": "tokens",
     "ForQuestionAnswering": "qa",
     "ForQuestionAnsweringSimple": "qa",
     "ForMaskedLM": "mlm",

@@ -354,6 +354,13 @@ class Columns(StoredName):
     axis = 1
 
 
+class SecondRow(StoredName):
+    """One output that is the second of two of ours: ELECTRA's logit of a replaced token, against 0 for an original one."""
+
+    load = staticmethod(lambda x, config: torch.cat((torch.zeros_like(x), x)))
+    save = staticmethod(lambda x, config: x[1:] - x[:1])
+
+
 class Unused(StoredName):
     """A module that is kept only so that it can be saved again."""
 
@@ -384,16 +391,20 @@ def tensor_map(prefix: str, layer: str, modules: dict, in_layer: type = StoredNa
 
 
 class HeadTable(NamedTuple):
-    """A head of a family: our modules -> tuples of one StoredName, and the Config fields that come with it."""
+    """A head of a family: our modules -> tuples of one StoredName, the Config fields that come with it, and what the
+    body's stored names begin with behind this head."""
 
     tensors: dict
     config: dict
+    body: str = ""
 
 
-def head_table(modules: str = "", name_type: type = StoredName, **config) -> HeadTable:
+def head_table(
+    modules: str = "", name_type: type = StoredName, body: str = "", **config
+) -> HeadTable:
     """A HeadTable from words `ours=theirs` and Config fields."""
     tensors = {ours: (name_type(theirs),) for ours, theirs in name_map(modules).items()}
-    return HeadTable(tensors, config)
+    return HeadTable(tensors, config, body)
 
 
 LM_ONLY = {"lm": head_table("head.out=lm_head")}
@@ -423,7 +434,7 @@ class Family:
     tensors: dict
     # Config field -> key
     fields: dict
-    # head -> HeadTable
+    # head -> HeadTable; a table whose config has a `head` is another kind of that one
     heads: dict = field(default_factory=lambda: DECODER_HEADS)
     # Start of the body's stored names, left out where a body is stored without a head
     prefix: str = "model."
@@ -449,6 +460,14 @@ class Family:
 
     def architecture(self, head) -> str:
         return self.stem + (CLASS_ENDINGS | self.class_endings)[head]
+
+    def head_key(self, config: Config):
+        """The key of `heads` for a Config: of two kinds of a head, the one that has a dense layer if the Config has."""
+        for key, table in self.heads.items():
+            dense = "head.dense" in table.tensors
+            if table.config.get("head", key) == config.head and dense == bool(config.head_act):
+                return key
+        return config.head
 
     def head_of(self, architecture: str | None):
         """The head of a transformers class. An unknown class counts as the language model if the family has one."""
@@ -1074,6 +1093,14 @@ def roberta(stem: str) -> Family:
 
 
 MODERNBERT_HEAD = "head.dense=head.dense head.norm=head.norm "
+# ELECTRA's discriminator finds replaced tokens: a token classifier.
+DISCRIMINATOR = HeadTable(
+    {
+        "head.dense": (StoredName("discriminator_predictions.dense"),),
+        "head.out": (SecondRow("discriminator_predictions.dense_prediction"),),
+    },
+    dict(head="tokens", head_act=LAYERS_ACT, id2label={0: "O", 1: "REPLACED"}, head_dropout=0.0),
+)
 FAMILIES |= {
     "bert": Family(
         "Bert",
@@ -1212,12 +1239,14 @@ FAMILIES |= {
             classify=head_table(
                 "head.dense=classifier.dense head.out=classifier.out_proj", head_act="gelu"
             ),
-        ),
+        )
+        | {"discriminator": DISCRIMINATOR},
         prefix="electra.",
         fixed=ENCODER,
         defaults=BERT_DEFAULTS | dict(embedding_size=128),
         only=BERT_ONLY,
-        drop="electra.embeddings.position_ids discriminator_predictions.*",
+        drop="electra.embeddings.position_ids",
+        class_endings={"discriminator": "ForPreTraining"},
     ),
 }
 
@@ -1248,6 +1277,7 @@ T5_ATTENTION = name_map("""
     layers.cross_attention.o=1.EncDecAttention.o
     layers.cross_attention_norm=1.layer_norm
 """)
+CLASSIFICATION_HEAD = "head.dense=classification_head.dense head.out=classification_head.out_proj"
 # feed_forward_proj -> (gated, hidden_act)
 T5_ACTIVATIONS = {
     **{name: (False, name) for name in tinylm.ACTIVATIONS},
@@ -1366,7 +1396,16 @@ def t5_like(stem: str, defaults: dict = {}, fields: dict = {}, **rest) -> Family
             attention_dropout=dropout_rate hidden_act=feed_forward_proj
         """)
         | fields,
-        heads=LM_ONLY,
+        heads=LM_ONLY
+        | {
+            "classify": head_table(
+                CLASSIFICATION_HEAD,
+                body="transformer.",
+                head_act="tanh",
+                head_bias=True,
+                head_dropout=0.0,
+            )
+        },
         prefix="",
         fixed=dict(position="relative", query_pre_attn_scalar=1),
         defaults=dict(
@@ -1385,7 +1424,7 @@ def t5_like(stem: str, defaults: dict = {}, fields: dict = {}, **rest) -> Family
             hidden_size=d_model head_dim=d_kv num_attention_heads=num_heads num_hidden_layers=num_layers
         """),
         write=write_t5,
-        drop="decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+        drop="*decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
         copies=dict.fromkeys(
             ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight"
         ),
@@ -1408,12 +1447,7 @@ BART_DEFAULTS = dict(
 FAMILIES |= {
     "bart": bart_like(
         "Bart",
-        heads={
-            "classify": head_table(
-                "head.dense=classification_head.dense head.out=classification_head.out_proj",
-                head_act="tanh",
-            )
-        },
+        heads={"classify": head_table(CLASSIFICATION_HEAD, head_act="tanh")},
         fixed=SEQ2SEQ,
         defaults=BART_DEFAULTS | dict(decoder_start_token_id=2),
         only=SEQ2SEQ_ONLY,
@@ -1747,12 +1781,13 @@ def config_from_hf(raw: dict, file: str = "config.json", head="config") -> Confi
         )
         raw = normalize_hf_config(family, raw, f"{file}, model_type {name}")
         given = {ours: raw[key] for ours, key in family.fields.items() if raw.get(key) is not None}
-        values = NO_DEFAULTS | given | family.fixed | family.read(raw) | family.heads[head].config
+        own = family.heads[head].config
+        values = NO_DEFAULTS | given | family.fixed | family.read(raw) | {"head": head} | own
         if values.get("head_act") == LAYERS_ACT:
             values["head_act"] = values["hidden_act"]
         if raw.get("id2label"):
             values["id2label"] = raw["id2label"]
-        return Config(**values | dict(head=head, model_type=name))
+        return Config(**values | dict(model_type=name))
     except tinylm.Error as error:
         if str(error).startswith(file):
             raise
@@ -1770,8 +1805,9 @@ def config_to_hf(config: Config) -> dict:
     """
     for name in [config.model_type] if config.model_type else FAMILIES:
         family = FAMILIES[name]
+        head = family.head_key(config)
         raw = {
-            "architectures": [family.architecture(config.head)],
+            "architectures": [family.architecture(head)],
             "model_type": name,
             "initializer_range": config.initializer_range,
         }
@@ -1783,7 +1819,7 @@ def config_to_hf(config: Config) -> dict:
         if config.num_encoder_layers:
             raw["is_encoder_decoder"] = True
         try:
-            require_same(config_from_hf(raw, "config", config.head), config)
+            require_same(config_from_hf(raw, "config", head), config)
             return raw
         except tinylm.Error as error:
             reason = error
@@ -1848,20 +1884,25 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
         ) from None
 
 
-def stored_names(name: str, model_type: str, head: str | None) -> tuple[StoredName, ...]:
-    """The tensors of a family's checkpoint that make up our tensor `name`."""
-    family = FAMILIES[model_type]
+def stored_names(name: str, config: Config) -> tuple[StoredName, ...]:
+    """The tensors of a checkpoint of the family that make up our tensor `name`."""
+    family = FAMILIES[config.model_type]
     if not family.tensors:
         return (StoredName(name),)
-    table = family.tensors | family.heads[head].tensors
+    head = family.heads[family.head_key(config)]
+    table = family.tensors | head.tensors
     if name in table:
         return table[name]
     # Otherwise the table has the module.
     module, _, parameter = name.rpartition(".")
     layer = next((part for part in module.split(".") if part.isdigit()), "")
     names = table.get(module.replace(f".{layer}.", ".{}."))
-    require(names, f"{name}: model_type {model_type!r} has no such tensor; use model_type 'tinylm'")
-    return tuple(type(n)(f"{n.format(layer)}.{parameter}") for n in names)
+    require(
+        names,
+        f"{name}: model_type {config.model_type!r} has no such tensor; use model_type 'tinylm'",
+    )
+    start = "" if name.startswith("head.") else head.body
+    return tuple(type(n)(f"{start}{n.format(layer)}.{parameter}") for n in names)
 
 
 def every_expert(names: tuple[StoredName, ...], config: Config) -> tuple[StoredName, ...]:
@@ -1885,11 +1926,9 @@ def fused_sizes(name: str, config: Config) -> tuple:
     return sizes[name.split(".")[-2]]
 
 
-def to_stored(
-    name: str, tensor: Tensor, config: Config, model_type: str
-) -> dict[StoredName, Tensor]:
-    """Our tensor as a family stores it, fused parts separated."""
-    names = stored_names(name, model_type, config.head)
+def to_stored(name: str, tensor: Tensor, config: Config) -> dict[StoredName, Tensor]:
+    """Our tensor as the family stores it, fused parts separated."""
+    names = stored_names(name, config)
     parts = [tensor]
     if any("*" in name for name in names):
         names = every_expert(names, config)
@@ -1899,13 +1938,13 @@ def to_stored(
     return {n: n.save(part, config) for n, part in zip(names, parts)}
 
 
-def to_checkpoint(state: dict, config: Config, model_type: str) -> dict[str, Tensor]:
-    """Our state dict as a family stores it."""
-    prefix = FAMILIES[model_type].prefix if config.head is None else ""
+def to_checkpoint(state: dict, config: Config) -> dict[str, Tensor]:
+    """Our state dict as the family stores it."""
+    prefix = FAMILIES[config.model_type].prefix if config.head is None else ""
     return {
         n.removeprefix(prefix): part.contiguous()
         for name, tensor in state.items()
-        for n, part in to_stored(name, tensor, config, model_type).items()
+        for n, part in to_stored(name, tensor, config).items()
     }
 
 
@@ -1914,17 +1953,22 @@ class Checkpoint:
 
     def __init__(self, folder: Path | GGUF, config: Config, dtype, device):
         self.family = FAMILIES[config.model_type]
+        self.head = self.family.head_key(config)
         self.dtype = dtype
         self.device = device
         # The file that lists all tensors: errors name it
         self.place, files = self.tensor_files(folder)
         # Name in the tables -> (file, the opened file, name in the file)
         self.stored = self.canonical_names(files)
-        (self.embedding,) = stored_names("embed.weight", config.model_type, config.head)
+        (self.embedding,) = stored_names("embed.weight", config)
         self.output = self.output_name()
+        body = self.family.heads[self.head].body
+        self.copies = {
+            body + name: body + original for name, original in self.family.copies.items()
+        }
         # A tensor that is tied or repeated may be stored under either name.
         tied = {self.output: self.embedding} if config.tie_word_embeddings else {}
-        for name, original in (self.family.copies | tied).items():
+        for name, original in (self.copies | tied).items():
             if name in self.stored:
                 self.stored.setdefault(original, self.stored[name])
         layers = max(config.num_hidden_layers, config.num_encoder_layers)
@@ -1963,8 +2007,8 @@ class Checkpoint:
         return index, {name: folder / file for name, file in files.items()}
 
     def canonical_names(self, files: dict) -> dict:
-        """Stored tensors by their names in the tables: with the prefix that bare bodies leave out, and without the first
-        BERT's gamma and beta."""
+        """Stored tensors by their names in the tables: with the prefix that bare bodies leave out, as they are called
+        behind this head, and without the first BERT's gamma and beta."""
         opened = {
             file: file if isinstance(file, GGUF) else tinylm.open_tensors(file)
             for file in dict.fromkeys(files.values())
@@ -1972,13 +2016,17 @@ class Checkpoint:
         heads = self.head_tensors()
         names = text_names(files.keys(), self.place)
         bare = not any(name.startswith(self.family.prefix) for name in names.values())
+        bodies = {table.body for table in self.family.heads.values()}
+        body = self.family.heads[self.head].body
         stored = {}
         for name, new in names.items():
             file = files[name]
             new = new.replace("LayerNorm.gamma", "LayerNorm.weight")
             new = new.replace("LayerNorm.beta", "LayerNorm.bias")
-            if bare and new not in heads:
-                new = self.family.prefix + new
+            if new not in heads:
+                for other in bodies:
+                    new = new.removeprefix(other)
+                new = body + (self.family.prefix if bare else "") + new
             stored[new] = file, opened[file], name
         return stored
 
@@ -2035,7 +2083,7 @@ class Checkpoint:
         state = {}
         used = set()
         for name, tensor in lm.state_dict().items():
-            parts = to_stored(name, tensor, self.config, self.config.model_type)
+            parts = to_stored(name, tensor, self.config)
             used |= parts.keys()
             missing = not parts.keys() & self.stored.keys()
             if missing and (name in fresh or any(n.optional for n in parts)):
@@ -2050,8 +2098,8 @@ class Checkpoint:
         return state
 
     def check_copies(self, used: set):
-        for name in self.family.copies.keys() & self.stored.keys():
-            original = self.family.copies[name]
+        for name in self.copies.keys() & self.stored.keys():
+            original = self.copies[name]
             require(
                 original not in used or torch.equal(self.fetch(name), self.fetch(original)),
                 f"{self.place}: tensor {name} differs from the one that it should repeat, {original}",
@@ -2059,7 +2107,7 @@ class Checkpoint:
 
     def check_unexpected(self, used: set):
         """Refuses tensors that no part of the model uses, and no other head."""
-        allowed = used | self.family.copies.keys() | self.head_tensors(self.config.head)
+        allowed = used | self.copies.keys() | self.head_tensors(self.head)
         if self.config.tied:
             allowed.add(self.output)
         patterns = self.family.drop.split()
@@ -2398,7 +2446,7 @@ def save_model(lm: tinylm.TinyLM, folder: Path):
     replaced = "tinylm_replaced" in described
     config = replace(lm.config, model_type="tinylm") if replaced else lm.config
     raw = config_to_hf(config) | described
-    tensors = to_checkpoint(lm.state_dict(), config, raw["model_type"])
+    tensors = to_checkpoint(lm.state_dict(), replace(config, model_type=raw["model_type"]))
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     ids = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     files = lm.tokenizer.files if lm.tokenizer else {}

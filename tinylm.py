@@ -248,7 +248,7 @@ class Config:
     head_bias: bool = False  # bias of the head's output
     # The state that a classifier reads. None: the first token's in an encoder, else the last one's.
     classifier_pooling: Literal["cls", "last", "mean", None] = None
-    scale_logits: bool = False  # the head's input over sqrt(hidden_size) (T5)
+    scale_logits: bool = False  # the input of a language model's head over sqrt(hidden_size) (T5)
     logits_scaling: Real = 1.0  # the input of a language model's head is divided by this
     final_logit_softcapping: Real | None = None  # c: logits become c tanh(logits / c)
     id2label: dict | None = None  # classes of a classifying head; None: two
@@ -1335,7 +1335,7 @@ class TinyLM(Stack):
             columns = pooled_column(text, mask, self.config)
         if columns is not None:
             x = x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
-        if self.config.scale_logits:
+        if self.config.scale_logits and self.config.head == "lm":
             x = x * self.config.hidden_size**-0.5
         if self.config.logits_scaling != 1 and self.config.head == "lm":
             x = x / self.config.logits_scaling

@@ -1439,7 +1439,7 @@ def add_adapters(lm: TinyLM, rank: int):
     for name, module in list(lm.named_modules()):
         if isinstance(module, Linear) and "layers." in name:
             weight = name + ".weight"
-            names = pretrained.stored_names(weight, lm.config.model_type, lm.config.head)
+            names = pretrained.stored_names(weight, lm.config)
             # Experts stay as they are, as PEFT leaves them.
             if any("*" in name for name in names):
                 continue
@@ -1457,7 +1457,7 @@ def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
     transposed = False
     for name, module in lm.named_modules():
         if isinstance(module, LoRA):
-            names = pretrained.stored_names(name + ".weight", config.model_type, config.head)
+            names = pretrained.stored_names(name + ".weight", config)
             transposed |= isinstance(names[0], pretrained.Transposed)
             for stored, pair in zip(names, module.parts()):
                 theirs = stored.removesuffix(".weight")
@@ -1469,7 +1469,7 @@ def save_adapter(folder: Path, lm: TinyLM, options: TrainOptions):
     head = {
         f"head.{name}": full_tensor(p) for name, p in lm.head.named_parameters() if p.requires_grad
     }
-    head = pretrained.to_checkpoint(head, config, config.model_type)
+    head = pretrained.to_checkpoint(head, config)
     if rank_and_world_size()[0] > 0:
         return
     kinds = {

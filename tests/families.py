@@ -17,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -34,6 +35,7 @@ AUTO = {
     "classify": AutoModelForSequenceClassification,
     "tokens": AutoModelForTokenClassification,
     "qa": AutoModelForQuestionAnswering,
+    "discriminator": AutoModelForPreTraining,
 }
 
 
@@ -638,12 +640,10 @@ def model(case):
     oracle = (
         AUTO[case.head].from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     )
-    if case.family == "mt5" or (
-        case.family == "t5" and case.fields.get("tie_word_embeddings") is False
-    ):
-        oracle.lm_head.weight = torch.nn.Parameter(
-            oracle.lm_head.weight.clone()
-        )  # transformers ties it all the same
+    untied = case.family == "mt5" or case.fields.get("tie_word_embeddings") is False
+    if case.family in ("t5", "mt5") and case.head == "seq2seq" and untied:
+        # transformers ties it all the same
+        oracle.lm_head.weight = torch.nn.Parameter(oracle.lm_head.weight.clone())
     generator = torch.Generator().manual_seed(seed)
     for parameter in oracle.parameters():
         noise = torch.randn(parameter.shape, generator=generator)

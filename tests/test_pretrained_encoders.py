@@ -11,17 +11,21 @@ from families import (
     Case,
     common,
     difference,
+    electra,
     load_oracle,
     prompts,
     ragged,
     rewrite_config,
     rewrite_tensors,
     save,
+    save_word_tokenizer,
 )
 from helpers import LAYOUTS, assert_same_weights, every, refuses
 from safetensors.torch import load_file
 
+import onnxlm
 import pretrained
+import train
 from tinylm import Config, TinyLM
 
 EVERY = ENCODERS + CLASSIFIERS
@@ -270,6 +274,42 @@ def test_what_training_depends_on_is_kept(field, value, copy, tmp_path):
     rewrite_config(path, lambda config: config | {field: value})
     TinyLM.from_pretrained(path).save_pretrained(tmp_path / "again")
     assert getattr(load_oracle(tmp_path / "again", "classify").config, field) == value
+
+
+@torch.no_grad()
+def test_electras_discriminator_is_a_token_classifier(tmp_path):
+    """Whose second logit is ELECTRA's, against 0. Training moves both; what is saved is their difference."""
+    case = Case("electra-discriminator", "electra", electra(hidden_act="relu"), "discriminator")
+    path = save(case, tmp_path / "hf")
+    save_word_tokenizer(path)
+    ours, oracle = TinyLM.from_pretrained(path), load_oracle(path, "discriminator")
+    assert ours.config.head == "tokens" and ours.config.num_labels == 2
+    ids = prompts(case, 2, LENGTH)
+    logits = ours(ids)
+    assert difference(logits[..., 1], oracle(ids).logits) < 1e-5 and not logits[..., 0].any()
+    ours.save_pretrained(tmp_path / "again")
+    assert_same_weights(load_oracle(tmp_path / "again", "discriminator"), oracle)
+    assert_same_weights(TinyLM.from_pretrained(tmp_path / "again"), ours)
+    assert onnxlm.task_of(json.loads((tmp_path / "again" / "config.json").read_text())) == "tokens"
+    text = " ".join(f"w{i}" for i in ids[0].tolist())
+    replaced = [i for i, logit in enumerate(oracle(ids_of(text)).logits[0, 1:-1]) if logit > 0]
+    (entities,) = onnxlm.run(train.TorchRunner(ours, path), [text])
+    words = [word for entity in entities for word in entity["word"].split()]
+    assert words == [text.split()[i] for i in replaced]
+    ours.head.out.weight += torch.randn(2, 60, generator=torch.Generator().manual_seed(0))
+    logits = ours(ids)
+    ours.save_pretrained(tmp_path / "tuned")
+    theirs = load_oracle(tmp_path / "tuned", "discriminator")(ids).logits
+    assert difference(logits[..., 1] - logits[..., 0], theirs) < 1e-5
+    # another head of the same body
+    fresh = TinyLM.from_pretrained(path, head="tokens")
+    assert fresh.config.head_act is None
+    fresh.save_pretrained(tmp_path / "tokens")
+    assert load_oracle(tmp_path / "tokens", "tokens")
+
+
+def ids_of(text):
+    return torch.tensor([[1, *(int(word[1:]) for word in text.split()), 2]])
 
 
 # ---- published files ------------------------------------------------------------------------------------------------

@@ -21,10 +21,11 @@ from families import (
     save,
     t5,
 )
-from helpers import LAYOUTS, assert_same_weights, every, refuses, surprise
+from helpers import CPU, LAYOUTS, assert_same_weights, every, refuses, surprise
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
+from export import OnnxLM, export_onnx
 from tinylm import TinyLM, train_step
 
 BY_NAME = {case.name: case for case in SEQ2SEQ + CASES}
@@ -146,7 +147,7 @@ GRID = [
     for penalty in (0.5, 1.0, 2.0)
     for early in (False, True, "never")
 ]
-END = {"t5": 1, "marian": 0}  # else 2
+END = {"t5": 1, "mt5": 1, "marian": 0}  # else 2
 STAND_IN = {
     "t5": 114,
     "t5-v1.1": 19,
@@ -615,17 +616,20 @@ def test_defaults_of_generation_are_saved(copy, tmp_path):
     assert {name: getattr(saved, name) for name in fields} == fields
 
 
+@every([BART, T5, FLAN, BY_NAME["mt5"]])
 @torch.no_grad()
-def test_bart_classifies(tmp_path):
-    """As bart-large-mnli: the decoder reads the text again, and the state of its last end decides."""
-    case = Case("bart-classify", "bart", BART.fields | SENTIMENTS, "classify")
+def test_encoder_decoders_classify(case, tmp_path):
+    """As bart-large-mnli: the decoder reads the text again, and the state of its last end decides. Guards the scale of
+    T5's logits in a classifier, and names that T5's body has only there."""
+    case = Case(f"{case.family}-classify", case.family, case.fields | SENTIMENTS, "classify")
     ours = TinyLM.from_pretrained(save(case, tmp_path / "hf"))
-    rows = [torch.cat((row, torch.tensor([2]))) for row in sources(case)]
+    pad, end = ours.config.pad_token_id, torch.tensor([END.get(case.family, 2)])
+    rows = [torch.cat((row, end)) for row in sources(case)]
     oracle = load_oracle(tmp_path / "hf", "classify")
     alone = torch.cat([oracle(row[None]).logits for row in rows])
     for layout in LAYOUTS.values():
         batch, mask = ragged(rows, layout)
-        assert difference(ours(batch.masked_fill(mask == 0, 1), mask), alone) < 1e-5
+        assert difference(ours(batch.masked_fill(mask == 0, pad), mask), alone) < 1e-5
     ours.save_pretrained(tmp_path / "again")
     assert_same_weights(load_oracle(tmp_path / "again", "classify"), oracle)
     ids = rows[0][None].repeat(2, 1)
@@ -633,6 +637,36 @@ def test_bart_classifies(tmp_path):
     with torch.enable_grad():
         loss = train_step(ours, torch.optim.SGD(ours.parameters(), lr=0.1), batch)
     assert loss.isfinite() and ours.eval()(ids).isfinite().all()
+
+
+@pytest.mark.slow
+@every([BART, T5])
+@torch.no_grad()
+def test_classifiers_with_a_decoder_are_exported(case, folder, tmp_path):
+    ours = TinyLM.from_pretrained(folder(case), head="classify")
+    export_onnx(ours, tmp_path, ["fp32", "int8"], safetensors=False)
+    exported = OnnxLM(tmp_path, providers=CPU)
+    assert exported.task == "classify"
+    batch, mask = ragged(sources(case), LAYOUTS["mixed"])
+    logits = torch.from_numpy(exported(batch.numpy(), mask.numpy()))
+    assert difference(logits, ours(batch, mask)) < 1e-4
+
+
+@torch.no_grad()
+def test_a_classifier_begins_with_a_t5_that_writes(folder, tmp_path):
+    """And back: the names of the body change with the head."""
+    ours = TinyLM.from_pretrained(folder(T5), head="classify")
+    ids = prompts(T5, 2, 7)
+    writer = TinyLM.from_pretrained(folder(T5))
+    ours.save_pretrained(tmp_path)
+    again = TinyLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids), ours(ids))
+    assert all(
+        name.startswith(("transformer.", "classification_head."))
+        for name in load_file(tmp_path / "model.safetensors")
+    )
+    back = TinyLM.from_pretrained(tmp_path, head="lm")
+    assert torch.equal(back(ids, decoder_input_ids=ids), writer(ids, decoder_input_ids=ids))
 
 
 @pytest.mark.parametrize("scaled", [True, False])

@@ -258,7 +258,7 @@ def test_config_json_always_says_what_the_model_is_for(name):
         raw = pretrained.config_to_hf(config)
         assert hasattr(transformers, raw["architectures"][0])
         assert config_from_hf(raw) == config
-            assert pretrained.FAMILIES[name].head_key(config) == head
+        assert pretrained.FAMILIES[name].head_key(config) == head
 
 
 def test_config_from_hf_takes_the_dict_alone():

@@ -2400,6 +2400,11 @@ def around(begin: list, end: list, vocab: dict) -> dict | None:
     }
 
 
+def read_config(source: Path) -> dict:
+    """The config.json of a checkpoint folder, or what a GGUF file has in its place."""
+    return GGUF(source).hf_config() if source.is_file() else read_json(source / "config.json")
+
+
 def load_model(cls, name, dtype, device, head, revision, changes: dict) -> tinylm.TinyLM:
     """TinyLM.from_pretrained."""
     dtype = tinylm.parse_dtype(changes.pop("torch_dtype", dtype))

@@ -1217,18 +1217,19 @@ def load_for_finetuning(
 ) -> TinyLM:
     """A checkpoint (its folder, or its name on the hub) in fp32, with the task's head and the labels of the rows."""
     folder = pretrained.find_checkpoint(name)
-    file = folder / "config.json"
+    file = folder if folder.is_file() else folder / "config.json"
+    raw = pretrained.read_config(folder)
     head = TASKS[options.task].head
     # A language model's head comes with the checkpoint: a random one is never meant.
     head = "config" if head == "lm" else head
     # from_pretrained warns of the same fields.
     with warnings.catch_warnings(action="ignore"):
-        config = pretrained.config_from_hf(read_json(file), str(file), head)
+        config = pretrained.config_from_hf(raw, str(file), head)
     # for the weights of a new head
     torch.manual_seed(options.seed)
     changes = dropouts(config, options.dropout)
     lm = TinyLM.from_pretrained(folder, torch.float32, head=head, **changes)
-    line = fit_head(lm, name, onnxlm.task_of(read_json(file)), rows, options)
+    line = fit_head(lm, name, onnxlm.task_of(raw), rows, options)
     if line and notices is not None:
         notices.append(line)
     require(

@@ -309,7 +309,8 @@ FAMILIES = [
 SPECIAL = [
     case
     for case in CASES
-    if case.name in ("llama-yarn-tuned", "llama-dynamic", "gpt2-inner", "phi3-window")
+    if case.name
+    in ("llama-yarn-tuned", "llama-dynamic", "gpt2-inner", "phi3-window", "phi3-long", "phi3-short")
 ]
 
 QUICK = {"gpt2", "llama", "qwen3", "gemma3_text", "llama-dynamic", "phi3-window"}

@@ -1,26 +1,32 @@
 """Exported graphs of encoders, heads and encoder-decoders: names, logits and tokens."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from families import (
     CLASSIFIERS,
     ENCODERS,
+    FAMILIES,
     READERS,
     SEQ2SEQ,
+    SPECIAL,
     WRITERS,
     difference,
     load_oracle,
     prompts,
     ragged,
 )
-from helpers import CPU
+from helpers import CPU, every
+from onnx_ir.traversal import RecursiveGraphIterator
 
 import train
 from export import OnnxLM, export_onnx
+from tinylm import TinyLM
 
 CASES = {case.name: case for case in ENCODERS + CLASSIFIERS + SEQ2SEQ}
 
@@ -84,6 +90,41 @@ def test_what_writes_writes_what_torch_writes(name, folder, exported_pair):
         options = dict(max_new_tokens=14, num_beams=1) | options
         ours = onnx_lm.generate(ids.numpy(), mask.numpy(), **options)
         assert ours.tolist() == lm.generate(ids, mask, **options).tolist(), options
+
+
+def one_of_each():
+    """A case of each family, one head of each encoder, and the two lengths of longrope."""
+    heads = [case for case in ENCODERS if case.name in (f"{case.family}-tokens", "bert-qa")]
+    writers = [case for case in SEQ2SEQ if case.name == case.family]
+    longrope = [case for case in SPECIAL if case.name == "phi3-long"]
+    return [*FAMILIES, *longrope, *heads, *writers]
+
+
+@pytest.mark.slow
+@every(one_of_each())
+@torch.no_grad()
+def test_every_family_in_8_bits(case, folder, tmp_path):
+    """The export verifies the graph against the rounded weights; here, that they say what the weights said. All of a
+    family's matrices are rounded, its experts too."""
+    lm = TinyLM.from_pretrained(folder(case))
+    export_onnx(lm, tmp_path / "out", precisions=["int8"], safetensors=False)
+    onnx_lm = OnnxLM(tmp_path / "out", "int8", providers=CPU)
+    ids, mask = batch(case)
+    target = {"decoder_input_ids": prompts(case, 3, 8, seed=5)} if lm.encoder else {}
+    theirs = lm(ids, mask, **target)
+    ours = onnx_lm(ids.numpy(), mask.numpy(), **{name: x.numpy() for name, x in target.items()})
+    kept = mask.bool() if theirs.ndim == 3 and not target else slice(None)
+    # A router's choice may flip for a token, so not the largest difference.
+    error = torch.from_numpy(ours)[kept] - theirs[kept]
+    assert error.norm() < 0.1 * theirs[kept].norm()
+    found = Counter(
+        node.op_type
+        for path in (tmp_path / "out" / "onnx").glob("*.onnx")
+        for node in RecursiveGraphIterator(ir.load(path).graph)
+    )
+    # as they are: routers, and what computes keys and values of a source
+    plain = len(lm.layers) if lm.config.num_experts or lm.encoder else 0
+    assert found["MatMulNBits"] >= 2 * len(lm.layers) and found["MatMul"] <= plain
 
 
 def test_names_are_those_of_optimum_and_the_source_is_read_once(exported_pair):

@@ -2,15 +2,20 @@
 against what transformers makes of them."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 from families import CASES, difference, gemma3, load_oracle, longrope, prompts, rope, save
-from helpers import every, refuses
+from helpers import CPU, every, finished, refuses, run_command
 from safetensors.torch import load_file
 
+import export
+import onnxlm
 import pretrained
+import train
+from export import OnnxLM
 from tinylm import TinyLM
 
 gguf = pytest.importorskip("gguf")
@@ -233,6 +238,44 @@ def test_tokenizers_are_those_of_transformers(kind, tmp_path):
     ]
     if kind is byte_level:
         assert lm.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "hi<|b|>"
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    """A Llama of bytes, as one file."""
+    folder, case = tmp_path_factory.mktemp("gguf"), changed("llama", vocab_size=280)
+    return write(case, save(case, folder / "hf"), folder / "model.gguf", byte_level)
+
+
+def test_commands_take_a_file(small_file, tmp_path):
+    lm = TinyLM.from_pretrained(small_file)
+    ids = lm.tokenizer.encode("hello<|b|>", special=False)
+    expected = lm.generate([ids], max_new_tokens=6, eos_token_id=())[0, len(ids) :]
+    run = ["run", small_file, "hello", "--max-new-tokens", 6, "--json"]
+    ((found,),) = [json.loads(finished(run_command(*run)).stdout)["output"]]
+    assert found["generated_text"] == lm.tokenizer.decode(expected.tolist())
+    data = tmp_path / "text.txt"
+    data.write_text("hello hell " * 200)
+    before = json.loads(finished(run_command("eval", small_file, data, "--json")).stdout)
+    options = ["--init", small_file, "--steps", 10, "--block", 32, "--batch", 4, "--lr", 1e-3]
+    finished(run_command("train", data, "--out", tmp_path / "out", *options, "--quiet"))
+    after = finished(run_command("eval", tmp_path / "out" / "best", data, "--json"))
+    assert json.loads(after.stdout)["perplexity"] < before["perplexity"]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("text,label\n" + "hello,good\nhell,bad\n" * 10)
+    options[4:] = ["--task", "classify", "--block", 32]
+    finished(run_command("train", labels, "--out", tmp_path / "classes", *options, "--quiet"))
+    assert TinyLM.from_pretrained(tmp_path / "classes" / "best").config.head == "classify"
+
+
+@pytest.mark.slow
+def test_a_file_is_exported(small_file, tmp_path, capsys):
+    arguments = [small_file, "--onnx", "--out", tmp_path / "out", "--prompt", "hello"]
+    assert export.main([*map(str, arguments)]) in (None, 0)
+    assert "verified against torch" in capsys.readouterr().out
+    (theirs,) = onnxlm.run(OnnxLM(tmp_path / "out", providers=CPU), ["hello"], max_new_tokens=9)
+    lm = TinyLM.from_pretrained(small_file)
+    assert theirs == onnxlm.run(train.TorchRunner(lm, small_file), ["hello"], max_new_tokens=9)[0]
 
 
 def test_what_cannot_be_read(tmp_path):

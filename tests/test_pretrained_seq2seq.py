@@ -644,7 +644,7 @@ def test_encoder_decoders_classify(case, tmp_path):
 @torch.no_grad()
 def test_classifiers_with_a_decoder_are_exported(case, folder, tmp_path):
     ours = TinyLM.from_pretrained(folder(case), head="classify")
-    export_onnx(ours, tmp_path, ["fp32", "int8"], safetensors=False)
+    export_onnx(ours, tmp_path, precisions=["fp32", "int8"], safetensors=False)
     exported = OnnxLM(tmp_path, providers=CPU)
     assert exported.task == "classify"
     batch, mask = ragged(sources(case), LAYOUTS["mixed"])

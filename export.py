@@ -1826,6 +1826,8 @@ NO_SEARCH = (
     "use_cache",
     "cache_implementation",
     "trust_remote_code",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
 )
 
 

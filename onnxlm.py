@@ -415,6 +415,22 @@ class OnnxLM:
     # The name in the protocol of the tasks.
     forward = __call__
 
+    def truncate(self, past: list, mask, count: int) -> tuple[list, np.ndarray]:
+        """A cache of one row and its mask (1, columns) without the newest `count` columns."""
+        if not count:
+            return past, mask
+        if not self.shared and "attention_mask" in self.session.inputs:
+            # The columns stay, masked, which spares a copy.
+            mask[:, -count:] = 0
+            return past, mask
+        if not self.shared:
+            past = [
+                x if ".encoder." in name else self.session.value(x.numpy()[:, :, :-count])
+                for name, x in zip(self.past, past)
+            ]
+        # What a shared buffer holds is what the mask covers.
+        return past, mask[:, :-count]
+
     def gather(self, past: list, rows: list) -> list:
         """A cache whose row i is row rows[i] (beam search). The encoder's keys are the same for all beams."""
         if rows == list(range(len(rows))):
@@ -1000,6 +1016,9 @@ class GenerationConfig:
     renormalize_logits: bool = False
     # Texts for each row: so many samples, or the best of its beams.
     num_return_sequences: Annotated[int, 1, 2**16] = 1
+    # Prompt lookup decoding: ids that a step drafts, at most, and of an n-gram that a draft follows (None: 2).
+    prompt_lookup_num_tokens: Annotated[int, 1, 2**16] | None = None
+    max_matching_ngram_size: Size | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -1030,13 +1049,20 @@ class GenerationConfig:
         if self.num_beams > 1:
             plain = not (self.temperature or self.stop)
             require(plain, f"num_beams = {self.num_beams}, expected 1 with a temperature or stop")
+        if self.prompt_lookup_num_tokens:
+            one = self.num_beams == count == 1
+            require(
+                one,
+                f"prompt_lookup_num_tokens = {self.prompt_lookup_num_tokens}, expected none with "
+                f"num_beams or num_return_sequences",
+            )
 
 
 # Read from generation_config.json.
 FROM_FILE = set(
     """max_new_tokens repetition_penalty no_repeat_ngram_size min_length bad_words_ids
     forced_bos_token_id forced_eos_token_id num_beams renormalize_logits length_penalty
-    early_stopping stop_strings""".split()
+    early_stopping stop_strings prompt_lookup_num_tokens max_matching_ngram_size""".split()
 )
 # Options that would change greedy output -> their no-op value, beside None.
 UNSUPPORTED = {
@@ -1069,8 +1095,8 @@ NOT_OF_THE_TEXT = set(
     """assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight
     assistant_lookbehind cache_config cache_implementation compile_config
     continuous_batching_config disable_compile is_assistant low_memory max_cache_len
-    max_matching_ngram_size num_assistant_tokens num_assistant_tokens_schedule output_attentions
-    output_hidden_states output_logits output_scores prefill_chunk_size prompt_lookup_num_tokens
+    num_assistant_tokens num_assistant_tokens_schedule output_attentions
+    output_hidden_states output_logits output_scores prefill_chunk_size
     remove_invalid_values return_dict_in_generate speculation_type target_lookbehind
     transformers_version use_cache use_mtp""".split()
 )
@@ -1379,6 +1405,94 @@ def choose_beams(
     return np.array([ids[-1] for ids in search.texts])
 
 
+class PromptLookup:
+    """Drafts the next ids of a text: those behind an earlier place where its newest ids stood (Saxena 2023, prompt lookup
+    decoding). A step reads the draft too and accepts what it draws itself, so drafts change its speed, not the text.
+
+    A draft is as long as pays, by how often the next id continued a match of the same length, and by the seconds that
+    wider steps took. Where nothing repeats that is no draft at all.
+    """
+
+    # Longer matches are not told apart.
+    LONGEST = 8
+    # Earlier places that are compared with the newest ids, at most.
+    PLACES = 100
+
+    def __init__(self, config: GenerationConfig, ids: list):
+        self.longest, self.ends = config.prompt_lookup_num_tokens, config.eos_token_id
+        self.ngram = config.max_matching_ngram_size or 2
+        self.ids = []
+        # n-gram -> the columns behind it.
+        self.places = {}
+        # The match of the newest ids: the column behind it, and its length.
+        self.place, self.matched = 0, 0
+        # How often the next id continued a match of n ids.
+        self.shares = [n / (n + 2) for n in range(self.LONGEST + 1)]
+        # What a step of one id takes, and each further id.
+        self.seconds, self.more = None, None
+        for id in ids:
+            self.append(id)
+
+    def append(self, id: int):
+        """Adds the next id of the text."""
+        if self.matched:
+            hit = self.ids[self.place] == id
+            self.shares[self.matched] += (hit - self.shares[self.matched]) / 16
+            self.matched = min(self.matched + 1, self.LONGEST) if hit else 0
+            self.place += 1
+        for n in range(1, min(self.ngram, len(self.ids)) + 1):
+            self.places.setdefault(tuple(self.ids[-n:]), []).append(len(self.ids))
+        self.ids.append(id)
+
+    def find(self):
+        """Matches the newest ids with an earlier place: the longest match, the latest of several."""
+        for n in range(self.ngram, 0, -1):
+            places = self.places.get(tuple(self.ids[-n:]), ())[-self.PLACES :]
+            if places:
+                self.matched, self.place = max((self.match(place), place) for place in places)
+                return
+
+    def match(self, place: int) -> int:
+        """How many of the newest ids stand before a column, too."""
+        n = 0
+        while n < min(place, self.LONGEST) and self.ids[place - 1 - n] == self.ids[-1 - n]:
+            n += 1
+        return n
+
+    def draft(self, room: int, static: bool = False) -> list:
+        """The next ids, at most `room`. static: a step with a draft always reads as many columns as the longest needs."""
+        if not self.matched:
+            self.find()
+        if not self.matched or self.seconds is None or static and room < self.longest:
+            return []
+        best, count = 1 / self.seconds, 0
+        chance = expected = 1.0
+        for n in range(1, min(self.longest, room) + 1):
+            chance *= self.shares[min(self.matched + n - 1, self.LONGEST)]
+            expected += chance
+            rate = expected / (self.seconds + self.more * (self.longest if static else n))
+            if rate > best:
+                best, count = rate, n
+        ids = []
+        for column in range(self.place, self.place + count):
+            # Behind the text the draft repeats itself.
+            known = column < len(self.ids)
+            ids.append(self.ids[column] if known else ids[column - len(self.ids)])
+            if ids[-1] in self.ends:
+                break
+        return ids
+
+    def measure(self, width: int, seconds: float):
+        """Learns what a step of so many ids takes (normalized least mean squares). Interruptions count little."""
+        if self.seconds is None:
+            self.seconds, self.more = seconds, seconds / 8
+        further = width - 1
+        expected = self.seconds + self.more * further
+        change = (min(seconds, 2 * expected) - expected) / (1 + further**2) / 4
+        self.seconds += change
+        self.more = max(self.more + change * further, 0.0)
+
+
 class DecodeState:
     """All that changes while a batch is generated: the ids of each row, including the prompt; whether it has ended; the
     number of tokens written; and which rows the next step continues from (beam search)."""
@@ -1416,6 +1530,21 @@ NOT_FINITE = (
 )
 
 
+def make_lookup(lm: OnnxLM, input_ids, mask, config: GenerationConfig) -> PromptLookup | None:
+    """What drafts the ids behind a prompt or a source (1, seq), if asked for."""
+    count = config.prompt_lookup_num_tokens
+    if not count:
+        return None
+    rows = len(input_ids)
+    require(rows == 1, f"prompt_lookup_num_tokens = {count}: {rows} rows, expected one at a time")
+    rope = lm.config.get("rope_scaling") or lm.config.get("rope_parameters") or {}
+    require(
+        rope.get("rope_type") != "dynamic",
+        f"prompt_lookup_num_tokens = {count}: expected none, as dynamic rotary positions depend on a step's length",
+    )
+    return PromptLookup(config, input_ids[mask.astype(bool)].tolist())
+
+
 def generate_steps(
     lm: OnnxLM,
     input_ids,
@@ -1430,6 +1559,7 @@ def generate_steps(
     Raises Error where logits are not finite.
     """
     (input_ids, mask), source = lm._checked(input_ids, attention_mask), {}
+    lookup = make_lookup(lm, input_ids, mask, config)
     seq, limit = 1 if lm.encoder else input_ids.shape[1], lm.session.limit
     require(
         seq + config.max_new_tokens <= limit,
@@ -1451,34 +1581,50 @@ def generate_steps(
     # Move the padding in front of every row, so that the last column is each row's newest token.
     order = mask.argsort(1, kind="stable")
     input_ids, mask = (np.take_along_axis(x, order, 1) for x in (input_ids, mask))
-    written = np.ones((len(mask), config.max_new_tokens), np.int64)
-    longest = np.concatenate([mask, written], axis=1)
     past = lm.cache(len(mask), seq + config.max_new_tokens) if lm.shared else None
     pad = min(config.pad_token_id, lm.vocab_size - 1)
+    draft = []
     while state.count < config.max_new_tokens:
-        logits, past = lm.step(input_ids, mask, past, source, keep=1)
-        logits = logits[:, -1]
-        require((np.isfinite(logits.max(-1)) | state.done).all(), NOT_FINITE)
-        token = np.where(state.done, pad, choose(logits, state, config))
-        if config.num_beams > 1:
-            past = lm.gather(past, state.rows)
-        state.append(token, config.eos_token_id)
-        last = state.count == config.max_new_tokens
-        pieces = [text.append(id, last) for text, id in zip(texts, token.tolist())]
-        yield token, pieces
-        for row, text in enumerate(texts):
-            state.done[row] |= text.ended
-        if state.done.all():
-            return
-        input_ids, mask = token[:, None], longest[:, : seq + state.count]
+        start = time.perf_counter()
+        logits, past = lm.step(input_ids, mask, past, source, keep=1 + len(draft))
+        if lookup and state.count:
+            lookup.measure(1 + len(draft), time.perf_counter() - start)
+        # The columns of the newest token and of its draft, until the text goes on otherwise.
+        for column, drafted in enumerate([*draft, None], -1 - len(draft)):
+            newest = logits[:, column]
+            require((np.isfinite(newest.max(-1)) | state.done).all(), NOT_FINITE)
+            token = np.where(state.done, pad, choose(newest, state, config))
+            if config.num_beams > 1:
+                past = lm.gather(past, state.rows)
+            state.append(token, config.eos_token_id)
+            last = state.count == config.max_new_tokens
+            pieces = [text.append(id, last) for text, id in zip(texts, token.tolist())]
+            yield token, pieces
+            for row, text in enumerate(texts):
+                state.done[row] |= text.ended
+            if state.done.all():
+                return
+            if lookup:
+                lookup.append(int(token[0]))
+            if token[0] != drafted:
+                break
+        past, mask = lm.truncate(past, mask, -1 - column)
+        input_ids, draft = token[:, None], []
         lengths = [len(ids) for ids in state.texts]
         if lm.session.original + 1 in lengths:
             # Its earlier keys change too, so everything is read again.
-            seq, past = max(lengths) - state.count, None
+            past = None
             rows = [[0] * (max(lengths) - len(ids)) + ids for ids in state.texts]
             input_ids = np.array(rows)
             mask = (np.arange(max(lengths)) >= max(lengths) - np.array(lengths)[:, None]) * 1
-            longest = np.concatenate([mask, written], axis=1)
+            continue
+        if lookup:
+            room = config.max_new_tokens - state.count - 1
+            if lengths[0] <= lm.session.original:
+                room = min(room, lm.session.original - lengths[0])
+            draft = lookup.draft(room)
+            input_ids = np.array([[*token.tolist(), *draft]])
+        mask = np.concatenate([mask, np.ones_like(input_ids)], axis=1)
 
 
 class TextStream:
@@ -2496,6 +2642,10 @@ class Writer(Reader):
 
     def outputs(self, windows, batch):
         texts: list = [None] * len(windows)
+        asked = self.model.config | self.options
+        if asked.get("prompt_lookup_num_tokens"):
+            # It reads one text at a time.
+            batch = 1
         for rows in batches_by_length([len(window.ids) for window in windows], batch):
             ids, mask, _ = pad([windows[i] for i in rows], self.model)
             start = 1 if self.behind_source else ids.shape[1]

@@ -26,6 +26,7 @@ import numbers
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -977,6 +978,13 @@ class KVCache:
         self.written += mask.shape[1]
         return positions, self.key_positions
 
+    def truncate(self, columns: int):
+        """Forgets the newest columns, which held a token in every row."""
+        self.written -= columns
+        self.lengths -= columns
+        unused = torch.arange(self.size[1], device=self.written.device) >= self.written
+        self.key_positions.masked_fill_(unused, NEVER)
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k and v (batch, kv_heads, seq, head_dim) of the new tokens. Returns all keys and values of the layer."""
         keys = self.k[layer].index_copy_(2, self.columns, k)
@@ -1252,7 +1260,7 @@ class TinyLM(Stack):
         self.generation_config = {}
         self.replaced = replaced_leaves()
         # The compiled decode step, and idle decoding states by shape.
-        self._compiled, self._states = None, {}
+        self._compiled, self._states = {}, {}
         self.embed = nn.Embedding(config.vocab_size, config.embedding_size)
         self.encoder = Stack(config.encoder) if config.num_encoder_layers else None
         self.head = Head(config)
@@ -1413,8 +1421,8 @@ class TinyLM(Stack):
         super().compile(*arguments, **options)
 
     def __getstate__(self):
-        """A copy compiles its own step."""
-        return self.__dict__ | {"_compiled": None, "_states": {}}
+        """A copy compiles its own steps."""
+        return self.__dict__ | {"_compiled": {}, "_states": {}}
 
     @torch.no_grad()
     def generate(
@@ -2033,6 +2041,9 @@ class GenerationConfig:
     renormalize_logits: bool = False
     # Texts for each row: so many samples, or the best of its beams.
     num_return_sequences: Annotated[int, 1, 2**16] = 1
+    # Prompt lookup decoding: ids that a step drafts, at most, and of an n-gram that a draft follows (None: 2).
+    prompt_lookup_num_tokens: Annotated[int, 1, 2**16] | None = None
+    max_matching_ngram_size: Size | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -2063,6 +2074,13 @@ class GenerationConfig:
         if self.num_beams > 1:
             plain = not (self.temperature or self.stop)
             require(plain, f"num_beams = {self.num_beams}, expected 1 with a temperature or stop")
+        if self.prompt_lookup_num_tokens:
+            one = self.num_beams == count == 1
+            require(
+                one,
+                f"prompt_lookup_num_tokens = {self.prompt_lookup_num_tokens}, expected none with "
+                f"num_beams or num_return_sequences",
+            )
 
 
 # The options that sampling needs. generation_config.json sets them, but only an argument asks for sampling.
@@ -2316,6 +2334,94 @@ def choose_beams(
     return torch.tensor([ids[-1] for ids in search.texts], device=logits.device)
 
 
+class PromptLookup:
+    """Drafts the next ids of a text: those behind an earlier place where its newest ids stood (Saxena 2023, prompt lookup
+    decoding). A step reads the draft too and accepts what it draws itself, so drafts change its speed, not the text.
+
+    A draft is as long as pays, by how often the next id continued a match of the same length, and by the seconds that
+    wider steps took. Where nothing repeats that is no draft at all.
+    """
+
+    # Longer matches are not told apart.
+    LONGEST = 8
+    # Earlier places that are compared with the newest ids, at most.
+    PLACES = 100
+
+    def __init__(self, config: GenerationConfig, ids: list):
+        self.longest, self.ends = config.prompt_lookup_num_tokens, config.eos_token_id
+        self.ngram = config.max_matching_ngram_size or 2
+        self.ids = []
+        # n-gram -> the columns behind it.
+        self.places = {}
+        # The match of the newest ids: the column behind it, and its length.
+        self.place, self.matched = 0, 0
+        # How often the next id continued a match of n ids.
+        self.shares = [n / (n + 2) for n in range(self.LONGEST + 1)]
+        # What a step of one id takes, and each further id.
+        self.seconds, self.more = None, None
+        for id in ids:
+            self.append(id)
+
+    def append(self, id: int):
+        """Adds the next id of the text."""
+        if self.matched:
+            hit = self.ids[self.place] == id
+            self.shares[self.matched] += (hit - self.shares[self.matched]) / 16
+            self.matched = min(self.matched + 1, self.LONGEST) if hit else 0
+            self.place += 1
+        for n in range(1, min(self.ngram, len(self.ids)) + 1):
+            self.places.setdefault(tuple(self.ids[-n:]), []).append(len(self.ids))
+        self.ids.append(id)
+
+    def find(self):
+        """Matches the newest ids with an earlier place: the longest match, the latest of several."""
+        for n in range(self.ngram, 0, -1):
+            places = self.places.get(tuple(self.ids[-n:]), ())[-self.PLACES :]
+            if places:
+                self.matched, self.place = max((self.match(place), place) for place in places)
+                return
+
+    def match(self, place: int) -> int:
+        """How many of the newest ids stand before a column, too."""
+        n = 0
+        while n < min(place, self.LONGEST) and self.ids[place - 1 - n] == self.ids[-1 - n]:
+            n += 1
+        return n
+
+    def draft(self, room: int, static: bool = False) -> list:
+        """The next ids, at most `room`. static: a step with a draft always reads as many columns as the longest needs."""
+        if not self.matched:
+            self.find()
+        if not self.matched or self.seconds is None or static and room < self.longest:
+            return []
+        best, count = 1 / self.seconds, 0
+        chance = expected = 1.0
+        for n in range(1, min(self.longest, room) + 1):
+            chance *= self.shares[min(self.matched + n - 1, self.LONGEST)]
+            expected += chance
+            rate = expected / (self.seconds + self.more * (self.longest if static else n))
+            if rate > best:
+                best, count = rate, n
+        ids = []
+        for column in range(self.place, self.place + count):
+            # Behind the text the draft repeats itself.
+            known = column < len(self.ids)
+            ids.append(self.ids[column] if known else ids[column - len(self.ids)])
+            if ids[-1] in self.ends:
+                break
+        return ids
+
+    def measure(self, width: int, seconds: float):
+        """Learns what a step of so many ids takes (normalized least mean squares). Interruptions count little."""
+        if self.seconds is None:
+            self.seconds, self.more = seconds, seconds / 8
+        further = width - 1
+        expected = self.seconds + self.more * further
+        change = (min(seconds, 2 * expected) - expected) / (1 + further**2) / 4
+        self.seconds += change
+        self.more = max(self.more + change * further, 0.0)
+
+
 # Options that a step reads from tensors.
 TENSOR_OPTIONS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
@@ -2325,7 +2431,8 @@ class DecodeState:
 
     cache: keys and values; cross_kv, encoder_mask: from `encode`; ids (batch, length + 1): prompt and new ids by
     position; seen (batch, vocab): ids that occur in a row; token, one (batch, 1): the newest id and its mask; done
-    (batch,): the row has ended; alive (batch,): it had not ended before its newest token; finite: all logits were.
+    (batch,): the row has ended; alive (batch,): it had not ended before its newest token; finite: all logits were;
+    draft (1, width): the newest id and a draft behind it, logits (1, width, vocab) and column: which is chosen from next.
     """
 
     def __init__(self, lm: TinyLM, prompt: Tensor, source: tuple, config: GenerationConfig):
@@ -2343,6 +2450,9 @@ class DecodeState:
         self.done = new(batch, dtype=torch.bool)
         self.alive = new(batch, dtype=torch.bool)
         self.finite = new(dtype=torch.bool)
+        width = draft_width(config)
+        self.draft, self.column = new(1, width), new(1)
+        self.logits = new(1, width, vocab, dtype=torch.float32)
         self.ends = new(len(config.eos_token_id))
         self.pad, self.seed = new(), new()
         # Tokens written so far, and before the last one.
@@ -2355,7 +2465,7 @@ class DecodeState:
         """Determines the shapes of a state."""
         shapes = [x.shape for x in tree_leaves(source) if isinstance(x, Tensor)]
         active = config.active.intersection(TENSOR_OPTIONS)
-        size = (len(prompt), cache_length(prompt, config), lm.dtype, lm.device)
+        size = (len(prompt), cache_length(prompt, config), draft_width(config), lm.dtype, lm.device)
         return (*size, len(config.eos_token_id), active, *shapes)
 
     def begin(self, prompt: Tensor, mask: Tensor, source: tuple, config: GenerationConfig):
@@ -2415,20 +2525,28 @@ def cache_length(prompt: Tensor, config: GenerationConfig) -> int:
     return -(-(prompt.shape[1] + config.max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
 
 
-def write_token(lm, state: DecodeState, ids, mask, columns, config, choose):
-    """Reads ids (batch, seq) and writes one token. Nothing here waits for the device."""
-    logits = lm(
-        ids,
-        mask,
-        cache=state.cache,
-        columns=columns,
-        cross_kv=state.cross_kv,
-        encoder_mask=state.encoder_mask,
-    )
-    logits = logits[:, -1].float()
+def draft_width(config: GenerationConfig) -> int:
+    """Columns of a compiled step with a draft: the newest token and the longest draft. 0 without drafts."""
+    count = config.prompt_lookup_num_tokens
+    return count + 1 if count else 0
+
+
+def read_ids(lm, state: DecodeState, ids, mask, columns) -> Tensor:
+    """Reads ids (batch, seq) and returns the logits behind some columns, or all. Nothing here waits for the device."""
+    source = dict(cross_kv=state.cross_kv, encoder_mask=state.encoder_mask)
+    return lm(ids, mask, cache=state.cache, columns=columns, **source).float()
+
+
+def choose_token(state: DecodeState, logits: Tensor, config, choose):
+    """Writes one token by its logits (batch, vocab)."""
     # amax returns NaN if there is one.
     state.finite &= (logits.amax(-1).isfinite() | state.done).all()
     state.append(torch.where(state.done, state.pad, choose(logits, state, config)))
+
+
+def write_token(lm, state: DecodeState, ids, mask, columns, config, choose):
+    """Reads ids (batch, seq) and writes one token."""
+    choose_token(state, read_ids(lm, state, ids, mask, columns)[:, -1], config, choose)
 
 
 def prefill(lm: TinyLM, state: DecodeState, prompt: Tensor, mask: Tensor, config, choose=sample):
@@ -2441,13 +2559,33 @@ def decode_one_token(lm: TinyLM, state: DecodeState, config: GenerationConfig, c
     write_token(lm, state, state.token, state.one, None, config, choose)
 
 
+def read_draft(lm: TinyLM, state: DecodeState, width: int):
+    """Reads the first columns of state.draft. Its keys are kept, but none is part of the text yet."""
+    ids = state.draft[:, :width]
+    state.logits[:, :width] = read_ids(lm, state, ids, torch.ones_like(ids), None)
+    state.cache.truncate(width)
+    state.column.fill_(0)
+
+
+def decode_drafted(lm: TinyLM, state: DecodeState, config: GenerationConfig, choose=sample):
+    """Makes the next column that `read_draft` has read part of the text, and writes the token behind it."""
+    state.cache.extend(state.one)
+    logits = state.logits.index_select(1, state.column)[:, 0]
+    state.column += 1
+    choose_token(state, logits, config, choose)
+
+
+def short_length(lm: TinyLM) -> int | None:
+    """The longest row that longrope rotates by its short factors."""
+    scaling = lm.config.rope_scaling or {}
+    if scaling.get("rope_type") == "longrope":
+        return scaling.get(ORIGINAL) or lm.config.max_position_embeddings
+
+
 def outgrows_short_factors(lm: TinyLM, state: DecodeState) -> bool:
     """Whether longrope rotates a row by its long factors from the newest token on: then its keys change too."""
-    scaling = lm.config.rope_scaling or {}
-    if scaling.get("rope_type") != "longrope":
-        return False
-    original = scaling.get(ORIGINAL) or lm.config.max_position_embeddings
-    return bool((state.lengths == original).any())
+    original = short_length(lm)
+    return original is not None and bool((state.lengths == original).any())
 
 
 def read_again(lm: TinyLM, state: DecodeState, config: GenerationConfig, choose=sample):
@@ -2459,15 +2597,48 @@ def read_again(lm: TinyLM, state: DecodeState, config: GenerationConfig, choose=
     write_token(lm, state, ids, mask.long(), last_column(mask), config, choose)
 
 
-def compiled_step(lm: TinyLM) -> Callable:
-    """`decode_one_token`, compiled once for a model, with CUDA graphs on CUDA."""
-    if lm._compiled is None:
+def compiled(lm: TinyLM, step: Callable) -> Callable:
+    """A part of the decoding loop, compiled once for a model, with CUDA graphs on CUDA."""
+    if step not in lm._compiled:
         torch.compiler.allow_in_graph(rearrange)
         mode = "reduce-overhead" if lm.device.type == "cuda" else None
-        lm._compiled = torch.compile(
-            decode_one_token, fullgraph=True, dynamic=False, mode=mode, recompile_limit=256
+        lm._compiled[step] = torch.compile(
+            step, fullgraph=True, dynamic=False, mode=mode, recompile_limit=256
         )
-    return lm._compiled
+    return lm._compiled[step]
+
+
+def lookup_step(lm: TinyLM, lookup: PromptLookup, step: Callable, compile: bool) -> Callable:
+    """`step`, with drafts of prompt lookup. A compiled step with a draft always reads the columns of the longest."""
+    read, follow = read_draft, decode_drafted
+    if compile:
+        read, follow = compiled(lm, read), compiled(lm, follow)
+    before, short = len(lookup.ids), short_length(lm)
+    draft = []
+
+    def take(lm: TinyLM, state: DecodeState, config: GenerationConfig, choose=sample):
+        length = len(lookup.ids)
+        if draft and draft.pop(0) == lookup.ids[-1]:
+            # It was read already.
+            follow(lm, state, config, choose)
+            return
+        start, room = time.perf_counter(), config.max_new_tokens - (length - before) - 1
+        if short and length <= short:
+            room = min(room, short - length)
+        draft[:] = lookup.draft(room, compile)
+        columns = 1 + (lookup.longest if draft and compile else len(draft))
+        if draft:
+            ids = torch.tensor([lookup.ids[-1], *draft], device=state.draft.device)
+            state.draft[0, : len(ids)] = ids
+            read(lm, state, columns)
+            follow(lm, state, config, choose)
+        else:
+            step(lm, state, config, choose)
+        # Wait for the device.
+        state.token.tolist()
+        lookup.measure(columns, time.perf_counter() - start)
+
+    return take
 
 
 def make_state(lm: TinyLM, prompt, mask, source, config: GenerationConfig, compile: bool):
@@ -2513,6 +2684,15 @@ def prepare(lm: TinyLM, input_ids, attention_mask, config: GenerationConfig, com
         source = lm.encode(input_ids, attention_mask)
         input_ids = start_ids(lm, input_ids)
         mask = torch.ones_like(input_ids)
+    if count := config.prompt_lookup_num_tokens:
+        rows, kind = len(mask), (lm.config.rope_scaling or {}).get("rope_type")
+        require(
+            rows == 1, f"prompt_lookup_num_tokens = {count}: {rows} rows, expected one at a time"
+        )
+        require(
+            kind != "dynamic",
+            f"prompt_lookup_num_tokens = {count}: expected none, as dynamic rotary positions depend on a step's length",
+        )
     copies = max(config.num_beams, config.num_return_sequences)
     repeat = functools.partial(torch.repeat_interleave, repeats=copies, dim=0)
     inputs = input_ids, mask, source
@@ -2544,7 +2724,11 @@ def generate_steps(
     """
     prompt, mask, source = prepare(lm, input_ids, attention_mask, config, compile)
     state = make_state(lm, prompt, mask, source, config, compile)
-    step = compiled_step(lm) if compile else decode_one_token
+    step, lookup = compiled(lm, decode_one_token) if compile else decode_one_token, None
+    if config.prompt_lookup_num_tokens:
+        text = [prompt[mask.bool()]] if lm.encoder is None else [input_ids[0], prompt[0]]
+        lookup = PromptLookup(config, torch.cat(text).tolist())
+        step = lookup_step(lm, lookup, step, compile)
     texts = []
     for row, real in zip(prompt, mask.bool()) if config.stop or with_text else ():
         texts.append(TextStream(lm.tokenizer, config, () if lm.encoder else row[real].tolist()))
@@ -2565,6 +2749,8 @@ def generate_steps(
                     state.done[row] = True
             if last or look and bool(state.done.all()):
                 return
+            if lookup:
+                lookup.append(int(token[0]))
             if compile and on_gpu:
                 torch.compiler.cudagraph_mark_step_begin()
             take = read_again if outgrows_short_factors(lm, state) else step

@@ -2746,7 +2746,8 @@ def make_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
 
 
 def add_generation_options(parser, **defaults):
-    names = "max_new_tokens temperature top_k top_p min_p repetition_penalty".split()
+    names = """max_new_tokens temperature top_k top_p min_p repetition_penalty
+        prompt_lookup_num_tokens""".split()
     add_options(parser, GenerationConfig, *names, **defaults)
     parser.add_argument("--stop", action="append", help="end before this text; may be given again")
     parser.add_argument("--seed", type=int)

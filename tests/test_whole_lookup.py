@@ -46,13 +46,13 @@ def both(lm, ids, widths=None, **options):
 def assert_same_texts(lm, case, widths):
     """The texts behind three prompts are the same without and with drafts, of which some are accepted."""
     steps = 0
-    for seed in (1, 3, 5):
+    for seed in (1, 3, 4):
         ids = prompts(case, 1, 5, seed=seed).repeat(1, 2)
         plain, drafted = both(lm, ids, widths, max_new_tokens=25, eos_token_id=())
         assert drafted == plain
         steps += len(widths)
     # A step for each token but the first; longrope reads a text once again, which may not be counted.
-    assert steps < 3 * 24 - 3
+    assert steps < 3 * 24 - 4
 
 
 OPTIONS = [

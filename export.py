@@ -55,6 +55,7 @@ from onnxlm import (
     OnnxLM,
     Session,
     as_ids,
+    encode_windows,
     first_line,
     has_chat_template,
     is_embedder,
@@ -85,6 +86,10 @@ BLOCK = {4: 32, 8: 64}
 LEAST_BLOCK = 32
 # Shares of a block's range that are tried for the least error.
 SHARES = (1.1, 1.05, 1, 0.95, 0.9, 0.85, 0.8, 0.75)
+# Multiples of the median range that a column of inputs is limited to, powers of what exceeds it, and inputs to try on.
+LIMITS, POWERS, SAMPLE = (1, 1.5, 2.5), (0.75, 1), 768
+# Columns of inputs that stay in floats, and by how much that has to lessen the error.
+OUTLIERS, PRICE = 8, 1.5
 # Rows that are searched at a time.
 ROWS = 256
 # The tensors that store a rounded matrix.
@@ -93,6 +98,8 @@ PARTS = ("blocks", "scales", "zero_points")
 EXTERNAL_ABOVE = 2**31 - 2**26
 # Tokens in a window of text, windows to calibrate rounding on, and windows to measure on.
 WINDOW, WINDOWS, MEASURED = 256, 40, 8
+# The same of text for encoders, which has special tokens around each window.
+READ, READS = 64, 80
 
 
 @dataclass(frozen=True)
@@ -700,15 +707,23 @@ def single_operators(lm, graph: Graph):
         yield
 
 
-def put_weights(model, blocks: dict):
+def put_weights(model, blocks: dict, exact: bool = True):
     """A copy of a traced model with ONNX's operators in place of each product with a weight and of the embedding:
-    MatMulNBits and a dequantized row for those in `blocks`, rounded weights by name; MatMul for the others."""
+    products of integers, MatMulNBits and a dequantized row for those in `blocks`, rounded weights by name; MatMul for
+    the others. exact: the inputs of rounded weights are not rounded."""
     model = model.clone()
     graph = model.graph
+    integers = any(isinstance(block, ChannelWeight) for block in blocks.values())
     nodes = list(ir.traversal.RecursiveGraphIterator(graph))
     for node in nodes:
-        if node.op_type == "Linear" and node.inputs[1].name in blocks:
-            new = rounded_product(graph, node, blocks[node.inputs[1].name])
+        if node.op_type == "LayerNormalization" and integers:
+            keep_sum(node)
+            continue
+        block = blocks.get(node.inputs[1].name) if node.op_type == "Linear" else None
+        if isinstance(block, ChannelWeight):
+            new = integer_product(graph, node, block, exact)
+        elif block:
+            new = rounded_product(graph, node, block, exact)
         elif node.op_type == "Linear":
             new = plain_product(graph, node)
         elif node.op_type == "Gather" and node.inputs[0].name in blocks:
@@ -765,12 +780,67 @@ def rounded_parts(graph, weight, block: QuantizedWeight) -> list:
     ]
 
 
-def rounded_product(graph, node, block: QuantizedWeight) -> list:
+def rounded_product(graph, node, block: QuantizedWeight, exact: bool) -> list:
     x, weight = node.inputs
     rows, columns = weight.shape
     options = dict(N=rows, K=columns, bits=block.bits, block_size=block.codes.shape[-1])
+    options |= {} if exact else {"accuracy_level": 4}
     inputs = [x, *rounded_parts(graph, weight, block)]
     return [ir.node("MatMulNBits", inputs, options, domain="com.microsoft")]
+
+
+def integer_product(graph, node, block: ChannelWeight, exact: bool) -> list:
+    """A product of integers, the inputs rounded to 8 bits as they come (in operators that ONNX Runtime fuses to
+    DynamicQuantizeMatMul, with the bias that follows), or of floats if `exact`."""
+    x, weight = node.inputs
+    stem = weight.name.removesuffix("weight")
+    codes = constant(graph, stem + "codes", block.codes.t().contiguous().numpy())
+    scales = constant(graph, stem + "scales", block.scales.flatten().numpy())
+    nodes = []
+
+    def add(*arguments, outputs: int = 1):
+        nodes.append(ir.node(*arguments, num_outputs=outputs))
+        for i, output in enumerate(nodes[-1].outputs):
+            output.name = f"{node.outputs[0].name}.{len(nodes)}.{i}"
+        return nodes[-1].outputs if outputs > 1 else nodes[-1].outputs[0]
+
+    if len(block.outliers):
+        columns = constant(graph, stem + "outliers", block.outliers.numpy())
+        kept = constant(graph, stem + "kept", block.kept.t().contiguous().numpy())
+        kept = add("MatMul", [add("Gather", [x, columns], {"axis": -1}), kept])
+        add_behind_bias(node, kept, f"{node.outputs[0].name}.kept")
+    if block.factors is not None:
+        x = add("Mul", [x, constant(graph, stem + "factors", block.factors.numpy())])
+    to_float = {"to": ir.DataType.FLOAT}
+    if exact:
+        # DequantizeLinear would be fused with the product, to one that rounds.
+        add("MatMul", [x, add("Mul", [add("Cast", [codes], to_float), scales])])
+        return nodes
+    x, scale, zero = add("DynamicQuantizeLinear", [x], outputs=3)
+    sums = add("MatMulInteger", [x, codes, zero])
+    add("Mul", [add("Cast", [sums], to_float), add("Mul", [scale, scales])])
+    return nodes
+
+
+def add_behind_bias(product, value, name: str):
+    """Adds a value to a product with a weight, behind its bias."""
+    output = product.outputs[0]
+    uses = output.uses()
+    if len(uses) == 1 and any(x.is_initializer() for x in uses[0].node.inputs):
+        output = uses[0].node.outputs[0]
+    total = ir.node("Add", [value, value], name=name)
+    total.outputs[0].name = name
+    ir.convenience.replace_all_uses_with(output, total.outputs[0])
+    total.replace_input_with(0, output)
+    product.graph.insert_after(output.producer(), total)
+
+
+def keep_sum(norm):
+    """Writes the residual sum before a layer norm as Sum, since ONNX Runtime fuses an Add and the norm into one
+    operator that takes its CPU several times as long as both."""
+    add = norm.inputs[0].producer()
+    if add is not None and add.op_type == "Add":
+        add.op_type = "Sum"
 
 
 def rounded_rows(graph, node, block: QuantizedWeight) -> list:
@@ -886,6 +956,23 @@ class QuantizedWeight(NamedTuple):
         return codes, self.scales[..., 0].numpy().astype(dtype), zeros
 
 
+class ChannelWeight(NamedTuple):
+    """A matrix as integers of 8 bits with a sign and a scale for each row, for inputs that are multiplied by `factors`
+    and rounded to 8 bits in one range as they come; but for the columns `outliers`, which stay in floats."""
+
+    codes: object  # (rows, columns)
+    scales: object  # (rows, 1)
+    factors: object  # (columns,), 0 for outliers, or None
+    outliers: object  # (n,)
+    kept: object  # (rows, n)
+
+    def weight(self):
+        """The matrix (rows, columns) that the graph computes with, but for the inputs' rounding."""
+        w = self.codes * self.scales
+        w = w if self.factors is None else w * self.factors
+        return w.index_copy(1, self.outliers, self.kept)
+
+
 @contextlib.contextmanager
 def one_thread():
     """A context in which torch computes on one thread: many short operations, each waiting for the last, take twice as
@@ -979,6 +1066,42 @@ def gptq(weight, scales, zeros, factor: tuple, top: int):
     return codes[order.argsort()].t().unflatten(1, (groups, block))
 
 
+def quantize_channels(weight, inputs, smooth: bool = True) -> ChannelWeight:
+    """Codes and scales for a weight (rows, columns) whose inputs (n, columns) are rounded, too. Columns of inputs beyond
+    a multiple of the median range are made smaller and their weights larger (SmoothQuant, Xiao et al. 2023), as far as
+    that brings the least error. A few of the largest may stay in floats (Dettmers et al. 2022), where outputs are fewer
+    than inputs, so that it costs little."""
+    low, high = inputs.amin(0), inputs.amax(0)
+    largest = torch.maximum(-low, high).clamp(min=1e-9)
+    x = inputs[:: max(1, len(inputs) // SAMPLE)]
+    y = x @ weight.t()
+    least = math.inf
+    for count in (0, OUTLIERS) if smooth and len(weight) < len(largest) else (0,):
+        outliers = largest.topk(count).indices.sort().values
+        rest = torch.ones_like(largest).index_fill(0, outliers, 0)
+        limit = largest[rest > 0].median()
+        for times, power in [(math.inf, 1), *itertools.product(LIMITS, POWERS)][
+            : None if smooth else 1
+        ]:
+            factors = (largest / (times * limit)).clamp(min=1) ** -power
+            step = ((high * factors * rest).amax() - (low * factors * rest).amin()) / 255
+            w = weight / factors * rest
+            scales = w.abs().amax(1, keepdim=True).clamp(min=1e-9) / 127
+            codes = (w / scales).round()
+            rounded = (x * factors / step).round() * step
+            kept = x[:, outliers] @ weight[:, outliers].t()
+            error = float((rounded @ (codes * scales).t() + kept - y).square().sum())
+            # An operator more has to pay.
+            error *= PRICE if count else 1
+            if error < least:
+                least = error
+                plain = not count and bool((factors == 1).all())
+                factors = None if plain else factors * rest
+                kept = weight[:, outliers]
+                found = ChannelWeight(codes.to(torch.int8), scales, factors, outliers, kept)
+    return found
+
+
 def progress(what: str, total: int, log=None):
     """A progress bar on stderr; where that is no terminal, lines of the log, or nothing without one."""
     silent = log is None and not sys.stderr.isatty()
@@ -988,8 +1111,9 @@ def progress(what: str, total: int, log=None):
 def quantize_weights(lm, bits: int, ids, log=None) -> dict:
     """Round the matrices of a model in place; their QuantizedWeight by name. Embedding, head and fused query, key and
     value keep 8 bits: 4 cost more there than in all others. Keys and values of a source, made once, stay as they are,
-    and so do weights that a replaced `linear` or a module of somebody's own multiplies with. In 4 bits a matrix is
-    rounded for the inputs it meets when `ids` (batch, seq) run through what was rounded before it."""
+    and so do weights that a replaced `linear` or a module of somebody's own multiplies with. In 4 bits, and in 8 where a
+    text is read at once, a matrix is rounded for the inputs it meets when `ids` (batch, seq) run through what was
+    rounded before it."""
     linear = tinylm.linear
     blocks = {}
     if not is_own(linear):
@@ -1012,12 +1136,18 @@ def quantize_weights(lm, bits: int, ids, log=None) -> dict:
         name = names.get(id(weight))
         if name is None or name in blocks:
             return
+        bar.update()
+        if bits == 8 and inputs is not None and reads(lm, name):
+            # What attention puts out has no outliers.
+            smooth = not name.endswith(".o.weight")
+            blocks[name] = quantize_channels(weight.data, inputs, smooth)
+            weight.data = blocks[name].weight()
+            return
         wide = name in ("embed.weight", "head.out.weight") or name.endswith("qkv.weight")
         wide = wide or bits == 8
         moments = None if wide or inputs is None else inputs.t() @ inputs / len(inputs)
         blocks[name] = quantize(weight.data, 8 if wide else bits, moments)
         weight.data = blocks[name].weight()
-        bar.update()
 
     def rounded(x, weight, bias=None):
         put(weight, x.flatten(0, -2))
@@ -1025,7 +1155,7 @@ def quantize_weights(lm, bits: int, ids, log=None) -> dict:
 
     with torch.no_grad(), bar:
         put(lm.embed.weight)
-        if bits < 8 and ids is not None:
+        if ids is not None and (bits < 8 or not writes(lm)):
             with mock.patch.object(tinylm, "linear", rounded):
                 lm(
                     ids,
@@ -1035,6 +1165,11 @@ def quantize_weights(lm, bits: int, ids, log=None) -> dict:
         for weight in weights.values():
             put(weight)
     return blocks
+
+
+def reads(lm, name: str) -> bool:
+    """Whether the matrix of that name multiplies all tokens of a text at once: those of encoders, but for heads."""
+    return name.startswith("encoder.") if has_target(lm) else not name.startswith("head.")
 
 
 def scale_cache(lm, ids):
@@ -1511,7 +1646,8 @@ def write_graphs(
         found[name] = verify(model, onnx_lm, stored, reference, sample)
         log(f"{name} verified against torch: {format_differences(found[name])}")
         if blocks:
-            write_all(graphs, accuracy_level=4)
+            graphs = trace_graphs(traces, model, folder, stored, blocks, generate, exact=False)
+            write_all(graphs)
             onnx_lm = OnnxLM(folder, name, providers=[CPU])
             rough = verify(model, onnx_lm, replace(stored, tolerance=math.inf), reference, sample)
             log(f"{name} in 8-bit arithmetic: {format_differences(rough)}")
@@ -1551,10 +1687,19 @@ class Traces:
         return trace(self.lm, choice_graph(self.lm))
 
 
-def trace_graphs(traces: Traces, lm, folder: Path, stored: Precision, blocks: dict, generate: bool):
-    """Path -> onnx_ir.Model of a precision's graphs, with the generating one last."""
+def trace_graphs(
+    traces: Traces,
+    lm,
+    folder: Path,
+    stored: Precision,
+    blocks: dict,
+    generate: bool,
+    exact: bool = True,
+):
+    """Path -> onnx_ir.Model of a precision's graphs, with the generating one last. exact: see `put_weights`."""
     try:
-        graphs = {stem: put_weights(model, blocks) for stem, model in traces.of(lm, stored).items()}
+        traced = traces.of(lm, stored)
+        graphs = {stem: put_weights(model, blocks, exact) for stem, model in traced.items()}
         if generate:
             choice = traces.choice.clone()
             graphs["generate"] = in_a_loop(graphs["model"].clone(), choice, lm.config, stored)
@@ -1566,14 +1711,9 @@ def trace_graphs(traces: Traces, lm, folder: Path, stored: Precision, blocks: di
     }
 
 
-def write_all(graphs: dict, **attributes):
-    """Writes models to their paths, with attributes for the products with rounded weights."""
+def write_all(graphs: dict):
+    """Writes models to their paths."""
     for path, model in graphs.items():
-        for node in ir.traversal.RecursiveGraphIterator(model.graph):
-            if node.op_type == "MatMulNBits":
-                node.attributes.update(
-                    {name: ir.AttrInt64(name, value) for name, value in attributes.items()}
-                )
         size = sum(
             value.const_value.nbytes
             for graph in model.graphs()
@@ -1593,6 +1733,8 @@ def format_differences(found: dict) -> str:
 def calibration_ids(lm, text: str | None, log, count: int = WINDOWS, write=None):
     """Windows (count, WINDOW) of a text, or of text that the decoder generates; None if there is neither. write:
     `generate` of an exported graph, which is faster than torch's, and the calls to count."""
+    if not writes(lm):
+        return reading_ids(lm, text)
     length = min(WINDOW, lm.config.max_position_embeddings)
     if text is not None:
         require(lm.tokenizer, "--text: the checkpoint has no tokenizer.json")
@@ -1603,8 +1745,6 @@ def calibration_ids(lm, text: str | None, log, count: int = WINDOWS, write=None)
             f"--text: {len(ids)} tokens, expected at least {(MEASURED + 1) * length}",
         )
         return torch.tensor(ids[: found * length]).view(found, length)
-    if not writes(lm):
-        return None
     use = "to round for and to measure on" if count > MEASURED else "to measure on"
     log(f"writing {count} texts of {length} tokens {use}; --text gives your own")
     begin = lm.config.bos_token_id if lm.config.bos_token_id in range(lm.config.vocab_size) else 0
@@ -1614,6 +1754,34 @@ def calibration_ids(lm, text: str | None, log, count: int = WINDOWS, write=None)
         start = np.full((count, 1), begin)
         start = torch.from_numpy(start) if writer is lm else start
         return torch.as_tensor(writer.generate(start, max_new_tokens=length - 1, **options))
+
+
+def own_text() -> str:
+    """English that is always at hand: the docstrings of the model and of the runtime."""
+    parts = [
+        x.__doc__ or ""
+        for module in (tinylm, tinylm.beside("onnxlm"))
+        for x in vars(module).values()
+        if callable(x) and getattr(x, "__module__", None) == module.__name__
+    ]
+    return " ".join(" ".join(parts).split())
+
+
+def reading_ids(lm, text: str | None):
+    """Windows (count, seq) of a text, or of our own docstrings, as an encoder reads them, with special tokens; None
+    without a tokenizer."""
+    require(lm.tokenizer or text is None, "--text: the checkpoint has no tokenizer.json")
+    if not lm.tokenizer:
+        return None
+    length = min(READ, lm.config.max_position_embeddings)
+    words = own_text() if text is None else text
+    windows = encode_windows(lm.tokenizer, words, limit=length, stride=0)
+    rows = [window.ids for window in windows if len(window.ids) == length][:READS]
+    require(
+        text is None or len(rows) > MEASURED,
+        f"--text: {len(rows) * length} tokens, expected at least {(MEASURED + 1) * length}",
+    )
+    return torch.tensor(rows) if len(rows) > MEASURED else None
 
 
 @contextlib.contextmanager

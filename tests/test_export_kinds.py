@@ -1,6 +1,8 @@
 """Exported graphs of encoders, heads and encoder-decoders: names, logits and tokens."""
 
 import json
+import random
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -20,12 +22,14 @@ from families import (
     load_oracle,
     prompts,
     ragged,
+    save_word_tokenizer,
 )
 from helpers import CPU, every
 from onnx_ir.traversal import RecursiveGraphIterator
+from rounding import ROOT
 
 import train
-from export import OnnxLM, export_onnx
+from export import OnnxLM, export_onnx, quantize_channels
 from tinylm import TinyLM
 
 CASES = {case.name: case for case in ENCODERS + CLASSIFIERS + SEQ2SEQ}
@@ -125,6 +129,77 @@ def test_every_family_in_8_bits(case, folder, tmp_path):
     # as they are: routers, and what computes keys and values of a source
     plain = len(lm.layers) if lm.config.num_experts or lm.encoder else 0
     assert found["MatMulNBits"] >= 2 * len(lm.layers) and found["MatMul"] <= plain
+
+
+# What rounding to 8 bits adds, all of it in ONNX Runtime for browsers and on its CPU.
+INTEGERS = {"DynamicQuantizeLinear", "MatMulInteger", "Cast", "Mul", "Add", "Sum", "MatMul"}
+ROWS = {"Gather", "Sub", "Unsqueeze", "Reshape", "Slice", "MatMulNBits"}
+
+
+@pytest.mark.parametrize("name", READERS + WRITERS)
+@torch.no_grad()
+def test_what_reads_multiplies_integers(name, folder, tmp_path):
+    """Every matrix of an encoder, but for its head's; the decoder behind it writes a token at a time and keeps its
+    kernels. Nodes are such as ONNX Runtime fuses, and its graph for browsers has."""
+    case = CASES[name]
+    source = shutil.copytree(folder(case), tmp_path / "source")
+    save_word_tokenizer(source)
+    words = (f"w{random.Random(i).randrange(5, 200)}" for i in range(3000))
+    export_onnx(source, tmp_path / "out", precisions=["fp32", "int8"], text=" ".join(words))
+    lm, onnx_lm = TinyLM.from_pretrained(source), OnnxLM(tmp_path / "out", "int8", providers=CPU)
+    ids, mask = batch(case)
+    target = {"decoder_input_ids": prompts(case, 3, 8, seed=5)} if lm.encoder else {}
+    theirs = lm(ids, mask, **target)
+    ours = onnx_lm(ids.numpy(), mask.numpy(), **{name: x.numpy() for name, x in target.items()})
+    kept = mask.bool() if theirs.ndim == 3 and not target else slice(None)
+    error = torch.from_numpy(ours)[kept] - theirs[kept]
+    assert error.norm() < 0.1 * theirs[kept].norm()
+    stem = "encoder_model" if lm.encoder else "model"
+    exact, rounded = (
+        Counter(node.op_type for node in ir.load(path).graph)
+        for path in (tmp_path / "out/onnx" / f"{stem}{end}.onnx" for end in ("", "_quantized"))
+    )
+    assert rounded.keys() - exact.keys() <= INTEGERS | ROWS
+    # ELECTRA projects its embedding, too.
+    layers = len((lm.encoder or lm).layers)
+    assert rounded["MatMulInteger"] - 4 * layers in (0, 1)
+    assert rounded["MatMulInteger"] == rounded["DynamicQuantizeLinear"]
+    if lm.encoder:
+        path = tmp_path / "out/onnx/decoder_model_merged_quantized.onnx"
+        found = Counter(node.op_type for node in RecursiveGraphIterator(ir.load(path).graph))
+        assert found["MatMulNBits"] > 4 * len(lm.layers) and not found["MatMulInteger"]
+
+
+@torch.no_grad()
+def test_outliers_are_kept_from_the_range():
+    """One huge column takes no precision from the others, neither of inputs nor of weights: it stays in floats."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(600, 64), torch.randn(32, 64)
+    x[:, 5] *= 100
+    found = quantize_channels(weight, x)
+    step = ((x * found.factors).amax() - (x * found.factors).amin()) / 255
+    inputs = (x * found.factors / step).round() * step
+    y = inputs @ (found.codes * found.scales).t() + x[:, found.outliers] @ found.kept.t()
+    expected = x @ weight.t()
+    assert 5 in found.outliers and found.factors[5] == 0
+    assert (found.weight() - weight).norm() < 0.01 * weight.norm()
+    error = (y - expected).norm() / (expected - x[:, 5:6] @ weight[:, 5:6].t()).norm()
+    assert error < 0.02
+
+
+@pytest.mark.slow
+def test_minilm_embeds_in_8_bits(minilm, tmp_path):
+    """On sentences that it was not rounded for. Plain dynamic quantization has 0.97."""
+    export_onnx(minilm, tmp_path / "out", precisions=["fp32", "int8"])
+    text = (ROOT / "README.md").read_text() + (ROOT / "LICENSE").read_text()
+    texts = [line for line in text.splitlines() if len(line.split()) > 5]
+    fp32, int8 = (
+        np.array(
+            [first["embedding"] for first, *_ in OnnxLM(tmp_path / "out", name, CPU).run(texts)]
+        )
+        for name in ("fp32", "int8")
+    )
+    assert (fp32 * int8).sum(1).min() > 0.99
 
 
 def test_names_are_those_of_optimum_and_the_source_is_read_once(exported_pair):

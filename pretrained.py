@@ -2293,6 +2293,9 @@ class GGUF:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json; {} with a warning where its rules are not known."""
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import models
+
         read = lambda key, default=None: self.get(f"tokenizer.ggml.{key}", default)  # noqa: E731
         kind, words = read("model"), read("pre", "default")
         if kind is None:
@@ -2306,31 +2309,30 @@ class GGUF:
             return {}
         tokens, types = read("tokens"), read("token_type") or [1] * len(read("tokens"))
         vocab = {token: i for i, token in enumerate(tokens)}
-        names = {name: read(f"{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
-        special = {name: tokens[i] for name, i in names.items() if i is not None}
+        names = name_map("bos_token=bos eos_token=eos unk_token=unknown pad_token=padding")
+        ids = {ours: read(f"{name}_token_id") for ours, name in names.items()}
+        special = {name: tokens[i] for name, i in ids.items() if i is not None}
+        backend = Backend(models.BPE())
         if kind == "gpt2":
             merges = [merge.split(" ") for merge in read("merges")]
-            steps = byte_level_steps(GGUF_WORDS[words], nfc=GGUF_WORDS[words] == QWEN2_WORDS)
+            byte_level_steps(backend, GGUF_WORDS[words])
             more = {"ignore_merges": GGUF_WORDS[words] == LLAMA3_WORDS}
         else:
             merges = merges_of(vocab, read("scores"))
-            steps = sentencepiece_steps(read("add_space_prefix", True))
-            more = {"byte_fallback": True, "fuse_unk": True, "unk_token": special.get("unknown")}
-        begin = [special["bos"]] if read("add_bos_token", kind == "llama") else []
-        end = [special["eos"]] if read("add_eos_token", False) else []
+            sentencepiece_steps(backend, read("add_space_prefix", True))
+            more = {"byte_fallback": True, "fuse_unk": True, "unk_token": special.get("unk_token")}
+        ends = {f"add_{name}_token": read(f"add_{name}_token") for name in ("bos", "eos")}
+        if ends["add_bos_token"] is None:
+            ends["add_bos_token"] = kind == "llama"
+        if around := post_processor("", ends, special, vocab):
+            backend.post_processor = around
         # Token types: 3 control, 4 defined by the user.
         added = [
             {"id": i} | added_token(token, special=types[i] == 3)
             for i, token in enumerate(tokens)
             if types[i] in (3, 4)
         ]
-        spec = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-        } | steps
-        spec["post_processor"] = around(begin, end, vocab)
+        spec = json.loads(backend.to_str()) | {"added_tokens": added}
         model = {"type": "BPE"} | tinylm.BPE_OPTIONS | more | {"vocab": vocab, "merges": merges}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -2338,38 +2340,32 @@ class GGUF:
         }
         if template := self.get("tokenizer.chat_template"):
             config["chat_template"] = template
-        short = dict(bos="bos", eos="eos", unknown="unk", padding="pad")
-        config |= {f"{short[name]}_token": token for name, token in special.items()}
-        files = {"tokenizer.json": spec | {"model": model}, "tokenizer_config.json": config}
+        files = {
+            "tokenizer.json": spec | {"model": model},
+            "tokenizer_config.json": config | special,
+        }
         return {name: json.dumps(x, ensure_ascii=False).encode() for name, x in files.items()}
 
 
-def byte_level_steps(words: str | None, nfc: bool) -> dict:
-    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
+def byte_level_steps(backend, words: str | None):
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
     # GPT-2's own pattern goes after that of single digits.
-    steps = [level | {"use_regex": words in (None, DIGITS)}]
-    if words:
-        steps.insert(
-            0, dict(type="Split", pattern={"Regex": words}, behavior="Isolated", invert=False)
-        )
-    return {
-        "normalizer": {"type": "NFC"} if nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "decoder": level | {"use_regex": True},
-    }
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words in (None, DIGITS))
+    split = [pre_tokenizers.Split(Regex(words), "isolated")] if words else []
+    backend.normalizer = normalizers.NFC() if words == QWEN2_WORDS else None
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
+    backend.decoder = decoders.ByteLevel()
 
 
-def sentencepiece_steps(prefix: bool) -> dict:
-    space = dict(type="Replace", pattern={"String": " "}, content="▁")
-    normalizers = [{"type": "Prepend", "prepend": "▁"}] * prefix + [space]
-    back = space | dict(pattern={"String": "▁"}, content=" ")
-    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    decoders += [dict(type="Strip", content=" ", start=1, stop=0)] * prefix
-    return {
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-    }
+def sentencepiece_steps(backend, prefix: bool):
+    from tokenizers import decoders, normalizers
+
+    begin = [normalizers.Prepend("▁")] if prefix else []
+    strip = [decoders.Strip(" ", 1)] if prefix else []
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.normalizer = normalizers.Sequence([*begin, normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(back + strip)
 
 
 def merges_of(vocab: dict[str, int], scores: list[float]) -> list:
@@ -2382,22 +2378,6 @@ def merges_of(vocab: dict[str, int], scores: list[float]) -> list:
     ]
     pairs.sort(key=lambda pair: (pair[0], pair[1], vocab[pair[2]], vocab[pair[3]]))
     return [[left, right] for *_, left, right in pairs]
-
-
-def around(begin: list, end: list, vocab: dict) -> dict | None:
-    """The post-processor that puts special tokens around a text."""
-    if not begin and not end:
-        return None
-    one = lambda id, number: [{"SpecialToken": {"id": x, "type_id": number}} for x in id]  # noqa: E731
-    text = lambda id, number: [{"Sequence": {"id": id, "type_id": number}}]  # noqa: E731
-    first = one(begin, 0) + text("A", 0) + one(end, 0)
-    tokens = {x: {"id": x, "ids": [vocab[x]], "tokens": [x]} for x in (*begin, *end)}
-    return {
-        "type": "TemplateProcessing",
-        "single": first,
-        "pair": first + one(begin, 1) + text("B", 1) + one(end, 1),
-        "special_tokens": tokens,
-    }
 
 
 def read_config(source: Path) -> dict:
@@ -2421,7 +2401,7 @@ def load_model(cls, name, dtype, device, head, revision, changes: dict) -> tinyl
     device = tinylm.usable_device(device or "cpu")
     file = str(folder / "config.json")
     source = folder if folder.is_dir() else GGUF(folder)
-    raw = source.hf_config() if isinstance(source, GGUF) else read_json(folder / "config.json")
+    raw = source.hf_config() if source is not folder else read_json(folder / "config.json")
     tinylm.check_replaced(raw, file)
     config = replace(
         config_from_hf(raw, str(source) if source is not folder else file, head), **changes

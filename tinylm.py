@@ -2334,94 +2334,6 @@ def choose_beams(
     return torch.tensor([ids[-1] for ids in search.texts], device=logits.device)
 
 
-class PromptLookup:
-    """Drafts the next ids of a text: those behind an earlier place where its newest ids stood (Saxena 2023, prompt lookup
-    decoding). A step reads the draft too and accepts what it draws itself, so drafts change its speed, not the text.
-
-    A draft is as long as pays, by how often the next id continued a match of the same length, and by the seconds that
-    wider steps took. Where nothing repeats that is no draft at all.
-    """
-
-    # Longer matches are not told apart.
-    LONGEST = 8
-    # Earlier places that are compared with the newest ids, at most.
-    PLACES = 100
-
-    def __init__(self, config: GenerationConfig, ids: list):
-        self.longest, self.ends = config.prompt_lookup_num_tokens, config.eos_token_id
-        self.ngram = config.max_matching_ngram_size or 2
-        self.ids = []
-        # n-gram -> the columns behind it.
-        self.places = {}
-        # The match of the newest ids: the column behind it, and its length.
-        self.place, self.matched = 0, 0
-        # How often the next id continued a match of n ids.
-        self.shares = [n / (n + 2) for n in range(self.LONGEST + 1)]
-        # What a step of one id takes, and each further id.
-        self.seconds, self.more = None, None
-        for id in ids:
-            self.append(id)
-
-    def append(self, id: int):
-        """Adds the next id of the text."""
-        if self.matched:
-            hit = self.ids[self.place] == id
-            self.shares[self.matched] += (hit - self.shares[self.matched]) / 16
-            self.matched = min(self.matched + 1, self.LONGEST) if hit else 0
-            self.place += 1
-        for n in range(1, min(self.ngram, len(self.ids)) + 1):
-            self.places.setdefault(tuple(self.ids[-n:]), []).append(len(self.ids))
-        self.ids.append(id)
-
-    def find(self):
-        """Matches the newest ids with an earlier place: the longest match, the latest of several."""
-        for n in range(self.ngram, 0, -1):
-            places = self.places.get(tuple(self.ids[-n:]), ())[-self.PLACES :]
-            if places:
-                self.matched, self.place = max((self.match(place), place) for place in places)
-                return
-
-    def match(self, place: int) -> int:
-        """How many of the newest ids stand before a column, too."""
-        n = 0
-        while n < min(place, self.LONGEST) and self.ids[place - 1 - n] == self.ids[-1 - n]:
-            n += 1
-        return n
-
-    def draft(self, room: int, static: bool = False) -> list:
-        """The next ids, at most `room`. static: a step with a draft always reads as many columns as the longest needs."""
-        if not self.matched:
-            self.find()
-        if not self.matched or self.seconds is None or static and room < self.longest:
-            return []
-        best, count = 1 / self.seconds, 0
-        chance = expected = 1.0
-        for n in range(1, min(self.longest, room) + 1):
-            chance *= self.shares[min(self.matched + n - 1, self.LONGEST)]
-            expected += chance
-            rate = expected / (self.seconds + self.more * (self.longest if static else n))
-            if rate > best:
-                best, count = rate, n
-        ids = []
-        for column in range(self.place, self.place + count):
-            # Behind the text the draft repeats itself.
-            known = column < len(self.ids)
-            ids.append(self.ids[column] if known else ids[column - len(self.ids)])
-            if ids[-1] in self.ends:
-                break
-        return ids
-
-    def measure(self, width: int, seconds: float):
-        """Learns what a step of so many ids takes (normalized least mean squares). Interruptions count little."""
-        if self.seconds is None:
-            self.seconds, self.more = seconds, seconds / 8
-        further = width - 1
-        expected = self.seconds + self.more * further
-        change = (min(seconds, 2 * expected) - expected) / (1 + further**2) / 4
-        self.seconds += change
-        self.more = max(self.more + change * further, 0.0)
-
-
 # Options that a step reads from tensors.
 TENSOR_OPTIONS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
@@ -2608,8 +2520,8 @@ def compiled(lm: TinyLM, step: Callable) -> Callable:
     return lm._compiled[step]
 
 
-def lookup_step(lm: TinyLM, lookup: PromptLookup, step: Callable, compile: bool) -> Callable:
-    """`step`, with drafts of prompt lookup. A compiled step with a draft always reads the columns of the longest."""
+def lookup_step(lm: TinyLM, lookup, step: Callable, compile: bool) -> Callable:
+    """`step`, with the drafts of onnxlm.py's PromptLookup. A compiled step with a draft always reads the columns of the longest."""
     read, follow = read_draft, decode_drafted
     if compile:
         read, follow = compiled(lm, read), compiled(lm, follow)
@@ -2727,7 +2639,7 @@ def generate_steps(
     step, lookup = compiled(lm, decode_one_token) if compile else decode_one_token, None
     if config.prompt_lookup_num_tokens:
         text = [prompt[mask.bool()]] if lm.encoder is None else [input_ids[0], prompt[0]]
-        lookup = PromptLookup(config, torch.cat(text).tolist())
+        lookup = beside("onnxlm").PromptLookup(config, torch.cat(text).tolist())
         step = lookup_step(lm, lookup, step, compile)
     texts = []
     for row, real in zip(prompt, mask.bool()) if config.stop or with_text else ():

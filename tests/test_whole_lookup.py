@@ -10,10 +10,9 @@ import torch
 from families import CASES, load_oracle, prompts
 from helpers import CPU, refuses, run_command
 
-import onnxlm
 import tinylm
-from onnxlm import OnnxLM
-from tinylm import GenerationConfig, PromptLookup, TinyLM
+from onnxlm import GenerationConfig, OnnxLM, PromptLookup
+from tinylm import TinyLM
 
 BY_NAME = {case.name: case for case in CASES}
 IDS = torch.tensor([list(b"0123456789")])
@@ -28,8 +27,7 @@ def widths(monkeypatch):
         found.append(width)
         self.seconds, self.more = 1.0, 0.0
 
-    for module in (tinylm, onnxlm):
-        monkeypatch.setattr(module.PromptLookup, "measure", measure)
+    monkeypatch.setattr(PromptLookup, "measure", measure)
     return found
 
 
@@ -89,8 +87,7 @@ def test_the_text_is_the_same_however_long_steps_take(small_export, monkeypatch)
     def measure(self, width, seconds):
         self.seconds, self.more = 1.0, noise.choice([0, 0.1, 0.5, 5])
 
-    for module in (tinylm, onnxlm):
-        monkeypatch.setattr(module.PromptLookup, "measure", measure)
+    monkeypatch.setattr(PromptLookup, "measure", measure)
     for seed in range(4):
         for lm in small_export[:2]:
             plain, drafted = both(lm, IDS, max_new_tokens=60, temperature=0.4, seed=seed)

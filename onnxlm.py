@@ -1426,8 +1426,8 @@ class PromptLookup:
         self.places = {}
         # The match of the newest ids: the column behind it, and its length.
         self.place, self.matched = 0, 0
-        # How often the next id continued a match of n ids.
-        self.shares = [n / (n + 2) for n in range(self.LONGEST + 1)]
+        # How often the next id continued a match of n ids. Short matches are chance until they have proved otherwise.
+        self.shares = [n * n / (n * n + 8) for n in range(self.LONGEST + 1)]
         # What a step of one id takes, and each further id.
         self.seconds, self.more = None, None
         for id in ids:

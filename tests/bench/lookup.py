@@ -62,11 +62,15 @@ blue notebooks. When the station was automated in 1969, she moved to the village
 the path to see whether the light had come on. The notebooks are now in the county museum, where meteorologists use \
 them to study how storms on this coast have changed."""
 COUNTRIES = "France Germany Italy Spain Portugal Austria Belgium".split()
-LINE = "- [{0}](https://example.org/wiki/{0}): the history, geography and economy of {0}\n"
+LINE = (
+    "- [{0}](https://example.org/wiki/{0}): the history, geography, economy and culture of {0}, with maps, photographs "
+    "and a list of its largest cities\n"
+)
 TEXTS = {
     "repeats": {
-        "a file with a class renamed": f"Here is a Python file:\n\n```python\n{CODE}```\n\nHere is the same file, with the class "
-        'Account renamed to Wallet and nothing else changed:\n\n```python\nclass Wallet:\n    """A bank account with',
+        "a file with a class renamed": f"Here is a Python file:\n\n```python\n{CODE}```\n\nHere is the same file, with the "
+        "class Account renamed to Wallet and nothing else changed:\n\n```python\n"
+        + CODE.replace("Account", "Wallet")[:140],
         "a list continued": "".join(map(LINE.format, COUNTRIES)) + "- [",
         "a quotation": f"Read this text:\n\n{ARTICLE}\n\nHere is the whole text again, word by word:\n\nThe lighthouse at",
     },

@@ -1465,7 +1465,8 @@ class PromptLookup:
             self.find()
         if not self.matched or self.seconds is None or static and room < self.longest:
             return []
-        best, count = 1 / self.seconds, 0
+        # Less than a twentieth would be lost in what is not measured.
+        best, count = 1.05 / self.seconds, 0
         chance = expected = 1.0
         for n in range(1, min(self.longest, room) + 1):
             chance *= self.shares[min(self.matched + n - 1, self.LONGEST)]

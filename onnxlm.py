@@ -1489,7 +1489,7 @@ class PromptLookup:
             self.seconds, self.more = seconds, seconds / 8
         further = width - 1
         expected = self.seconds + self.more * further
-        change = (min(seconds, 2 * expected) - expected) / (1 + further**2) / 4
+        change = (min(seconds, 1.25 * expected) - expected) / (1 + further**2) / 4
         self.seconds += change
         self.more = max(self.more + change * further, 0.0)
 

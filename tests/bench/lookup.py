@@ -70,7 +70,7 @@ TEXTS = {
     "repeats": {
         "a file with a class renamed": f"Here is a Python file:\n\n```python\n{CODE}```\n\nHere is the same file, with the "
         "class Account renamed to Wallet and nothing else changed:\n\n```python\n"
-        + CODE.replace("Account", "Wallet")[:140],
+        + CODE.partition("        self.balance")[0].rstrip().replace("Account", "Wallet"),
         "a list continued": "".join(map(LINE.format, COUNTRIES)) + "- [",
         "a quotation": f"Read this text:\n\n{ARTICLE}\n\nHere is the whole text again, word by word:\n\nThe lighthouse at",
     },

@@ -1451,8 +1451,9 @@ def export_onnx(
     after all checks, or not at all; an earlier export there is replaced, except for graphs in other precisions of the
     same weights. onnx, safetensors: whether to write these. log: takes a line at each stage. precisions: keys of
     PRECISIONS. text: like what the model will meet; 4-bit weights, 8-bit caches and an encoder's int8 are rounded for
-    it (default: text that the model generates, or our docstrings for one that only reads). generate: also write onnx/generate.onnx, with prefill, cache, sampling and stopping in one
-    graph. int8_cache: keys and values in 8 bits, in all precisions but fp32.
+    it (default: text that the model generates, or our docstrings for one that only reads). generate: also write
+    onnx/generate.onnx, with prefill, cache, sampling and stopping in one graph. int8_cache: keys and values in 8
+    bits, in all precisions but fp32.
     eval_data: data of the model's task, a file or rows. Each precision is evaluated on it (see `evaluate`); the table
     goes into the model card, its rows under "eval" into the result. max_drop: a precision whose figure is worse than
     torch's by more than this is left out.

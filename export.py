@@ -50,6 +50,7 @@ import tinylm
 from onnxlm import (
     CPU,
     CUDA_PRECISIONS,
+    ON_CPU,
     SUFFIXES,
     TRAINING,
     OnnxLM,
@@ -94,8 +95,11 @@ OUTLIERS, PRICE = 8, 1.5
 ROWS = 256
 # The tensors that store a rounded matrix.
 PARTS = ("blocks", "scales", "zero_points")
-# Larger weights go into a file of their own: a protobuf file ends at 2 GiB.
-EXTERNAL_ABOVE = 2**31 - 2**26
+# Bytes of weights above which they go into a file of their own, which ONNX Runtime maps into memory: a graph loads in
+# two thirds of the time. (A protobuf file ends at 2 GiB.)
+EXTERNAL_ABOVE = 10**8
+# Bytes of a weight that goes there.
+SMALL = 1024
 # Tokens in a window of text, windows to calibrate rounding on, and windows to measure on.
 WINDOW, WINDOWS, MEASURED = 256, 40, 8
 # The same of text for encoders, which has special tokens around each window.
@@ -338,15 +342,15 @@ OPTIONS = {
 SOURCE_IDS = ("int64", "batch_size", "encoder_sequence_length")
 
 
-def groups_queries(lm, stored: Precision) -> bool:
-    """Whether GroupQueryAttention can compute the model's attention. It has no CUDA kernel in fp32."""
+def groups_queries(lm) -> bool:
+    """Whether GroupQueryAttention can compute the model's attention."""
     config = lm.config
     scaling = config.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type"))
     # the others rotate by a table of all positions, which must not depend on a row's length
     fixed = config.position == "rope" and kind not in ("dynamic", "longrope")
     fits = config.head_dim % 16 == 0 and config.rotary_dim % 16 == 0
-    return not stored.exact and fixed and fits and has_own_attention(lm)
+    return fixed and fits and has_own_attention(lm)
 
 
 def has_own_attention(lm) -> bool:
@@ -358,12 +362,12 @@ def has_own_attention(lm) -> bool:
 
 def decoder_graph(lm, stored: Precision) -> list:
     """A decoder with a cache. The mask covers past and new tokens and determines the positions. The number of columns
-    of `position_ids`, which all loaders pass, says for how many of the last tokens logits are computed."""
-    grouped = groups_queries(lm, stored)
+    of `position_ids`, which all loaders pass, says for how many of the last tokens logits are computed. In fp32,
+    where GroupQueryAttention has no CUDA kernel, the CPU has a graph of its own with it."""
     dtype = stored.cache or stored.dtype
     past = key_values(lm.config, "past_key_values", {"": "past_sequence_length"}, dtype)
 
-    def forward(lm, feed):
+    def forward(lm, feed, grouped):
         return decoder_step(lm, feed, [feed[name] for name in past], stored, grouped)
 
     inputs = {
@@ -372,7 +376,13 @@ def decoder_graph(lm, stored: Precision) -> list:
         "position_ids": ("int64", "batch_size", "logits_length"),
     }
     outputs = ["logits", *key_values(lm.config, "present", {"": ""})]
-    return [Graph("model", forward, inputs | past, outputs, grouped)]
+
+    def graph(stem, grouped):
+        return Graph(stem, partial(forward, grouped=grouped), inputs | past, outputs, grouped)
+
+    if stored.exact and groups_queries(lm):
+        return [graph("model", False), graph("model" + ON_CPU, True)]
+    return [graph("model", groups_queries(lm))]
 
 
 def decoder_step(lm, feed: dict, past: list, stored: Precision, grouped: bool) -> list:
@@ -725,7 +735,7 @@ def put_weights(model, blocks: dict, exact: bool = True):
         elif block:
             new = rounded_product(graph, node, block, exact)
         elif node.op_type == "Linear":
-            new = plain_product(graph, node)
+            new = plain_product(graph, node, fused="shared_cache" in model.metadata_props)
         elif node.op_type == "Gather" and node.inputs[0].name in blocks:
             new = rounded_rows(graph, node, blocks[node.inputs[0].name])
         else:
@@ -752,12 +762,15 @@ def constant(graph, name: str, array):
     return graph.initializers[name]
 
 
-def plain_product(graph, node) -> list:
-    """MatMul with the transposed weight, which is stored transposed unless something else reads it (a tied embedding)."""
+def plain_product(graph, node, fused: bool) -> list:
+    """MatMul with the transposed weight, which is stored transposed unless something else reads it (a tied embedding).
+    fused: transpose that one in the product, and not when the graph is loaded."""
     x, weight = node.inputs
     turned = weight.meta.get("turned")
     alone = all(use.op_type == "Linear" for use, _ in weight.uses())
     if not weight.is_initializer() or not (turned or alone):
+        if fused:
+            return [ir.node("FusedMatMul", [x, weight], {"transB": 1}, domain="com.microsoft")]
         turn = ir.node("Transpose", [weight], {"perm": [1, 0]})
         turn.outputs[0].name = f"{node.outputs[0].name}.weight"
         return [turn, ir.node("MatMul", [x, turn.outputs[0]])]
@@ -1549,7 +1562,7 @@ def keep_graphs(earlier: Path, folder: Path, weights: str, precisions: list, log
 
 
 def graph_files(folder: Path, precision: str) -> list[Path]:
-    stems = "model|generate|encoder_model|decoder_model_merged"
+    stems = f"model|model{ON_CPU}|generate|encoder_model|decoder_model_merged"
     pattern = rf"({stems}){SUFFIXES[precision]}\.onnx(_data)?"
     return [
         path for path in sorted((folder / "onnx").iterdir()) if re.fullmatch(pattern, path.name)
@@ -1597,7 +1610,7 @@ def writes(lm) -> bool:
 
 
 def has_int8_cache(lm, precision: str) -> bool:
-    return writes(lm) and groups_queries(lm, PRECISIONS[precision])
+    return writes(lm) and groups_queries(lm) and not PRECISIONS[precision].exact
 
 
 def write_graphs(
@@ -1640,12 +1653,16 @@ def write_graphs(
             for path, model in graphs.items()
             if generate and path.stem.startswith("generate")
         }
-        steps = {path: model for path, model in graphs.items() if path not in loop}
-        write_all(steps)
+        alone = {path: model for path, model in graphs.items() if path.stem.endswith(ON_CPU)}
+        steps = {path: graphs[path] for path in graphs if path not in loop and path not in alone}
         reference = torch_outputs(model, stored)
-        onnx_lm = OnnxLM(folder, name, providers=[CPU])
-        found[name] = verify(model, onnx_lm, stored, reference, sample)
-        log(f"{name} verified against torch: {format_differences(found[name])}")
+        for some in filter(None, (steps, alone)):
+            write_all(some)
+            # OnnxLM loads what was written last.
+            onnx_lm = OnnxLM(folder, name, providers=[CPU])
+            found[name] = verify(model, onnx_lm, stored, reference, sample)
+            kind = f"{name}, the CPU's graph," if some is alone else name
+            log(f"{kind} verified against torch: {format_differences(found[name])}")
         if blocks:
             graphs = trace_graphs(traces, model, folder, stored, blocks, generate, exact=False)
             write_all(graphs)
@@ -1661,7 +1678,7 @@ def write_graphs(
             log(f"onnx/{path.name} writes what onnx/model{stored.suffix}.onnx does")
         if measure:
             log(f"measuring {name}")
-            log(f"{name} {measure(onnx_lm)}")
+            log(f"{name} {measure(onnx_lm, stored.exact)}")
     return found
 
 
@@ -1674,13 +1691,16 @@ class Traces:
 
     def of(self, lm, stored: Precision) -> dict:
         """Stem -> traced onnx_ir.Model, with the weights of `lm`."""
-        key = stored.dtype, stored.cache and stored.name, writes(lm) and groups_queries(lm, stored)
-        if key not in self.kept:
+        found = {}
+        for graph in graphs_of(lm, stored):
+            kind = graph.stem.removesuffix(ON_CPU), graph.grouped
             # Scales of a cache belong to one precision.
-            traced = copy.deepcopy(lm if stored.cache else self.lm)
-            traced = traced.to(getattr(torch, stored.dtype))
-            self.kept[key] = {g.stem: trace(traced, g) for g in graphs_of(traced, stored)}
-        return self.kept[key]
+            key = *kind, stored.dtype, stored.cache and stored.name
+            if key not in self.kept:
+                traced = copy.deepcopy(lm if stored.cache else self.lm)
+                self.kept[key] = trace(traced.to(getattr(torch, stored.dtype)), graph)
+            found[graph.stem] = self.kept[key]
+        return found
 
     @functools.cached_property
     def choice(self):
@@ -1707,21 +1727,48 @@ def trace_graphs(
     except Exception as error:
         # The exporter's exceptions have no common base.
         raise Error(f"onnx: the trace of {stored.name} failed ({first_line(error)})") from error
-    return {
+    found = {
         folder / "onnx" / f"{stem}{stored.suffix}.onnx": model for stem, model in graphs.items()
     }
+    first = next(iter(found))
+    if writes(lm) and (len(traced) > 1 or inner_size(found[first]) > EXTERNAL_ABOVE):
+        share_weights(found, first)
+    return found
 
 
 def write_all(graphs: dict):
     """Writes models to their paths."""
     for path, model in graphs.items():
-        size = sum(
-            value.const_value.nbytes
-            for graph in model.graphs()
-            for value in graph.initializers.values()
+        external = (
+            {"external_data": path.name + "_data"} if inner_size(model) > EXTERNAL_ABOVE else {}
         )
-        external = {"external_data": path.name + "_data"} if size > EXTERNAL_ABOVE else {}
         ir.save(model, path, **external)
+
+
+def inner_size(model) -> int:
+    """Bytes of the weights that a graph's own file would have."""
+    tensors = [x.const_value for graph in model.graphs() for x in graph.initializers.values()]
+    return sum(x.nbytes for x in tensors if not isinstance(x, ir.ExternalTensor))
+
+
+def share_weights(graphs: dict, path: Path):
+    """Moves the weights of graphs into one file beside `path`, each once where several graphs have it by its name."""
+    values: dict = {}
+    for model in graphs.values():
+        for graph in model.graphs():
+            for value in graph.initializers.values():
+                if value.const_value.nbytes >= SMALL:
+                    values.setdefault(value.name, []).append(value)
+    shared = []
+    for first, *others in values.values():
+        array = first.const_value.numpy()
+        same = [x for x in others if np.array_equal(array, x.const_value.numpy())]
+        shared.append([first, *same])
+    tensors = [first.const_value for first, *_ in shared]
+    moved = ir.external_data.convert_tensors_to_external(tensors, path.parent, path.name + "_data")
+    for same, tensor in zip(shared, moved):
+        for value in same:
+            value.const_value = tensor
 
 
 def format_differences(found: dict) -> str:
@@ -1822,7 +1869,7 @@ def text_writer(traces: Traces, folder: Path, precisions: list):
         for path in folder.glob("*.json"):
             shutil.copyfile(path, scratch / path.name)
         graphs = trace_graphs(traces, traces.lm, scratch, stored or PRECISIONS["fp32"], {}, False)
-        (model,) = graphs.values()
+        *_, model = graphs.values()
         write_all({scratch / "onnx" / "model.onnx": model})
         return OnnxLM(scratch, "fp32", [CPU])
 
@@ -1857,18 +1904,22 @@ class Measure:
     def theirs(self):
         return self.lm.generate(self.prompts, **self.options).numpy()
 
-    def __call__(self, onnx_lm) -> str:
+    def __call__(self, onnx_lm, exact: bool) -> str:
+        """A line of figures; exact: the graph was verified to write torch's greedy tokens, so that others may be
+        compared with it, which takes less time."""
         after = self.perplexity(lambda row: onnx_lm(row.numpy()))
-        start = self.prompts.shape[1]
+        change = after / self.before - 1
+        found = [f"perplexity {after:.3f} (torch in fp32 {self.before:.3f}, {change:+.2%})"]
         ours = onnx_lm.generate(self.prompts.numpy(), **self.options)
-        agree = (ours == self.theirs)[:, start:].cumprod(1).mean()
+        if exact:
+            self.theirs = ours
+        else:
+            agree = (ours == self.theirs)[:, self.prompts.shape[1] :].cumprod(1).mean()
+            found.append(f"{agree:.0%} of greedy tokens before the first that differs")
         begin = time.monotonic()
         onnx_lm.generate(self.prompts[:1, :1].numpy(), **self.options)
         speed = self.options["max_new_tokens"] / (time.monotonic() - begin)
-        return (
-            f"perplexity {after:.3f} (torch in fp32 {self.before:.3f}, {after / self.before - 1:+.2%}), {agree:.0%} of "
-            f"greedy tokens before the first that differs, {speed:.0f} tokens/s"
-        )
+        return ", ".join((*found, f"{speed:.0f} tokens/s"))
 
 
 def evaluate(
@@ -2019,7 +2070,7 @@ def genai_config(lm, stored: Precision) -> tuple[dict, list]:
         pad = next(i for i in reversed(range(config.vocab_size)) if i not in ends)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": f"onnx/model{stored.suffix}.onnx",
+        "filename": f"onnx/model{ON_CPU * (stored.exact and groups_queries(lm))}{stored.suffix}.onnx",
         "head_size": config.head_dim,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
@@ -2035,7 +2086,7 @@ def genai_config(lm, stored: Precision) -> tuple[dict, list]:
         lm.generation_config, short_limit(config) or config.max_position_embeddings
     )
     # Beams cannot share a buffer.
-    search["past_present_share_buffer"] = groups_queries(lm, stored) and search["num_beams"] == 1
+    search["past_present_share_buffer"] = groups_queries(lm) and search["num_beams"] == 1
     model = {
         "type": "decoder",
         "vocab_size": config.vocab_size,

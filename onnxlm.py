@@ -54,6 +54,8 @@ SUFFIXES = {
     "int4": "_q4",
     "q4f16": "_q4f16",
 }
+# The end of a graph's name, before that of its precision, that the CPU is better served by.
+ON_CPU = "_cpu"
 # Precisions whose nodes all have a CUDA kernel: GroupQueryAttention has one in 16 bits only.
 CUDA_PRECISIONS = ("fp32", "fp16", "q4f16")
 # Other providers are compared with the CPU before they are used.
@@ -147,15 +149,16 @@ class Session:
         self.device = "cuda" if self.provider in (CUDA, "TensorrtExecutionProvider") else "cpu"
         inputs = self.session.get_inputs()
         self.inputs = {i.name: i.shape for i in inputs}
-        self.types = {i.name: i.type for i in inputs}
-        self.outputs = {o.name: o.shape for o in self.session.get_outputs()}
+        outputs = self.session.get_outputs()
+        self.types = {x.name: x.type for x in (*inputs, *outputs)}
+        self.outputs = {o.name: o.shape for o in outputs}
         self.metadata = self.session.get_modelmeta().custom_metadata_map
         self.limit = int(self.metadata.get("max_position_embeddings", 2**31))
         # Longer rows have other rotary positions (longrope).
         self.original = int(self.metadata.get("original_max_position_embeddings", 2**31))
 
     def buffer(self, name: str, *shape):
-        """Uninitialized memory of an input's type on the graph's device."""
+        """Uninitialized memory of the type of an input or output, on the graph's device."""
         dtype = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}.get(
             self.types[name], np.float32
         )
@@ -165,28 +168,44 @@ class Session:
         """An array on the graph's device."""
         return self.ort_value.ortvalue_from_numpy(np.asarray(array, order="C"), self.device)
 
-    def __call__(self, into: dict = {}, **feeds) -> list:
-        """Runs the graph and returns all outputs on its device. `into` maps an output's name to the value that receives
-        it. Feeds that the graph does not take are left out."""
+    def bind(self, past: dict, present: dict):
+        """A binding of a cache that stays from call to call: values by the names of inputs and of outputs."""
         binding = self.session.io_binding()
+        for name, x in past.items():
+            binding.bind_ortvalue_input(name, x)
+        for name, x in present.items():
+            binding.bind_ortvalue_output(name, x)
+        return binding
+
+    def run(self, binding, **feeds):
+        """Runs the graph on what is bound and on `feeds`, arrays or OrtValues, without those that it does not take."""
         try:
-            feeds = {
+            # They have to live until the graph has run.
+            values = {
                 name: self.value(x) if isinstance(x, np.ndarray) else x
                 for name, x in feeds.items()
                 if name in self.inputs
             }
-            for name, x in feeds.items():
+            for name, x in values.items():
                 binding.bind_ortvalue_input(name, x)
-            for name in self.outputs:
-                if name in into:
-                    binding.bind_ortvalue_output(name, into[name])
-                else:
-                    binding.bind_output(name, self.device)
             self.session.run_with_iobinding(binding)
         except Exception as error:
             # For example more tokens than there are learned positions.
             raise Error(f"onnxruntime: {first_line(error)}") from None
+
+    def __call__(self, **feeds) -> list:
+        """Runs the graph and returns all outputs on its device."""
+        binding = self.session.io_binding()
+        for name in self.outputs:
+            binding.bind_output(name, self.device)
+        self.run(binding, **feeds)
         return binding.get_outputs()
+
+
+class Cache(list):
+    """Buffers that a graph writes keys and values into in place, and their binding, once it was made."""
+
+    binding = None
 
 
 def has_cuda(ort) -> bool:
@@ -265,6 +284,10 @@ class OnnxLM:
                 f"providers: {name} is not in this onnxruntime (it has "
                 f"{', '.join(ort.get_available_providers())})",
             )
+        if names[0] == CPU:
+            for i, path in enumerate(paths):
+                own = path.with_name(path.name.replace(stems[i], stems[i] + ON_CPU))
+                paths[i] = own if own.exists() else path
         *encoder, self.session = (Session(path, options, providers) for path in paths)
         self.encoder, self.provider = encoder[0] if encoder else None, self.session.provider
         require(
@@ -330,10 +353,11 @@ class OnnxLM:
 
     def cache(self, batch: int, length: int = 0) -> list:
         """An empty cache. Graphs marked `shared_cache` write into buffers of the full length in place."""
-        return [
+        buffers = [
             self.session.buffer(name, batch, heads, length, width)
             for name, (_, heads, _, width) in self.past.items()
         ]
+        return Cache(buffers) if self.shared else buffers
 
     def step(
         self, input_ids, mask, past: list | None = None, source: dict | None = None, keep: int = 0
@@ -347,22 +371,27 @@ class OnnxLM:
         new = mask[:, -seq:].astype(bool)
         if self.shared and mask.shape[1] > seq > 1 and not (batch == 1 and new.all()):
             return self._step_by_column(input_ids, mask, past, keep)
+        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -(keep or seq) :]
+        feeds = dict(input_ids=input_ids, attention_mask=mask, position_ids=positions)
+        if isinstance(past, Cache) and past[0].shape()[2] >= mask.shape[1]:
+            return self._step_in_place(past, feeds), past
         first_call = past is None
         if first_call:
             past = self.cache(batch)
-        shared = self.shared and past[0].shape()[2] >= mask.shape[1]
-        into = dict(zip([*self.session.outputs][1:], past)) if shared else {}
-        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -(keep or seq) :]
-        feeds = dict(zip(self.past, past)) | (source or {})
-        logits, *present = self.session(
-            into,
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache_branch=np.array([not first_call]),
-            **feeds,
-        )
+        feeds |= dict(zip(self.past, past)) | (source or {})
+        logits, *present = self.session(**feeds, use_cache_branch=np.array([not first_call]))
         return logits.numpy(), present
+
+    def _step_in_place(self, past: Cache, feeds: dict) -> np.ndarray:
+        """`step` with buffers that are bound once: to bind each of them anew takes as long as a layer computes."""
+        name, *present = self.session.outputs
+        if past.binding is None:
+            past.binding = self.session.bind(dict(zip(self.past, past)), dict(zip(present, past)))
+        shape = *feeds["position_ids"].shape, self.session.outputs[name][-1]
+        logits = self.session.buffer(name, *shape)
+        past.binding.bind_ortvalue_output(name, logits)
+        self.session.run(past.binding, **feeds)
+        return logits.numpy()
 
     def _step_by_column(self, input_ids, mask, past: list, keep: int) -> tuple[np.ndarray, list]:
         """`step` one column at a time, since the graph's operator takes several tokens after a past only for a single
@@ -375,7 +404,7 @@ class OnnxLM:
             require(
                 real.all() or not real.any(),
                 "attention_mask: after a past this graph takes new tokens of which a column is padding in "
-                "all rows or in none; give rows of other lengths one by one, or use the fp32 graph",
+                "all rows or in none; give rows of other lengths one by one",
             )
             if real.any():
                 ids, seen = input_ids[:, column : column + 1], mask[:, : before + column + 1]
@@ -440,7 +469,7 @@ class OnnxLM:
             if ".encoder." not in name:
                 value = self.session.value(value.numpy()[rows])
             new.append(value)
-        return new
+        return Cache(new) if self.shared else new
 
     def generate(
         self,

@@ -103,7 +103,8 @@ KINDS = READERS + WRITERS + some_slow(FAMILIES + SPECIAL)
 @pytest.mark.parametrize("name", KINDS, ids=str)
 def test_every_node_has_a_cuda_kernel(name, exported_folder):
     for path in (exported_folder(name) / "onnx").glob("*.onnx"):
-        assert not without_kernel(ir.load(path))
+        if not path.stem.endswith("_cpu"):  # fp32's for the CPU
+            assert not without_kernel(ir.load(path))
 
 
 @pytest.mark.parametrize("cache", ["", pytest.param("int8", marks=pytest.mark.slow)])
@@ -155,7 +156,7 @@ def optimised(model):
     options.log_severity_level = 3  # it warns that the file is for this machine
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = f"{folder}/after.onnx"
-        ir.save(model, f"{folder}/before.onnx")
+        ir.save(ir.external_data.load_to_model(model), f"{folder}/before.onnx")
         onnxruntime.InferenceSession(f"{folder}/before.onnx", options, ["CPUExecutionProvider"])
         return ir.load(options.optimized_model_filepath)
 

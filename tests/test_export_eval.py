@@ -130,7 +130,7 @@ def test_a_perplexity_falls_when_it_rises(tmp_path):
         found = export_onnx(lm, tmp_path / "b", max_drop=0.3, log=lines.append, **options)
     assert [*found] == ["fp32"] and any("above torch's" in line for line in lines)
     config = json.loads((tmp_path / "b" / "genai_config.json").read_text())
-    assert config["model"]["decoder"]["filename"] == "onnx/model.onnx"
+    assert config["model"]["decoder"]["filename"] == "onnx/model_cpu.onnx"
 
 
 def raised(figures):

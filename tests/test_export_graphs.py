@@ -228,15 +228,14 @@ def test_each_replaced_leaf_is_known(monkeypatch):
         assert export.is_own(own)
         assert not export.is_own(functools.wraps(own)(lambda *_: None))
     lm = TinyLM(Config(**TINY | dict(hidden_size=64)))
-    stored = export.PRECISIONS["fp16"]
-    assert export.groups_queries(lm, stored)
+    assert export.groups_queries(lm)
 
     class Mine(tinylm.Attention):
         def forward(self, *arguments):
             return super().forward(*arguments)
 
     monkeypatch.setattr(tinylm, "Attention", Mine)
-    assert not export.groups_queries(TinyLM(lm.config), stored)
-    assert export.groups_queries(lm, stored)
+    assert not export.groups_queries(TinyLM(lm.config))
+    assert export.groups_queries(lm)
     monkeypatch.setattr(tinylm, "rotate", lambda *_: None)
-    assert not export.groups_queries(lm, stored)
+    assert not export.groups_queries(lm)

@@ -311,6 +311,9 @@ def main():
     parser.add_argument(
         "--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="fewer contenders"
     )
+    parser.add_argument(
+        "--exported", type=Path, help="an export with the precisions and --generate (default: makes one)"
+    )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not (0 < options.tokens <= LONGEST and options.rounds > 0):
@@ -340,7 +343,7 @@ def main():
             folder, python = smollm2, sys.executable
             try:
                 if "Onnx" in name or "onnx" in name and "genai" not in name:
-                    folder = exported(smollm2, Path(scratch, "onnx"))
+                    folder = exported(smollm2, options.exported or Path(scratch, "onnx"))
                 if "genai" in name:
                     python, precision = options.genai_python, "int4" if "int4" in name else "fp32"
                     made = conftest.CACHE / f"smollm2-135m-instruct-genai-{precision}"

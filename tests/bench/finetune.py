@@ -682,12 +682,7 @@ def compare(name, folder, limit, seeds):
     paths = data(folder)
     if limit:
         for path, count in zip(paths, (limit, max(limit // 4, 20))):
-            write(
-                path,
-                "\n".join(
-                    path.read_text(encoding="utf-8").split("\n")[:: stride(path, count)][:count]
-                ),
-            )
+            write(path, "\n".join(evenly(path.read_text(encoding="utf-8").split("\n"), count)))
     train, test = paths
     scratch = name == "translation"
     start = fetch_minilm()
@@ -714,9 +709,10 @@ def compare(name, folder, limit, seeds):
         report(f"Trainer, lr {lr:g}", name, theirs, seeds, shown)
 
 
-def stride(path, count):
-    """Every so many rows, so that a sorted file gives rows of all classes."""
-    return max(len(rows_of(path)) // count, 1)
+def evenly(rows, count):
+    """At most `count` of the rows, from all of the file, which may be sorted by class."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def report(who, name, run, seeds, shown):

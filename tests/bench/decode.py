@@ -312,7 +312,9 @@ def main():
         "--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="fewer contenders"
     )
     parser.add_argument(
-        "--exported", type=Path, help="an export with the precisions and --generate (default: makes one)"
+        "--exported",
+        type=Path,
+        help="an export with the precisions and --generate (default: makes one)",
     )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()

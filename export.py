@@ -971,7 +971,8 @@ class QuantizedWeight(NamedTuple):
 
 class ChannelWeight(NamedTuple):
     """A matrix as integers of 8 bits with a sign and a scale for each row, for inputs that are multiplied by `factors`
-    and rounded to 8 bits in one range as they come; but for the columns `outliers`, which stay in floats."""
+    and rounded to 8 bits in one range as they come; but for the columns `outliers`, which stay in floats. Products
+    with two columns never exceed 16 bits (see `largest_pair`)."""
 
     codes: object  # (rows, columns)
     scales: object  # (rows, 1)
@@ -1099,7 +1100,7 @@ def quantize_channels(weight, inputs, smooth: bool = True) -> ChannelWeight:
             factors = (largest / (times * limit)).clamp(min=1) ** -power
             step = ((high * factors * rest).amax() - (low * factors * rest).amin()) / 255
             w = weight / factors * rest
-            scales = w.abs().amax(1, keepdim=True).clamp(min=1e-9) / 127
+            scales = largest_pair(w).clamp(min=1e-9) / 127
             codes = (w / scales).round()
             rounded = (x * factors / step).round() * step
             kept = x[:, outliers] @ weight[:, outliers].t()
@@ -1113,6 +1114,14 @@ def quantize_channels(weight, inputs, smooth: bool = True) -> ChannelWeight:
                 kept = weight[:, outliers]
                 found = ChannelWeight(codes.to(torch.int8), scales, factors, outliers, kept)
     return found
+
+
+def largest_pair(weight):
+    """Of each row (rows, 1), the largest size of a column or of the sum of columns 2i and 2i + 1. x86 without VNNI adds
+    the products with these two in 16 bits: 255 times a sum of 128 fits."""
+    pairs = torch.nn.functional.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
+    sizes = torch.maximum(pairs.sum(-1).abs(), pairs.abs().amax(-1))
+    return sizes.amax(1, keepdim=True)
 
 
 def progress(what: str, total: int, log=None):

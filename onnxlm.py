@@ -29,7 +29,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
@@ -486,7 +486,7 @@ class OnnxLM:
         input_ids = as_ids_array("input_ids", input_ids)
         start = 1 if self.encoder else math.prod(input_ids.shape[1:])
         options["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, start)
-        config = self.make_generation_config(**options)
+        config = self.make_generation_config(start, **options)
         search = None
         choose = sample
         if config.num_beams > 1:
@@ -527,7 +527,7 @@ class OnnxLM:
         ids = ids or [*self.ends(), 0][:1]
         start = 1 if self.encoder else len(ids)
         options["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, start)
-        config = self.make_generation_config(**options | {"num_beams": 1})
+        config = self.make_generation_config(start, **options | {"num_beams": 1})
         require(
             config.num_return_sequences == 1, "stream: one text, expected num_return_sequences = 1"
         )
@@ -556,10 +556,12 @@ class OnnxLM:
         ids = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
         return as_ids("eos_token_id", ids)
 
-    def make_generation_config(self, **given) -> GenerationConfig:
-        """The options of a generation: those given, else those of generation_config.json, else the defaults."""
+    def make_generation_config(self, prompt: int = 0, **given) -> GenerationConfig:
+        """The options of a generation: those given, else those of generation_config.json, else the defaults, of which
+        max_new_tokens is cut to what the model takes after a prompt of so many tokens."""
         defaults = generation_defaults(self.generation_config, self.encoder is not None)
-        return make_generation_config(given, defaults, self.config)
+        made = make_generation_config(given, defaults, self.config)
+        return cut_to_fit(made, given, self.session.limit - prompt)
 
     def run(
         self, texts: list[str] | str, pairs: list | str | None = None, batch: int = 32, **options
@@ -1196,6 +1198,13 @@ def make_generation_config(given: dict, defaults: dict, config: dict) -> Generat
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         token, vocab = getattr(made, name), config["vocab_size"]
         require(token is None or token < vocab, f"{name} = {token}, expected less than {vocab}")
+    return made
+
+
+def cut_to_fit(made: GenerationConfig, given: dict, room: int) -> GenerationConfig:
+    """Options of which max_new_tokens, where it was not given, is at most `room`."""
+    if given.get("max_new_tokens") is None and 0 < room < made.max_new_tokens:
+        return replace(made, max_new_tokens=room)
     return made
 
 

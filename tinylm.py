@@ -1448,7 +1448,7 @@ class TinyLM(Stack):
         attention_mask = as_ids_tensor("attention_mask", attention_mask, self.device, optional=True)
         start = 1 if self.encoder else math.prod(input_ids.shape[1:])
         options["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, start)
-        config = self.make_generation_config(**options)
+        config = self.make_generation_config(start, **options)
         search = None
         choose = sample
         if config.num_beams > 1:
@@ -1485,7 +1485,7 @@ class TinyLM(Stack):
         ids = ids or [*self.ends(), 0][:1]
         start = 1 if self.encoder else len(ids)
         options["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, start)
-        config = self.make_generation_config(**options | {"num_beams": 1})
+        config = self.make_generation_config(start, **options | {"num_beams": 1})
         require(
             config.num_return_sequences == 1, "stream: one text, expected num_return_sequences = 1"
         )
@@ -1519,13 +1519,17 @@ class TinyLM(Stack):
         """The ids that end a text."""
         return as_ids("eos_token_id", self.special_token_id("eos_token_id"))
 
-    def make_generation_config(self, **given) -> GenerationConfig:
-        """The options of a generation: those given, else those of generation_config.json, else the defaults."""
+    def make_generation_config(self, prompt: int = 0, **given) -> GenerationConfig:
+        """The options of a generation: those given, else those of generation_config.json, else the defaults, of which
+        max_new_tokens is cut to what the model takes after a prompt of so many tokens."""
         defaults = {}
         if self.generation_config:
             read = beside("onnxlm").generation_defaults
             defaults = read(self.generation_config, self.encoder is not None)
-        return make_generation_config(given, defaults, vars(self.config))
+        made = make_generation_config(given, defaults, vars(self.config))
+        limited = self.config.position in LIMITED
+        limit = self.config.max_position_embeddings if limited else 2**31
+        return cut_to_fit(made, given, limit - prompt)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2117,6 +2121,13 @@ def make_generation_config(given: dict, defaults: dict, config: dict) -> Generat
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         token, vocab = getattr(made, name), config["vocab_size"]
         require(token is None or token < vocab, f"{name} = {token}, expected less than {vocab}")
+    return made
+
+
+def cut_to_fit(made: GenerationConfig, given: dict, room: int) -> GenerationConfig:
+    """Options of which max_new_tokens, where it was not given, is at most `room`."""
+    if given.get("max_new_tokens") is None and 0 < room < made.max_new_tokens:
+        return replace(made, max_new_tokens=room)
     return made
 
 

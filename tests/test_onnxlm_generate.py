@@ -205,6 +205,9 @@ def test_too_many_tokens_for_learned_positions_is_one_line(exported_folder):
         ValueError, match=r"^max_new_tokens = 5000 after 3 tokens, expected at most \d+ in all$"
     ):
         lm.generate(np.ones((1, 3), np.int64), max_new_tokens=5000, eos_token_id=())
+    # The default is cut to what fits.
+    limit = lm.session.limit
+    assert lm.generate(np.ones((1, limit - 2), np.int64), eos_token_id=()).shape == (1, limit)
 
 
 def metaspace(folder, vocab):

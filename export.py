@@ -1670,8 +1670,8 @@ def write_graphs(
             # OnnxLM loads what was written last.
             onnx_lm = OnnxLM(folder, name, providers=[CPU])
             found[name] = verify(model, onnx_lm, stored, reference, sample)
-            kind = f"{name}, the CPU's graph," if some is alone else name
-            log(f"{kind} verified against torch: {format_differences(found[name])}")
+            differences = format_differences(found[name])
+            log(f"{name}{' on the CPU' * (some is alone)} verified against torch: {differences}")
         if blocks:
             graphs = trace_graphs(traces, model, folder, stored, blocks, generate, exact=False)
             write_all(graphs)

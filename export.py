@@ -838,9 +838,14 @@ def integer_product(graph, node, block: ChannelWeight, exact: bool) -> list:
 def add_behind_bias(product, value, name: str):
     """Adds a value to a product with a weight, behind its bias."""
     output = product.outputs[0]
-    uses = output.uses()
-    if len(uses) == 1 and any(x.is_initializer() for x in uses[0].node.inputs):
-        output = uses[0].node.outputs[0]
+    uses = [use.node for use in output.uses()]
+    # A fused norm has an initializer, too.
+    if (
+        len(uses) == 1
+        and uses[0].op_type == "Add"
+        and any(x.is_initializer() for x in uses[0].inputs)
+    ):
+        output = uses[0].outputs[0]
     total = ir.node("Add", [value, value], name=name)
     total.outputs[0].name = name
     ir.convenience.replace_all_uses_with(output, total.outputs[0])

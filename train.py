@@ -1844,11 +1844,14 @@ def loading_lines(auto: str, stock: bool, replaced: dict[str, str], use: str) ->
 
 @dataclass(frozen=True)
 class Panel:
-    """A diagram over the steps of a run: name -> points (step, value); best: the point of the best checkpoint."""
+    """A diagram over the steps of a run, or over `x`: name -> points (step, value); best: the point of the best
+    checkpoint; low: where the axis of the values begins (None: below the least)."""
 
     title: str
-    curves: dict[str, list[tuple[int, float]]]
-    best: tuple[int, float] | None
+    curves: dict[str, list[tuple[float, float]]]
+    best: tuple[int, float] | None = None
+    x: str = "step"
+    low: float | None = None
 
 
 def make_panels(rows: list[dict], options: TrainOptions, best_step: int | None) -> list[Panel]:
@@ -1890,11 +1893,11 @@ def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return found
 
 
-# curve -> colour, width of the line
+# curve -> colour, width of the line, whether few points are marked
 CURVES = {
-    "training": ("#a6c8e4", 1),
-    "training, smoothed": ("#1f77b4", 2),
-    "validation": ("#d62728", 2),
+    "training": ("#a6c8e4", 1, False),
+    "training, smoothed": ("#1f77b4", 2, False),
+    "validation": ("#d62728", 2, True),
 }
 
 
@@ -1907,16 +1910,17 @@ def draw_by_matplotlib(panels: list[Panel]) -> str:
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for name, points in panel.curves.items():
             if points:
-                colour, width = CURVES[name]
-                marker = "o" if name == "validation" and len(points) <= 30 else None
+                colour, width, marked = CURVES[name]
+                marker = "o" if marked and len(points) <= 30 else None
                 axes.plot(*zip(*points), color=colour, lw=width, marker=marker, ms=4, label=name)
         if panel.best:
             label = f"best: {panel.best[1]:.4g} at step {panel.best[0]:,}"
             style = dict(marker="*", ms=14, ls="none", color=CURVES["validation"][0])
             axes.plot(*panel.best, label=label, **style)
-        axes.set_xlabel("step")
+        axes.set_xlabel(panel.x)
         axes.set_ylabel(panel.title)
         axes.set_xlim(left=0)
+        axes.set_ylim(bottom=panel.low)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
@@ -1947,7 +1951,7 @@ def panel_lines(panel: Panel, width: int, height: int) -> Iterable[str]:
     last = max(step for step, _ in points)
     low, high = (bound(value for _, value in points) for bound in (min, max))
     margin = (high - low) / 20 or abs(high) / 20 or 1
-    low, high = low - margin, high + margin
+    low, high = low - margin if panel.low is None else panel.low, high + margin
 
     def x_of(step: float) -> float:
         return left + (right - left) * step / last
@@ -1965,24 +1969,24 @@ def panel_lines(panel: Panel, width: int, height: int) -> Iterable[str]:
         yield f'<text x="{left - 8}" y="{y + 4.5:.1f}" text-anchor="end">{text}</text>'
     yield f'<path d="M{left},{top}V{bottom}H{right}" fill="none" stroke="black"/>'
     middle = (top + bottom) / 2
-    yield f'<text x="{(left + right) / 2}" y="{height - 12}" text-anchor="middle">step</text>'
+    yield f'<text x="{(left + right) / 2}" y="{height - 12}" text-anchor="middle">{panel.x}</text>'
     yield f'<text transform="translate(18,{middle}) rotate(-90)" text-anchor="middle">{panel.title}</text>'
 
     legend = []
     for name, curve in panel.curves.items():
-        colour, thickness = CURVES[name]
+        colour, thickness, marked = CURVES[name]
         places = [f"{x_of(step):.1f},{y_of(value):.1f}" for step, value in curve]
         if places:
             yield f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}" stroke-width="{thickness}"/>'
             mark = f'<path d="M2,-4h24" stroke="{colour}" stroke-width="{thickness}"/>'
-            if name == "validation" and len(curve) <= 30:
+            if marked and len(curve) <= 30:
                 dot = f'<circle r="3" fill="{colour}"/>'
                 yield from (f'<g transform="translate({place})">{dot}</g>' for place in places)
                 mark += f'<g transform="translate(14,-4)">{dot}</g>'
             legend.append((mark, name))
     if panel.best:
         step, value = panel.best
-        colour, _ = CURVES["validation"]
+        colour, *_ = CURVES["validation"]
         yield f'<g transform="translate({x_of(step):.1f},{y_of(value):.1f})">{star(colour)}</g>'
         mark = f'<g transform="translate(14,-4)">{star(colour)}</g>'
         legend.append((mark, f"best: {value:.4g} at step {step:,}"))

@@ -190,10 +190,10 @@ def work(name, folder):
 
 
 class Contender:
-    def __init__(self, name, folder, python, log):
+    def __init__(self, name, folder, python, log, script=__file__):
         self.name, self.log, self.rates, self.ids = name, log, [], None
         self.process = subprocess.Popen(
-            [python, __file__, "--worker", name, str(folder)],
+            [python, script, "--worker", name, str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=open(log, "w"),
@@ -201,12 +201,16 @@ class Contender:
         )
 
     def turn(self, tokens):
-        self.process.stdin.write(f"{tokens}\n")
+        seconds, self.ids = self.ask(tokens)
+        return tokens / seconds
+
+    def ask(self, request):
+        """Sends a line; returns the list that comes back."""
+        self.process.stdin.write(f"{request}\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("["):  # libraries may print
-                seconds, self.ids = json.loads(line)
-                return tokens / seconds
+                return json.loads(line)
         raise Unavailable((Path(self.log).read_text().strip().splitlines() or ["it ended"])[-1])
 
 

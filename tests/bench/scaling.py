@@ -9,7 +9,7 @@ or folders of checkpoints. `--draw` writes FOLDER/scaling-PART.svg. `--points FI
 can be measured in several runs and drawn together (`--sizes` without any measures nothing); peers belong to one run.
 
 After the table stands each contender beside its peer at every size. What rises by more than a tenth from the first size
-to the last grows faster than the peer's.
+to the last is marked; on busy cores times need more rounds than one for that to mean much.
 """
 
 import argparse

@@ -685,16 +685,9 @@ def trace(lm, graph: Graph):
         model.metadata_props["shared_cache"] = "1"
     if graph.grouped or lm.config.position in tinylm.LIMITED:
         model.metadata_props["max_position_embeddings"] = str(lm.config.max_position_embeddings)
-    if original := short_limit(lm.config):
+    if original := tinylm.short_limit(lm.config):
         model.metadata_props[tinylm.ORIGINAL] = str(original)
     return model
-
-
-def short_limit(config) -> int | None:
-    """The longest row that longrope rotates by its short factors; None for other models."""
-    scaling = config.rope_scaling or {}
-    if scaling.get("rope_type") == "longrope":
-        return scaling.get(tinylm.ORIGINAL) or config.max_position_embeddings
 
 
 @contextlib.contextmanager
@@ -1094,21 +1087,21 @@ def quantize_channels(weight, inputs, smooth: bool = True) -> ChannelWeight:
     largest = torch.maximum(-low, high).clamp(min=1e-9)
     x = inputs[:: max(1, len(inputs) // SAMPLE)]
     y = x @ weight.t()
+    # The first limits no column.
+    trials = [(math.inf, 1), *(itertools.product(LIMITS, POWERS) if smooth else ())]
     least = math.inf
     for count in (0, OUTLIERS) if smooth and len(weight) < len(largest) else (0,):
         outliers = largest.topk(count).indices.sort().values
         rest = torch.ones_like(largest).index_fill(0, outliers, 0)
         limit = largest[rest > 0].median()
-        for times, power in [(math.inf, 1), *itertools.product(LIMITS, POWERS)][
-            : None if smooth else 1
-        ]:
+        kept = x[:, outliers] @ weight[:, outliers].t()
+        for times, power in trials:
             factors = (largest / (times * limit)).clamp(min=1) ** -power
             step = ((high * factors * rest).amax() - (low * factors * rest).amin()) / 255
             w = weight / factors * rest
             scales = largest_pair(w).clamp(min=1e-9) / 127
             codes = (w / scales).round()
             rounded = (x * factors / step).round() * step
-            kept = x[:, outliers] @ weight[:, outliers].t()
             error = float((rounded @ (codes * scales).t() + kept - y).square().sum())
             # An operator more has to pay.
             error *= PRICE if count else 1
@@ -1116,9 +1109,8 @@ def quantize_channels(weight, inputs, smooth: bool = True) -> ChannelWeight:
                 least = error
                 plain = not count and bool((factors == 1).all())
                 factors = None if plain else factors * rest
-                kept = weight[:, outliers]
-                found = ChannelWeight(codes.to(torch.int8), scales, factors, outliers, kept)
-    return found
+                parts = codes.to(torch.int8), scales, factors, outliers, weight[:, outliers]
+    return ChannelWeight(*parts)
 
 
 def largest_pair(weight):
@@ -1163,18 +1155,17 @@ def quantize_weights(lm, bits: int, ids, log=None) -> dict:
         name = names.get(id(weight))
         if name is None or name in blocks:
             return
-        bar.update()
         if bits == 8 and inputs is not None and reads(lm, name):
             # What attention puts out has no outliers.
             smooth = not name.endswith(".o.weight")
             blocks[name] = quantize_channels(weight.data, inputs, smooth)
-            weight.data = blocks[name].weight()
-            return
-        wide = name in ("embed.weight", "head.out.weight") or name.endswith("qkv.weight")
-        wide = wide or bits == 8
-        moments = None if wide or inputs is None else inputs.t() @ inputs / len(inputs)
-        blocks[name] = quantize(weight.data, 8 if wide else bits, moments)
+        else:
+            wide = name in ("embed.weight", "head.out.weight") or name.endswith("qkv.weight")
+            wide = wide or bits == 8
+            moments = None if wide or inputs is None else inputs.t() @ inputs / len(inputs)
+            blocks[name] = quantize(weight.data, 8 if wide else bits, moments)
         weight.data = blocks[name].weight()
+        bar.update()
 
     def rounded(x, weight, bias=None):
         put(weight, x.flatten(0, -2))
@@ -1661,16 +1652,10 @@ def write_graphs(
             model, name, stored, range_texts(lm, None if ids is None else ids[:8]), log
         )
         log(f"tracing {name}, {sum(p.numel() for p in lm.parameters()):,} parameters")
-        graphs = trace_graphs(traces, model, folder, stored, blocks, generate)
-        loop = {
-            path: model
-            for path, model in graphs.items()
-            if generate and path.stem.startswith("generate")
-        }
-        alone = {path: model for path, model in graphs.items() if path.stem.endswith(ON_CPU)}
-        steps = {path: graphs[path] for path in graphs if path not in loop and path not in alone}
+        graphs = trace_graphs(traces, model, folder, stored, blocks, generate and not blocks)
+        alone = {path: graphs.pop(path) for path in [*graphs] if path.stem.endswith(ON_CPU)}
         reference = torch_outputs(model, stored)
-        for some in filter(None, (steps, alone)):
+        for some in filter(None, (graphs, alone)):
             write_all(some)
             # OnnxLM loads what was written last.
             onnx_lm = OnnxLM(folder, name, providers=[CPU])
@@ -1683,11 +1668,10 @@ def write_graphs(
             onnx_lm = OnnxLM(folder, name, providers=[CPU])
             rough = verify(model, onnx_lm, replace(stored, tolerance=math.inf), reference, sample)
             log(f"{name} in 8-bit arithmetic: {format_differences(rough)}")
-        else:
-            write_all(loop)
-        for path in graphs:
+        for path in (*graphs, *alone):
             log(f"onnx/{path.name} {megabytes(path)}")
-        for path in loop:
+        if generate:
+            path = next(path for path in graphs if path.stem.startswith("generate"))
             check_loop(lm, onnx_lm, path, stored.tolerance)
             log(f"onnx/{path.name} writes what onnx/model{stored.suffix}.onnx does")
         if measure:
@@ -1718,7 +1702,9 @@ class Traces:
 
     @functools.cached_property
     def choice(self):
-        require(not short_limit(self.lm.config), "generate: longrope has to read a text again")
+        require(
+            not tinylm.short_limit(self.lm.config), "generate: longrope has to read a text again"
+        )
         return trace(self.lm, choice_graph(self.lm))
 
 
@@ -2082,9 +2068,11 @@ def genai_config(lm, stored: Precision) -> tuple[dict, list]:
     if pad not in range(config.vocab_size) or pad in ends:
         # genai requires an end token even where none ends the text: the last id is the rarest.
         pad = next(i for i in reversed(range(config.vocab_size)) if i not in ends)
+    # onnxruntime-genai runs on the CPU unless it is told otherwise.
+    graph = decoder_graph(lm, stored)[-1]
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": f"onnx/model{ON_CPU * (stored.exact and groups_queries(lm))}{stored.suffix}.onnx",
+        "filename": f"onnx/{graph.stem}{stored.suffix}.onnx",
         "head_size": config.head_dim,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
@@ -2096,16 +2084,15 @@ def genai_config(lm, stored: Precision) -> tuple[dict, list]:
         | {f"present_{part}_names": f"present.%d.{part}" for part in ("key", "value")},
     }
     begin = config.bos_token_id if config.bos_token_id is not None else ends[0] if ends else 0
-    search, left = genai_search(
-        lm.generation_config, short_limit(config) or config.max_position_embeddings
-    )
+    length = tinylm.short_limit(config) or config.max_position_embeddings
+    search, left = genai_search(lm.generation_config, length)
     # Beams cannot share a buffer.
-    search["past_present_share_buffer"] = groups_queries(lm) and search["num_beams"] == 1
+    search["past_present_share_buffer"] = graph.grouped and search["num_beams"] == 1
     model = {
         "type": "decoder",
         "vocab_size": config.vocab_size,
         "bos_token_id": begin,
-        "context_length": short_limit(config) or config.max_position_embeddings,
+        "context_length": length,
         "eos_token_id": list(ends) or [pad],
         "pad_token_id": pad,
         "decoder": decoder,

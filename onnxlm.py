@@ -485,8 +485,7 @@ class OnnxLM:
         of range and for logits that are not finite."""
         input_ids = as_ids_array("input_ids", input_ids)
         start = 1 if self.encoder else math.prod(input_ids.shape[1:])
-        options["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, start)
-        config = self.make_generation_config(start, **options)
+        config = self.make_generation_config(start, max_new_tokens, max_length, **options)
         search = None
         choose = sample
         if config.num_beams > 1:
@@ -526,8 +525,8 @@ class OnnxLM:
         # Something has to come before the first token.
         ids = ids or [*self.ends(), 0][:1]
         start = 1 if self.encoder else len(ids)
-        options["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, start)
-        config = self.make_generation_config(start, **options | {"num_beams": 1})
+        options["num_beams"] = 1
+        config = self.make_generation_config(start, max_new_tokens, max_length, **options)
         require(
             config.num_return_sequences == 1, "stream: one text, expected num_return_sequences = 1"
         )
@@ -556,9 +555,12 @@ class OnnxLM:
         ids = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
         return as_ids("eos_token_id", ids)
 
-    def make_generation_config(self, prompt: int = 0, **given) -> GenerationConfig:
+    def make_generation_config(
+        self, prompt: int = 0, /, max_new_tokens=None, max_length=None, **given
+    ) -> GenerationConfig:
         """The options of a generation: those given, else those of generation_config.json, else the defaults, of which
         max_new_tokens is cut to what the model takes after a prompt of so many tokens."""
+        given["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, prompt)
         defaults = generation_defaults(self.generation_config, self.encoder is not None)
         made = make_generation_config(given, defaults, self.config)
         return cut_to_fit(made, given, self.session.limit - prompt)
@@ -1569,19 +1571,15 @@ NOT_FINITE = (
 )
 
 
-def make_lookup(lm: OnnxLM, input_ids, mask, config: GenerationConfig) -> PromptLookup | None:
-    """What drafts the ids behind a prompt or a source (1, seq), if asked for."""
+def make_lookup(config: GenerationConfig, rows: int, rope: dict, ids: list) -> PromptLookup:
+    """What drafts the ids behind those of one row. rope: the scaling of its rotary positions."""
     count = config.prompt_lookup_num_tokens
-    if not count:
-        return None
-    rows = len(input_ids)
     require(rows == 1, f"prompt_lookup_num_tokens = {count}: {rows} rows, expected one at a time")
-    rope = lm.config.get("rope_scaling") or lm.config.get("rope_parameters") or {}
     require(
         rope.get("rope_type") != "dynamic",
         f"prompt_lookup_num_tokens = {count}: expected none, as dynamic rotary positions depend on a step's length",
     )
-    return PromptLookup(config, input_ids[mask.astype(bool)].tolist())
+    return PromptLookup(config, ids)
 
 
 def generate_steps(
@@ -1598,7 +1596,11 @@ def generate_steps(
     Raises Error where logits are not finite.
     """
     (input_ids, mask), source = lm._checked(input_ids, attention_mask), {}
-    lookup = make_lookup(lm, input_ids, mask, config)
+    lookup = None
+    if config.prompt_lookup_num_tokens:
+        rope = lm.config.get("rope_scaling") or lm.config.get("rope_parameters") or {}
+        ids = input_ids[mask.astype(bool)].tolist()
+        lookup = make_lookup(config, len(input_ids), rope, ids)
     seq, limit = 1 if lm.encoder else input_ids.shape[1], lm.session.limit
     require(
         seq + config.max_new_tokens <= limit,

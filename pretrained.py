@@ -2380,9 +2380,11 @@ def merges_of(vocab: dict[str, int], scores: list[float]) -> list:
     return [[left, right] for *_, left, right in pairs]
 
 
-def read_config(source: Path) -> dict:
+def read_config(source: Path | GGUF) -> dict:
     """The config.json of a checkpoint folder, or what a GGUF file has in its place."""
-    return GGUF(source).hf_config() if source.is_file() else read_json(source / "config.json")
+    if isinstance(source, Path) and source.is_file():
+        source = GGUF(source)
+    return source.hf_config() if isinstance(source, GGUF) else read_json(source / "config.json")
 
 
 def load_model(cls, name, dtype, device, head, revision, changes: dict) -> tinylm.TinyLM:
@@ -2401,7 +2403,7 @@ def load_model(cls, name, dtype, device, head, revision, changes: dict) -> tinyl
     device = tinylm.usable_device(device or "cpu")
     file = str(folder / "config.json")
     source = folder if folder.is_dir() else GGUF(folder)
-    raw = source.hf_config() if source is not folder else read_json(folder / "config.json")
+    raw = read_config(source)
     tinylm.check_replaced(raw, file)
     config = replace(
         config_from_hf(raw, str(source) if source is not folder else file, head), **changes

@@ -1259,7 +1259,7 @@ class TinyLM(Stack):
         self.tokenizer = None
         self.generation_config = {}
         self.replaced = replaced_leaves()
-        # The compiled decode step, and idle decoding states by shape.
+        # The compiled parts of the decoding loop, and idle decoding states by shape.
         self._compiled, self._states = {}, {}
         self.embed = nn.Embedding(config.vocab_size, config.embedding_size)
         self.encoder = Stack(config.encoder) if config.num_encoder_layers else None
@@ -1447,8 +1447,7 @@ class TinyLM(Stack):
         input_ids = as_ids_tensor("input_ids", input_ids, self.device)
         attention_mask = as_ids_tensor("attention_mask", attention_mask, self.device, optional=True)
         start = 1 if self.encoder else math.prod(input_ids.shape[1:])
-        options["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, start)
-        config = self.make_generation_config(start, **options)
+        config = self.make_generation_config(start, max_new_tokens, max_length, **options)
         search = None
         choose = sample
         if config.num_beams > 1:
@@ -1484,8 +1483,8 @@ class TinyLM(Stack):
         # Something has to come before the first token.
         ids = ids or [*self.ends(), 0][:1]
         start = 1 if self.encoder else len(ids)
-        options["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, start)
-        config = self.make_generation_config(start, **options | {"num_beams": 1})
+        options["num_beams"] = 1
+        config = self.make_generation_config(start, max_new_tokens, max_length, **options)
         require(
             config.num_return_sequences == 1, "stream: one text, expected num_return_sequences = 1"
         )
@@ -1519,9 +1518,12 @@ class TinyLM(Stack):
         """The ids that end a text."""
         return as_ids("eos_token_id", self.special_token_id("eos_token_id"))
 
-    def make_generation_config(self, prompt: int = 0, **given) -> GenerationConfig:
+    def make_generation_config(
+        self, prompt: int = 0, /, max_new_tokens=None, max_length=None, **given
+    ) -> GenerationConfig:
         """The options of a generation: those given, else those of generation_config.json, else the defaults, of which
         max_new_tokens is cut to what the model takes after a prompt of so many tokens."""
+        given["max_new_tokens"] = count_new_tokens(max_new_tokens, max_length, prompt)
         defaults = {}
         if self.generation_config:
             read = beside("onnxlm").generation_defaults
@@ -2498,16 +2500,16 @@ def decode_drafted(lm: TinyLM, state: DecodeState, config: GenerationConfig, cho
     choose_token(state, logits, config, choose)
 
 
-def short_length(lm: TinyLM) -> int | None:
-    """The longest row that longrope rotates by its short factors."""
-    scaling = lm.config.rope_scaling or {}
+def short_limit(config: Config) -> int | None:
+    """The longest row that longrope rotates by its short factors; None for other models."""
+    scaling = config.rope_scaling or {}
     if scaling.get("rope_type") == "longrope":
-        return scaling.get(ORIGINAL) or lm.config.max_position_embeddings
+        return scaling.get(ORIGINAL) or config.max_position_embeddings
 
 
 def outgrows_short_factors(lm: TinyLM, state: DecodeState) -> bool:
     """Whether longrope rotates a row by its long factors from the newest token on: then its keys change too."""
-    original = short_length(lm)
+    original = short_limit(lm.config)
     return original is not None and bool((state.lengths == original).any())
 
 
@@ -2536,7 +2538,7 @@ def lookup_step(lm: TinyLM, lookup, step: Callable, compile: bool) -> Callable:
     read, follow = read_draft, decode_drafted
     if compile:
         read, follow = compiled(lm, read), compiled(lm, follow)
-    before, short = len(lookup.ids), short_length(lm)
+    before, short = len(lookup.ids), short_limit(lm.config)
     draft = []
 
     def take(lm: TinyLM, state: DecodeState, config: GenerationConfig, choose=sample):
@@ -2607,15 +2609,6 @@ def prepare(lm: TinyLM, input_ids, attention_mask, config: GenerationConfig, com
         source = lm.encode(input_ids, attention_mask)
         input_ids = start_ids(lm, input_ids)
         mask = torch.ones_like(input_ids)
-    if count := config.prompt_lookup_num_tokens:
-        rows, kind = len(mask), (lm.config.rope_scaling or {}).get("rope_type")
-        require(
-            rows == 1, f"prompt_lookup_num_tokens = {count}: {rows} rows, expected one at a time"
-        )
-        require(
-            kind != "dynamic",
-            f"prompt_lookup_num_tokens = {count}: expected none, as dynamic rotary positions depend on a step's length",
-        )
     copies = max(config.num_beams, config.num_return_sequences)
     repeat = functools.partial(torch.repeat_interleave, repeats=copies, dim=0)
     inputs = input_ids, mask, source
@@ -2646,12 +2639,13 @@ def generate_steps(
     Raises Error where logits are not finite.
     """
     prompt, mask, source = prepare(lm, input_ids, attention_mask, config, compile)
-    state = make_state(lm, prompt, mask, source, config, compile)
     step, lookup = compiled(lm, decode_one_token) if compile else decode_one_token, None
     if config.prompt_lookup_num_tokens:
+        make_lookup, rope = beside("onnxlm").make_lookup, lm.config.rope_scaling or {}
         text = [prompt[mask.bool()]] if lm.encoder is None else [input_ids[0], prompt[0]]
-        lookup = beside("onnxlm").PromptLookup(config, torch.cat(text).tolist())
+        lookup = make_lookup(config, len(input_ids), rope, torch.cat(text).tolist())
         step = lookup_step(lm, lookup, step, compile)
+    state = make_state(lm, prompt, mask, source, config, compile)
     texts = []
     for row, real in zip(prompt, mask.bool()) if config.stop or with_text else ():
         texts.append(TextStream(lm.tokenizer, config, () if lm.encoder else row[real].tolist()))

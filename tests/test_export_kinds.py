@@ -41,6 +41,23 @@ def batch(case):
     return ragged([prompts(case, n, seed=n) for n in (11, 4, 7)], ["left", "right", "both"])
 
 
+def assert_says_nearly_the_same(onnx_lm, lm, case):
+    """In norm, as a router's choice may flip for a token."""
+    ids, mask = batch(case)
+    target = {"decoder_input_ids": prompts(case, 3, 8, seed=5)} if lm.encoder else {}
+    theirs = lm(ids, mask, **target)
+    ours = onnx_lm(ids.numpy(), mask.numpy(), **{name: x.numpy() for name, x in target.items()})
+    kept = mask.bool() if theirs.ndim == 3 and not target else slice(None)
+    error = torch.from_numpy(ours)[kept] - theirs[kept]
+    assert error.norm() < 0.1 * theirs[kept].norm()
+
+
+def with_words(path, copy):
+    """A copy of a folder with a tokenizer, and a text of its words to round for."""
+    save_word_tokenizer(shutil.copytree(path, copy))
+    return copy, " ".join(f"w{random.Random(i).randrange(5, 200)}" for i in range(3000))
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_what_reads_says_what_transformers_says(name, folder, exported_pair):
     case, (lm, onnx_lm, _) = CASES[name], exported_pair(name)
@@ -114,15 +131,7 @@ def test_every_family_in_8_bits(case, folder, tmp_path):
     family's matrices are rounded, its experts too."""
     lm = TinyLM.from_pretrained(folder(case))
     export_onnx(lm, tmp_path / "out", precisions=["int8"], safetensors=False)
-    onnx_lm = OnnxLM(tmp_path / "out", "int8", providers=CPU)
-    ids, mask = batch(case)
-    target = {"decoder_input_ids": prompts(case, 3, 8, seed=5)} if lm.encoder else {}
-    theirs = lm(ids, mask, **target)
-    ours = onnx_lm(ids.numpy(), mask.numpy(), **{name: x.numpy() for name, x in target.items()})
-    kept = mask.bool() if theirs.ndim == 3 and not target else slice(None)
-    # A router's choice may flip for a token, so not the largest difference.
-    error = torch.from_numpy(ours)[kept] - theirs[kept]
-    assert error.norm() < 0.1 * theirs[kept].norm()
+    assert_says_nearly_the_same(OnnxLM(tmp_path / "out", "int8", providers=CPU), lm, case)
     found = Counter(
         node.op_type
         for path in (tmp_path / "out" / "onnx").glob("*.onnx")
@@ -144,18 +153,10 @@ def test_what_reads_multiplies_integers(name, folder, tmp_path):
     """Every matrix of an encoder, but for its head's; the decoder behind it writes a token at a time and keeps its
     kernels. Nodes are such as ONNX Runtime fuses, and its graph for browsers has."""
     case = CASES[name]
-    source = shutil.copytree(folder(case), tmp_path / "source")
-    save_word_tokenizer(source)
-    words = (f"w{random.Random(i).randrange(5, 200)}" for i in range(3000))
-    export_onnx(source, tmp_path / "out", precisions=["fp32", "int8"], text=" ".join(words))
-    lm, onnx_lm = TinyLM.from_pretrained(source), OnnxLM(tmp_path / "out", "int8", providers=CPU)
-    ids, mask = batch(case)
-    target = {"decoder_input_ids": prompts(case, 3, 8, seed=5)} if lm.encoder else {}
-    theirs = lm(ids, mask, **target)
-    ours = onnx_lm(ids.numpy(), mask.numpy(), **{name: x.numpy() for name, x in target.items()})
-    kept = mask.bool() if theirs.ndim == 3 and not target else slice(None)
-    error = torch.from_numpy(ours)[kept] - theirs[kept]
-    assert error.norm() < 0.1 * theirs[kept].norm()
+    source, text = with_words(folder(case), tmp_path / "source")
+    export_onnx(source, tmp_path / "out", precisions=["fp32", "int8"], text=text)
+    lm = TinyLM.from_pretrained(source)
+    assert_says_nearly_the_same(OnnxLM(tmp_path / "out", "int8", providers=CPU), lm, case)
     stem = "encoder_model" if lm.encoder else "model"
     exact, rounded = (
         Counter(node.op_type for node in ir.load(path).graph)
@@ -176,10 +177,8 @@ def test_what_reads_multiplies_integers(name, folder, tmp_path):
 def test_columns_in_floats_are_added_behind_a_bias(name, folder, tmp_path, monkeypatch):
     """Guards T5's, which has none: they went behind the fused norm that follows, and the export failed."""
     monkeypatch.setattr(export, "PRICE", 0)
-    source = shutil.copytree(folder(CASES[name]), tmp_path / "source")
-    save_word_tokenizer(source)
-    words = (f"w{random.Random(i).randrange(5, 200)}" for i in range(3000))
-    export_onnx(source, tmp_path / "out", precisions=["int8"], text=" ".join(words))
+    source, text = with_words(folder(CASES[name]), tmp_path / "source")
+    export_onnx(source, tmp_path / "out", precisions=["int8"], text=text)
     stem = "encoder_model" if name == "t5" else "model"
     graph = ir.load(tmp_path / "out/onnx" / f"{stem}_quantized.onnx").graph
     # Each layer's second matrix of the MLP has fewer outputs than inputs.

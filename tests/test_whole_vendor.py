@@ -37,11 +37,12 @@ from PLACE import tinylm
 Config, MuonAdamW, TinyLM, train_step = tinylm.Config, tinylm.MuonAdamW, tinylm.TinyLM, tinylm.train_step
 
 text = "what is vendored must work alone: größer 🙂\\n" * 40
+torch.manual_seed(0)
 lm = TinyLM(Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
 optimizer = MuonAdamW(lm)
 ids = torch.tensor([lm.tokenizer.encode(text)[:128]])
 losses = [float(train_step(lm, optimizer, ids)) for _ in range(20)]
-assert losses[-1] < 0.6 * losses[0], losses
+assert losses[-1] < losses[0] / 2, losses
 lm.eval().save("copy")
 copy = TinyLM.load("copy")
 assert torch.equal(copy(ids), lm(ids))

@@ -298,6 +298,25 @@ def built_by_llama(out, python, kind):
     return out
 
 
+def read_by(name, smollm2, scratch, options):
+    """The folder or file that a contender reads, and the Python that runs it."""
+    import conftest
+
+    if "genai" in name:
+        precision = "int4" if "int4" in name else "fp32"
+        made = conftest.CACHE / f"smollm2-135m-instruct-genai-{precision}"
+        python = options.genai_python
+        return built_by_genai(smollm2, made, python, precision), python
+    if "llama" in name:
+        kind = f"MOSTLY_{name[-4:]}" if name.endswith("_0") else "ALL_F32"
+        made = conftest.CACHE / f"smollm2-135m-instruct-{kind}.gguf"
+        python = options.llama_python
+        return built_by_llama(made, python, kind), python
+    if "onnx" in name.lower():
+        return exported(smollm2, options.exported or Path(scratch, "onnx")), sys.executable
+    return smollm2, sys.executable
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -346,21 +365,8 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         contenders, skipped = [], {}
         for name in options.only:
-            folder, python = smollm2, sys.executable
             try:
-                if "Onnx" in name or "onnx" in name and "genai" not in name:
-                    folder = exported(smollm2, options.exported or Path(scratch, "onnx"))
-                if "genai" in name:
-                    python, precision = options.genai_python, "int4" if "int4" in name else "fp32"
-                    made = conftest.CACHE / f"smollm2-135m-instruct-genai-{precision}"
-                    folder = built_by_genai(smollm2, made, python, precision)
-                if "llama" in name:
-                    python, kind = (
-                        options.llama_python,
-                        f"MOSTLY_{name[-4:]}" if name.endswith("_0") else "ALL_F32",
-                    )
-                    made = conftest.CACHE / f"smollm2-135m-instruct-{kind}.gguf"
-                    folder = built_by_llama(made, python, kind)
+                folder, python = read_by(name, smollm2, scratch, options)
                 contender = Contender(name, folder, python, f"{scratch}/{name}.log")
                 contender.turn(options.tokens)  # warms up, and compiles
                 contenders.append(contender)

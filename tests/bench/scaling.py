@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from decode import PROMPT, TESTS, THREADS, Contender, Unavailable, built_by_genai, exported
+from decode import PROMPT, TESTS, THREADS, Contender, Unavailable, read_by
 
 ROWS_CONTEXT = 128  # tokens before, with many rows
 # part -> (what its size is, sizes)
@@ -205,27 +205,16 @@ def request_of(part, size, tokens):
     return {"megabytes": float(size)} if part == "tokenising" else {"folder": str(size)}
 
 
-def folder_of(name, smollm2, scratch, options):
-    import conftest
-
-    if name.startswith("genai"):
-        precision = "int4" if "int4" in name else "fp32"
-        made = conftest.CACHE / f"smollm2-135m-instruct-genai-{precision}"
-        return built_by_genai(smollm2, made, options.genai_python, precision)
-    if name in ("OnnxLM", "OnnxLM int4"):
-        return exported(smollm2, options.exported or scratch / "onnx")
-    return smollm2
-
-
 def measure_size(part, size, options, smollm2, scratch):
     """Yields (contender, size, figures): those that can run take turns."""
     request, running = json.dumps(request_of(part, size, options.tokens)), {}
     for name in options.only or CONTENDERS:
         if part not in CONTENDERS[name][1]:
             continue
-        python = options.genai_python if name.startswith("genai") else sys.executable
+        folder, python = smollm2, sys.executable
         try:
-            folder = folder_of(name, smollm2, scratch, options)
+            if part in DECODING:
+                folder, python = read_by(name, smollm2, scratch, options)
             contender = Contender(name, folder, python, scratch / f"{name}.log", __file__)
             contender.ask("null")  # until it is loaded
             running[contender] = []

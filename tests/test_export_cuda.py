@@ -28,8 +28,8 @@ KERNELS = {
         ),
         **dict.fromkeys("Cos Sin Log Reciprocal".split(), "float16 float32"),
         **dict.fromkeys(
-            "Cast Concat Expand Gather GatherElements Identity If Reshape Slice Split Squeeze Transpose "
-            "Unsqueeze".split(),
+            "Cast Concat Expand Gather GatherElements Identity If Reshape ScatterElements Slice Split Squeeze "
+            "Transpose Unsqueeze".split(),
             ANY,
         ),
         **dict.fromkeys(

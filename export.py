@@ -259,6 +259,8 @@ class Past:
     of keys and values of 8 bits, their scales.
     """
 
+    first = False  # the past may have any length
+
     def __init__(self, past: list, positions, lengths=(), windows=(), scales=()):
         self.past = past
         self.positions = positions

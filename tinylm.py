@@ -962,21 +962,25 @@ class KVCache:
         self.lengths = torch.zeros((batch, 1), **long)
         self.columns = torch.zeros(0, **long)
         self.written = torch.zeros(1, **long)
+        # The current call writes the first tokens, which see no others.
+        self.first, self.empty = False, True
 
     def reset(self) -> KVCache:
+        self.empty = True
         self.key_positions.fill_(NEVER)
         self.lengths.zero_()
         self.written.zero_()
         return self
 
     def extend(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Makes room for new tokens. Returns their positions (batch, seq) and those of all keys (batch, length)."""
+        """Makes room for new tokens. Returns their positions (batch, seq) and those of the keys that `update` returns."""
+        self.first, self.empty = self.empty, False
         positions, new = count_positions(mask, self.lengths)
         self.columns = self.written + torch.arange(mask.shape[1], device=mask.device)
         self.key_positions.index_copy_(1, self.columns, new)
         self.lengths += mask.long().sum(-1, keepdim=True)
         self.written += mask.shape[1]
-        return positions, self.key_positions
+        return positions, new if self.first else self.key_positions
 
     def truncate(self, columns: int):
         """Forgets the newest columns, which held a token in every row."""
@@ -986,10 +990,11 @@ class KVCache:
         self.key_positions.masked_fill_(unused, NEVER)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k and v (batch, kv_heads, seq, head_dim) of the new tokens. Returns all keys and values of the layer."""
+        """Writes k and v (batch, kv_heads, seq, head_dim) of the new tokens. Returns all keys and values of the layer:
+        those alone if they are the first, else every column of the cache."""
         keys = self.k[layer].index_copy_(2, self.columns, k)
         values = self.v[layer].index_copy_(2, self.columns, v)
-        return keys, values
+        return (k, v) if self.first else (keys, values)
 
     def reorder(self, rows: Tensor):
         """Row i continues from what row rows[i] held (beam search)."""
@@ -1049,7 +1054,7 @@ class Stack(nn.Module):
             rows = 1 if cache is None else x.shape[0]
             mask = torch.ones(rows, x.shape[1], dtype=torch.long, device=x.device)
         positions, key_positions = count_positions(mask) if cache is None else cache.extend(mask)
-        plain = cache is None and attention_mask is None
+        plain = attention_mask is None and (cache is None or cache.first)
         masks = {}
         ropes = {}
         for kind in dict.fromkeys(self.config.layer_types):
@@ -1088,7 +1093,7 @@ class Stack(nn.Module):
     def layer_mask(
         self, kind: str, positions: Tensor, key_positions: Tensor, plain: bool, dtype
     ) -> Tensor | None:
-        """The attention mask of a layer type, as `attend` takes it; plain: no cache and no padding."""
+        """The attention mask of a layer type, as `attend` takes it; plain: no earlier keys and no padding."""
         config = self.config
         window = config.sliding_window if kind == "sliding_attention" else None
         if "relative" in config.position:
@@ -2476,7 +2481,8 @@ def write_token(lm, state: DecodeState, ids, mask, columns, config, choose):
 
 def prefill(lm: TinyLM, state: DecodeState, prompt: Tensor, mask: Tensor, config, choose=sample):
     """Reads the prompt (batch, seq) and writes the first token."""
-    write_token(lm, state, prompt, mask, last_column(mask), config, choose)
+    padding = None if mask.all() else mask
+    write_token(lm, state, prompt, padding, last_column(mask), config, choose)
 
 
 def decode_one_token(lm: TinyLM, state: DecodeState, config: GenerationConfig, choose=sample):

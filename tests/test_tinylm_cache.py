@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import CASES, FAMILIES, LENGTH, difference, prompts, ragged, some_slow
 
+import tinylm
 from tinylm import KVCache, TinyLM
 
 BY_NAME = {case.name: case for case in CASES}
@@ -98,6 +99,24 @@ def test_a_row_does_not_see_its_neighbours_or_what_the_cache_held_before(case, l
     again = lm(second, cache=cache.reset())
     fresh = lm(second, cache=KVCache(lm.config, 2, length(case), lm.dtype, lm.device))
     assert torch.equal(again, fresh)
+
+
+def test_the_first_tokens_see_no_unwritten_columns(folder, monkeypatch):
+    """A prompt costs what it costs without a cache: no mask unless a row is padded, and no keys but its own."""
+    lm = TinyLM.from_pretrained(folder(BY_NAME["qwen3"]))
+    ids, attend, calls = prompts(BY_NAME["qwen3"], 2, 7), tinylm.attend, []
+
+    def see(q, k, v, mask, *arguments):
+        calls.append(None if mask is None else mask.shape[-1])
+        return attend(q, k, v, mask, *arguments)
+
+    monkeypatch.setattr(tinylm, "attend", see)
+    lm.generate(ids, max_new_tokens=1)
+    assert {*calls} == {None}
+    calls.clear()
+    batch, mask = ragged([ids[0], ids[1, :4]], ["left", "left"])
+    lm.generate(batch, mask, max_new_tokens=1)
+    assert {*calls} == {batch.shape[1]}
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------

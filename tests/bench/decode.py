@@ -5,11 +5,13 @@
 
 Each contender lives in a process of its own, all on the same two cores. They take turns, round after round, and the
 median of the rounds counts, so that a busy or throttled machine slows all of them alike. A turn is one call: prompt and
-prefill included, text included where the contender makes text. In fp32 all must give the same tokens. `--prompt 512`
-reads a long prompt (best with `--tokens 8`), and counts its tokens.
+prefill included, text included where the contender makes text. In fp32 all must give the same tokens. With `--prompt
+1900` a turn is two calls, of which the one for a single token is subtracted from the other, and says how fast the prompt
+is read. The share of the memory's bandwidth is that of the weights, which every step reads once; the bandwidth is
+measured before, by torch's sum of 1 GB.
 
-Bars: tinylm (the better of eager and compiled) at least 2.2 times transformers; OnnxLM at least 0.95 times
-onnxruntime-genai in fp32 and 1.5 times in 4 bits, whose models are built by its own builder, and llama.cpp's Q4_0 once;
+Bars: tinylm (the better of eager and compiled) at least 2.2 times transformers; OnnxLM at least 1.05 times
+onnxruntime-genai in fp32 and 1.0 times in 4 bits, whose models are built by its own builder, and llama.cpp's Q4_0 once;
 OnnxLM in 8 bits 2.4 times itself in fp32; the whole of generation in one graph 0.9 times OnnxLM. onnxruntime-genai is
 looked for in this Python, or in the one that --genai-python names (`pip install onnxruntime-genai onnx onnx-ir torch
 transformers` in an environment of its own); llama.cpp in the one that --llama-python names (`pip install
@@ -21,6 +23,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -165,6 +168,13 @@ CONTENDERS = {
     "onnxruntime-genai int4": genai,
     "llama.cpp Q4_0": llama_cpp,
 }
+GRAPHS = {
+    "OnnxLM": "onnx/model_cpu.onnx",
+    "OnnxLM int8": "onnx/model_quantized.onnx",
+    "OnnxLM int4": "onnx/model_q4.onnx",
+    "onnxruntime-genai": "model.onnx",
+    "onnxruntime-genai int4": "model.onnx",
+}
 SAME = (
     "transformers",
     "tinylm",
@@ -191,7 +201,8 @@ def work(name, folder):
 
 class Contender:
     def __init__(self, name, folder, python, log, script=__file__):
-        self.name, self.log, self.rates, self.ids = name, log, [], None
+        self.name, self.log, self.ids = name, log, None
+        self.rates, self.prompts, self.weights = [], [], None
         self.process = subprocess.Popen(
             [python, script, "--worker", name, str(folder)],
             stdin=subprocess.PIPE,
@@ -200,9 +211,11 @@ class Contender:
             text=True,
         )
 
-    def turn(self, tokens):
+    def turn(self, tokens, apart=False):
+        """New tokens a second; apart: without the prompt, whose seconds come second."""
+        first = self.ask(1)[0] if apart else 0
         seconds, self.ids = self.ask(tokens)
-        return tokens / seconds
+        return (tokens - apart) / (seconds - first), first
 
     def ask(self, request):
         """Sends a line; returns the list that comes back."""
@@ -216,6 +229,34 @@ class Contender:
 
 class Unavailable(Exception):
     """A contender cannot run here, and why."""
+
+
+def weights_of(path):
+    """Bytes of the weights that a step of a graph reads: all but tables, of which it reads a row."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    read = {
+        name for node in graph.node if not node.op_type.startswith("Gather") for name in node.input
+    }
+    return sum(
+        math.prod(x.dims) * onnx.helper.tensor_dtype_to_np_dtype(x.data_type).itemsize
+        for x in graph.initializer
+        if x.name in read
+    )
+
+
+def bandwidth():
+    """Bytes a second that the cores read from memory together, the best of ten."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    numbers, rates = torch.ones(2**28), []
+    for _ in range(10):
+        start = time.perf_counter()
+        numbers.sum()
+        rates.append(numbers.nbytes / (time.perf_counter() - start))
+    return max(rates)
 
 
 # ---- what they read -------------------------------------------------------------------------------------------------
@@ -362,6 +403,7 @@ def main():
         print(
             f"note: other programs are running (load {os.getloadavg()[0]:.1f}); numbers will be low and uneven\n"
         )
+    memory = bandwidth()
     with tempfile.TemporaryDirectory() as scratch:
         contenders, skipped = [], {}
         for name in options.only:
@@ -369,28 +411,33 @@ def main():
                 folder, python = read_by(name, smollm2, scratch, options)
                 contender = Contender(name, folder, python, f"{scratch}/{name}.log")
                 contender.turn(options.tokens)  # warms up, and compiles
+                if file := GRAPHS.get(name):
+                    contender.weights = weights_of(Path(folder, file))
                 contenders.append(contender)
             except Unavailable as reason:
                 skipped[name] = reason
         for i in range(options.rounds):
             for contender in contenders[:: 1 if i % 2 else -1]:
-                contender.rates.append(contender.turn(options.tokens))
+                rate, first = contender.turn(options.tokens, options.prompt > 12)
+                contender.rates.append(rate)
+                contender.prompts.append(first)
         for contender in contenders:
             contender.process.stdin.close()
             contender.process.wait()
-    return report(contenders, skipped, options)
+    return report(contenders, skipped, options, memory)
 
 
-def report(contenders, skipped, options):
-    counted = options.batch * (options.prompt * (options.prompt > 12) + options.tokens)
+def report(contenders, skipped, options, memory):
     print(
         f"SmolLM2-135M, batch {options.batch}, greedy, {THREADS} threads, {options.tokens} tokens after {options.prompt}, "
-        f"median of {options.rounds} rounds\n"
+        f"median of {options.rounds} rounds; the memory gives {memory / 1e9:.1f} GB/s\n"
     )
-    scale = counted / options.tokens
-    speed = {contender.name: statistics.median(contender.rates) * scale for contender in contenders}
+    speed = {c.name: options.batch * statistics.median(c.rates) for c in contenders}
     exact = [contender for contender in contenders if contender.name in SAME]
-    print("| contender | tokens/s | lowest to highest | tokens |\n|---|---:|---:|---|")
+    print(
+        "| contender | tokens/s | lowest to highest | weights | of the bandwidth | prompt | tokens |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---|")
     for contender in contenders:
         same = (
             ""
@@ -399,18 +446,26 @@ def report(contenders, skipped, options):
             if contender.ids == exact[0].ids
             else "DIFFERENT"
         )
+        lowest, highest = (options.batch * f(contender.rates) for f in (min, max))
+        weights = share = prompt = ""
+        if contender.weights:
+            weights = f"{contender.weights / 1e6:.0f} MB"
+            share = f"{contender.weights * speed[contender.name] / options.batch / memory:.0%}"
+        if any(contender.prompts):
+            seconds = statistics.median(contender.prompts)
+            prompt = f"{options.batch * options.prompt / seconds:.0f}/s"
         print(
-            f"| {contender.name} | {speed[contender.name]:.1f} | {min(contender.rates) * scale:.1f} to "
-            f"{max(contender.rates) * scale:.1f} | {same} |"
+            f"| {contender.name} | {speed[contender.name]:.1f} | {lowest:.1f} to {highest:.1f} | {weights} | {share} "
+            f"| {prompt} | {same} |"
         )
     for name, reason in skipped.items():
-        print(f"| {name} | skipped: {reason} | | |")
+        print(f"| {name} | skipped: {reason} | | | | | |")
     print()
     speed["tinylm, the better"] = max(speed.get("tinylm", 0), speed.get("tinylm compiled", 0))
     bars = [
         ("tinylm, the better", "transformers", 2.2),
-        ("OnnxLM", "onnxruntime-genai", 0.95),
-        ("OnnxLM int4", "onnxruntime-genai int4", 1.5),
+        ("OnnxLM", "onnxruntime-genai", 1.05),
+        ("OnnxLM int4", "onnxruntime-genai int4", 1.0),
         ("OnnxLM int4", "llama.cpp Q4_0", 1.0),
         ("OnnxLM int8", "OnnxLM", 2.4),
         ("generate.onnx", "OnnxLM", 0.9),

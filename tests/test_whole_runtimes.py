@@ -350,6 +350,21 @@ def test_sentence_transformers_onnx_backend(minilm, tmp_path):
     assert np.abs(theirs - [vector["embedding"] for (vector,) in ours]).max() < 1e-5
 
 
+def test_an_embedder_in_8_bits_in_javascript(minilm, tmp_path):
+    """transformers.js in Node, and onnxruntime-web on WASM, round activations and multiply integers as we do."""
+    texts = ["A cat sits on the mat.", "Stocks fell sharply on Monday, analysts said."]
+    out = tmp_path / "out"
+    export_onnx(minilm, out, precisions=["fp32", "int8"])
+    command = "node", in_node("sentences.mjs"), out, "q8", "model_quantized.onnx", json.dumps(texts)
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for precision, least in (("int8", 0.9998), ("fp32", 0.995)):
+        onnx_lm = OnnxLM(out, precision, providers=["CPUExecutionProvider"])
+        ours = np.array([vector["embedding"] for (vector,) in onnx_lm.run(texts)])
+        for vectors in json.loads(run.stdout.strip().splitlines()[-1]):
+            assert (ours * vectors).sum(-1).min() > least
+
+
 @pytest.mark.parametrize("release", [OLDEST, "onnxruntime"], ids=["oldest", "newest"])
 def test_the_oldest_and_the_newest_onnxruntime(release, folder):
     """Guards weights that an older release reads wrongly: 4 and 8 bits of the graph around a Loop, before 1.29."""

@@ -1991,16 +1991,20 @@ def panel_lines(panel: Panel, width: int, height: int) -> Iterable[str]:
         mark = f'<g transform="translate(14,-4)">{star(colour)}</g>'
         legend.append((mark, f"best: {value:.4g} at step {step:,}"))
 
-    # In the corner with the fewest points. The width is an estimate: there is no font to measure.
+    # In the corner with the least of the curves. The width is an estimate: there is no font to measure.
     wide = 48 + 7.5 * max(len(text) for _, text in legend)
     tall = 20 * len(legend)
     corners = itertools.product((top + 6, bottom - 6 - tall), (right - 4 - wide, left + 10))
+    sections = [pair for curve in panel.curves.values() for pair in itertools.pairwise(curve)]
+    drawn = points + [
+        (a + (b - a) * part / 16, u + (v - u) * part / 16)
+        for (a, u), (b, v) in sections
+        for part in range(17)
+    ]
 
     def covered(corner: tuple[float, float]) -> int:
         y, x = corner
-        inside = (
-            x < x_of(step) < x + wide and y < y_of(value) < y + tall for step, value in points
-        )
+        inside = (x < x_of(step) < x + wide and y < y_of(value) < y + tall for step, value in drawn)
         return sum(inside)
 
     y, x = min(corners, key=covered)

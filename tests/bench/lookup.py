@@ -1,14 +1,15 @@
 """How much faster SmolLM2-135M writes with prompt lookup decoding: 2 threads, without and with it in turns, in one process.
 
-    python tests/bench/lookup.py [FOLDER] [--precision fp32 int8 int4] [--tokens 200] [--rounds 3] [--only NAME ...]
+    python tests/bench/lookup.py [FOLDER] [--precision fp32 int8 int4 torch] [--tokens 200] [--rounds 3] [--only NAME ...]
 
-FOLDER: an export of SmolLM2 (without one, it is exported first, which takes minutes). Texts that repeat their context are
+FOLDER: an export of SmolLM2 (without one, it is exported first, which takes minutes); torch: TinyLM in fp32, not
+compiled. Texts that repeat their context are
 greedy: a file with a class renamed, a list continued, a quotation. Free ones are sampled, and the same seed draws the
 same text. For each, the median over the rounds of the ratio of both turns of a round counts, prompt included; `repeated`
 is the share of the new tokens that stand, with the three before them, further up too.
 
 Bars, for the mean ratio of a kind of text: repeating ones at least 2 in fp32 and 1.5 in int8 and int4; free ones 0.97. In
-fp32 both texts are the same. Rounded graphs compute one row and several by other kernels, so a near tie may fall
+fp32 and torch both texts are the same. Rounded graphs compute one row and several by other kernels, so a near tie may fall
 otherwise there; then the ratio compares two texts of one length.
 """
 
@@ -27,8 +28,8 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "bench")]
 THREADS = 2
 COUNT = 10  # prompt_lookup_num_tokens
 BARS = {
-    "repeats": {"fp32": 2.0, "int8": 1.5, "int4": 1.5},
-    "free": dict.fromkeys(["fp32", "int8", "int4"], 0.97),
+    "repeats": {"fp32": 2.0, "torch": 2.0, "int8": 1.5, "int4": 1.5},
+    "free": dict.fromkeys(["fp32", "torch", "int8", "int4"], 0.97),
 }
 
 CODE = '''class Account:
@@ -114,6 +115,25 @@ def compare(lm, prompt, tokens, rounds, options):
     return *map(statistics.median, rates), ratio, repeated(ids[0].tolist(), new[0]), new
 
 
+def open_model(folder, precision):
+    if precision == "torch":
+        import torch
+        from conftest import fetch_smollm2
+
+        from tinylm import TinyLM
+
+        torch.set_num_threads(THREADS)
+        return TinyLM.from_pretrained(fetch_smollm2(), dtype="float32")
+    from onnxlm import CPU, OnnxLM
+
+    if folder is None:
+        from conftest import fetch_smollm2
+        from decode import exported
+
+        folder = exported(fetch_smollm2(), Path(tempfile.gettempdir()) / "tinylm-bench-smollm2")
+    return OnnxLM(folder, precision, providers=[CPU], threads=THREADS)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", nargs="?", type=Path)
@@ -122,17 +142,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="kinds of text, or parts of their names")
     args = parser.parse_args()
-    from onnxlm import CPU, OnnxLM
-
-    folder = args.folder
-    if folder is None:
-        from conftest import fetch_smollm2
-        from decode import exported
-
-        folder = exported(fetch_smollm2(), Path(tempfile.gettempdir()) / "tinylm-bench-smollm2")
     missed = []
     for precision in args.precision:
-        lm = OnnxLM(folder, precision, providers=[CPU], threads=THREADS)
+        lm = open_model(args.folder, precision)
         for kind, texts in TEXTS.items():
             ratios = []
             for name, prompt in texts.items():
@@ -149,7 +161,7 @@ def main():
                     f"repeated {share:4.0%}  {same} of {len(one)} tokens the same",
                     flush=True,
                 )
-                if precision == "fp32" and same < len(one):
+                if precision in ("fp32", "torch") and same < len(one):
                     missed.append(f"{precision}, {name}: another text")
             if ratios:
                 mean, bar = statistics.geometric_mean(ratios), BARS[kind].get(precision, 0)

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -1949,15 +1948,16 @@ def to_checkpoint(state: dict, config: Config) -> dict[str, Tensor]:
 
 
 class Checkpoint:
-    """The tensors of a folder as our state dict. Every tensor of ours must be there and fit, and none may be left over."""
+    """The tensors of a folder or of an opened file as our state dict. Every tensor of ours must be there and fit, and none
+    may be left over."""
 
-    def __init__(self, folder: Path | GGUF, config: Config, dtype, device):
+    def __init__(self, source, config: Config, dtype, device):
         self.family = FAMILIES[config.model_type]
         self.head = self.family.head_key(config)
         self.dtype = dtype
         self.device = device
         # The file that lists all tensors: errors name it
-        self.place, files = self.tensor_files(folder)
+        self.place, files = self.tensor_files(source)
         # Name in the tables -> (file, the opened file, name in the file)
         self.stored = self.canonical_names(files)
         (self.embedding,) = stored_names("embed.weight", config)
@@ -1974,14 +1974,16 @@ class Checkpoint:
         layers = max(config.num_hidden_layers, config.num_encoder_layers)
         number = len(self.stored)
         require(layers <= number, f"{self.place}: {number} tensors, expected {layers} layers")
-        self.dtype = dtype or self.fetch(self.embedding).dtype
+        stored_dtype = getattr(source, "dtype", None)
+        self.dtype = dtype or stored_dtype or self.fetch(self.embedding).dtype
         self.config = replace(config, tie_word_embeddings=self.is_tied(config))
 
     @staticmethod
-    def tensor_files(folder: Path | GGUF) -> tuple[Path, dict]:
-        """(the file that lists all tensors, tensor name -> its safetensors or GGUF file)"""
-        if isinstance(folder, GGUF):
-            return folder.path, dict.fromkeys(folder.keys(), folder)
+    def tensor_files(source) -> tuple:
+        """(the file that lists all tensors, tensor name -> its file: the path of a safetensors file, or an opened file)"""
+        if not isinstance(source, Path):
+            return source, dict.fromkeys(source.keys(), source)
+        folder = source
         single = folder / "model.safetensors"
         index = folder / "model.safetensors.index.json"
         if single.exists():
@@ -2010,7 +2012,7 @@ class Checkpoint:
         """Stored tensors by their names in the tables: with the prefix that bare bodies leave out, as they are called
         behind this head, and without the first BERT's gamma and beta."""
         opened = {
-            file: file if isinstance(file, GGUF) else tinylm.open_tensors(file)
+            file: tinylm.open_tensors(file) if isinstance(file, Path) else file
             for file in dict.fromkeys(files.values())
         }
         heads = self.head_tensors()
@@ -2119,272 +2121,20 @@ class Checkpoint:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GGUF: one file of llama.cpp as config.json, tensors under the names of the tables, and a tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
-# general.architecture -> model_type
-GGUF_FAMILIES = {
-    **{name: name for name in "llama qwen2 qwen3 gemma gemma2 granite smollm3 olmo2 phi3".split()},
-    **{
-        "starcoder2": "starcoder2",
-        "gpt2": "gpt2",
-        "gemma3": "gemma3_text",
-        "qwen3moe": "qwen3_moe",
-    },
-}
-# Config field -> key behind the architecture's name
-GGUF_FIELDS = name_map("""
-    num_hidden_layers=block_count max_position_embeddings=context_length hidden_size=embedding_length
-    intermediate_size=feed_forward_length num_attention_heads=attention.head_count
-    num_key_value_heads=attention.head_count_kv head_dim=attention.key_length rope_theta=rope.freq_base
-    sliding_window=attention.sliding_window attn_logit_softcapping final_logit_softcapping
-    num_experts=expert_count num_experts_per_tok=expert_used_count embedding_multiplier=embedding_scale
-    residual_multiplier=residual_scale logits_scaling=logit_scale attention_multiplier=attention.scale
-""")
-# Architectures whose q and k llama.cpp stores with the two halves of each head interleaved
-GGUF_INTERLEAVED = ("llama", "granite", "smollm3")
-# tokenizer.ggml.pre -> the pattern that splits words before BPE, or None for that of GPT-2
-LLAMA3_WORDS = QWEN2_WORDS.replace(r"\p{N}|", r"\p{N}{1,3}|")
-DIGITS = r"\p{N}"
-GGUF_WORDS = {
-    **dict.fromkeys(("default", "gpt-2", "mpt", "olmo", "phi-2"), None),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), LLAMA3_WORDS),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), QWEN2_WORDS),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), DIGITS),
-}
+def open_source(path: Path):
+    """A checkpoint's folder as it is, or its single file opened: an object with `keys` and `get_tensor`, as a safetensors
+    file has them, and with the `dtype` of its tensors, `hf_config` and `tokenizer`."""
+    if path.is_dir():
+        return path
+    try:
+        return tinylm.beside("gguf_file").GGUF(path)
+    except ImportError as error:
+        raise Error(f"{path}: reading it needs `pip install {error.name}`") from None
 
 
-class GGUF:
-    """A GGUF file. `keys` and `get_tensor` are those of a safetensors file, with the names of a family's tables.
-
-    Raises Error for a file that cannot be read, and for an architecture that has no row here.
-    """
-
-    def __init__(self, path: Path):
-        try:
-            import gguf
-        except ImportError:
-            raise Error(f"{path}: reading it needs `pip install gguf`") from None
-        try:
-            reader = gguf.GGUFReader(path)
-        except (OSError, ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
-            raise Error(f"{path}: not a readable GGUF file ({error})") from None
-        self.path, self.fields, self.dequantize = path, reader.fields, gguf.dequantize
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.architecture = self.get("general.architecture")
-        require(
-            self.architecture in [*GGUF_FAMILIES],
-            f"{path}: general.architecture = {self.architecture!r} is not supported (supported: "
-            f"{', '.join(GGUF_FAMILIES)})",
-        )
-        require(self.get("split.count", 0) < 2, f"{path}: one of several parts; merge them first")
-        self.family = FAMILIES[GGUF_FAMILIES[self.architecture]]
-        arch = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[self.architecture]
-        self.layers = self.get(".block_count", 0)
-        self.names = self.canonical_names(gguf.get_tensor_name_map(arch, self.layers))
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def get(self, key: str, default=None):
-        """A value of the metadata; a key that begins with a dot belongs to the architecture."""
-        name = self.architecture + key if key.startswith(".") else key
-        value = self.fields[name].contents() if name in self.fields else default
-        # The float32 that a decimal number was rounded to
-        return float(str(np.float32(value))) if isinstance(value, float) else value
-
-    def canonical_names(self, table) -> dict[str, tuple]:
-        """Name in the family's tables -> (name here, expert or None). Others keep their names."""
-        found = {}
-        modules = self.family.tensors | self.family.heads["lm"].tensors
-        if self.family.fixed.get("gated") is False:
-            modules = {ours: names for ours, names in modules.items() if "gate_up" not in ours}
-        for ours, names in modules.items():
-            for layer in range(self.layers) if "{}" in ours else [0]:
-                for name in names:
-                    theirs = table.get_name(name.format(layer).replace(".*", ""))
-                    for end in (".weight", ".bias"):
-                        if f"{theirs}{end}" in self.tensors:
-                            found[name.format(layer) + end] = f"{theirs}{end}"
-        ropes = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
-        found |= {name: name for name in self.tensors.keys() - {*found.values()} - ropes}
-        names = {}
-        for name, theirs in found.items():
-            experts = range(self.get(".expert_count", 0)) if "*" in name else [None]
-            names |= {name.replace("*", str(i)): (theirs, i) for i in experts}
-        return names
-
-    def keys(self):
-        return self.names.keys()
-
-    def values(self, name: str) -> np.ndarray:
-        tensor = self.tensors[name]
-        return np.array(self.dequantize(tensor.data, tensor.tensor_type), np.float32)
-
-    def get_tensor(self, name: str) -> Tensor:
-        theirs, expert = self.names[name]
-        x = torch.from_numpy(self.values(theirs))
-        x = x if expert is None else x[expert]
-        if self.architecture in GGUF_INTERLEAVED and re.search(r"[qk]_proj\.", name):
-            key = ".attention.head_count" + ("_kv" if "k_proj" in name else "")
-            heads = self.get(key) or self.get(".attention.head_count")
-            x = x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-        if self.architecture.startswith("gemma") and name.endswith("norm.weight"):
-            x = x - 1
-        gpt2 = self.architecture == "gpt2" and ".h." in name
-        return x.t().contiguous() if gpt2 and x.ndim == 2 else x
-
-    def hf_config(self) -> dict:
-        """The config.json that the metadata means."""
-        keys = self.family.fields
-        raw = {"model_type": GGUF_FAMILIES[self.architecture]}
-        for ours, name in GGUF_FIELDS.items():
-            if ours in keys and self.get(f".{name}") is not None:
-                raw[keys[ours]] = self.get(f".{name}")
-        eps = self.get(
-            ".attention.layer_norm_rms_epsilon", self.get(".attention.layer_norm_epsilon")
-        )
-        raw[keys["norm_eps"]] = eps
-        if "num_experts" in keys:
-            raw[keys["intermediate_size"]] = self.get(".expert_feed_forward_length")
-        raw["vocab_size"] = int(self.tensors["token_embd.weight"].shape[1])
-        raw["tie_word_embeddings"] = "output.weight" not in self.tensors
-        for ours, tensor in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_down")):
-            if ours in keys:
-                raw[keys[ours]] = f"blk.0.{tensor}.bias" in self.tensors
-        heads, width = raw[keys["num_attention_heads"]], raw[keys["hidden_size"]]
-        head_dim = raw.get("head_dim") or width // heads
-        if "query_pre_attn_scalar" in keys:
-            # llama.cpp knows the largest Gemmas, which have another scale, by their layers.
-            large = (self.architecture, self.layers) in (("gemma2", 46), ("gemma3", 62))
-            raw["query_pre_attn_scalar"] = width // heads if large else head_dim
-        if "partial_rotary_factor" in keys:
-            raw["partial_rotary_factor"] = self.get(".rope.dimension_count", head_dim) / head_dim
-        if "rope_scaling" in keys:
-            raw["rope_scaling"] = self.rope_scaling()
-        for name in ("bos", "eos", "padding"):
-            raw[f"{name.removesuffix('ding')}_token_id"] = self.get(
-                f"tokenizer.ggml.{name}_token_id"
-            )
-        turn = self.get("tokenizer.ggml.eot_token_id")
-        if turn not in (None, raw["eos_token_id"]):
-            raw["eos_token_id"] = [raw["eos_token_id"], turn]
-        return raw
-
-    def rope_scaling(self) -> dict | None:
-        """Also Llama 3's scaling, which is stored as one list of factors."""
-        kind = self.get(".rope.scaling.type", "none")
-        original = self.get(".rope.scaling.original_context_length", self.get(".context_length"))
-        attention = self.get(".rope.scaling.attn_factor")
-        if "rope_freqs.weight" in self.tensors:
-            factors = self.values("rope_freqs.weight").tolist()
-            kind, short, long, attention = "longrope", factors, factors, 1.0
-        elif "rope_factors_short.weight" in self.tensors:
-            kind = "longrope"
-            short, long = (
-                self.values(f"rope_factors_{n}.weight").tolist() for n in ("short", "long")
-            )
-        if kind == "none":
-            return None
-        scaling = {"rope_type": kind, tinylm.ORIGINAL: original}
-        if kind == "longrope":
-            return scaling | dict(short_factor=short, long_factor=long, attention_factor=attention)
-        return scaling | {"factor": self.get(".rope.scaling.factor")}
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """tokenizer.json and tokenizer_config.json; {} with a warning where its rules are not known."""
-        from tokenizers import Tokenizer as Backend
-        from tokenizers import models
-
-        read = lambda key, default=None: self.get(f"tokenizer.ggml.{key}", default)  # noqa: E731
-        kind, words = read("model"), read("pre", "default")
-        if kind is None:
-            return {}
-        if kind not in ("gpt2", "llama") or kind == "gpt2" and words not in GGUF_WORDS:
-            warnings.warn(
-                f"{self}: no tokenizer, as tokenizer.ggml.model = {kind!r} with tokenizer.ggml.pre = {words!r} "
-                "is not supported",
-                stacklevel=4,
-            )
-            return {}
-        tokens, types = read("tokens"), read("token_type") or [1] * len(read("tokens"))
-        vocab = {token: i for i, token in enumerate(tokens)}
-        names = name_map("bos_token=bos eos_token=eos unk_token=unknown pad_token=padding")
-        ids = {ours: read(f"{name}_token_id") for ours, name in names.items()}
-        special = {name: tokens[i] for name, i in ids.items() if i is not None}
-        backend = Backend(models.BPE())
-        if kind == "gpt2":
-            merges = [merge.split(" ") for merge in read("merges")]
-            byte_level_steps(backend, GGUF_WORDS[words])
-            more = {"ignore_merges": GGUF_WORDS[words] == LLAMA3_WORDS}
-        else:
-            merges = merges_of(vocab, read("scores"))
-            sentencepiece_steps(backend, read("add_space_prefix", True))
-            more = {"byte_fallback": True, "fuse_unk": True, "unk_token": special.get("unk_token")}
-        ends = {f"add_{name}_token": read(f"add_{name}_token") for name in ("bos", "eos")}
-        if ends["add_bos_token"] is None:
-            ends["add_bos_token"] = kind == "llama"
-        if around := post_processor("", ends, special, vocab):
-            backend.post_processor = around
-        # Token types: 3 control, 4 defined by the user.
-        added = [
-            {"id": i} | added_token(token, special=types[i] == 3)
-            for i, token in enumerate(tokens)
-            if types[i] in (3, 4)
-        ]
-        spec = json.loads(backend.to_str()) | {"added_tokens": added}
-        model = {"type": "BPE"} | tinylm.BPE_OPTIONS | more | {"vocab": vocab, "merges": merges}
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-        }
-        if template := self.get("tokenizer.chat_template"):
-            config["chat_template"] = template
-        files = {
-            "tokenizer.json": spec | {"model": model},
-            "tokenizer_config.json": config | special,
-        }
-        return {name: json.dumps(x, ensure_ascii=False).encode() for name, x in files.items()}
-
-
-def byte_level_steps(backend, words: str | None):
-    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
-
-    # GPT-2's own pattern goes after that of single digits.
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words in (None, DIGITS))
-    split = [pre_tokenizers.Split(Regex(words), "isolated")] if words else []
-    backend.normalizer = normalizers.NFC() if words == QWEN2_WORDS else None
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
-    backend.decoder = decoders.ByteLevel()
-
-
-def sentencepiece_steps(backend, prefix: bool):
-    from tokenizers import decoders, normalizers
-
-    begin = [normalizers.Prepend("▁")] if prefix else []
-    strip = [decoders.Strip(" ", 1)] if prefix else []
-    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.normalizer = normalizers.Sequence([*begin, normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(back + strip)
-
-
-def merges_of(vocab: dict[str, int], scores: list[float]) -> list:
-    """SentencePiece joins the pair whose joined token has the best score: those pairs, best first."""
-    pairs = [
-        (-scores[i], i, token[:cut], token[cut:])
-        for token, i in vocab.items()
-        for cut in range(1, len(token))
-        if token[:cut] in vocab and token[cut:] in vocab
-    ]
-    pairs.sort(key=lambda pair: (pair[0], pair[1], vocab[pair[2]], vocab[pair[3]]))
-    return [[left, right] for *_, left, right in pairs]
-
-
-def read_config(source: Path | GGUF) -> dict:
-    """The config.json of a checkpoint folder, or what a GGUF file has in its place."""
-    if isinstance(source, Path) and source.is_file():
-        source = GGUF(source)
-    return source.hf_config() if isinstance(source, GGUF) else read_json(source / "config.json")
+def read_config(source) -> dict:
+    """The config.json of a checkpoint folder, or what an opened file has in its place."""
+    return read_json(source / "config.json") if isinstance(source, Path) else source.hf_config()
 
 
 def load_model(cls, name, dtype, device, head, revision, changes: dict) -> tinylm.TinyLM:
@@ -2401,13 +2151,11 @@ def load_model(cls, name, dtype, device, head, revision, changes: dict) -> tinyl
     )
     folder = find_checkpoint(name, revision)
     device = tinylm.usable_device(device or "cpu")
-    file = str(folder / "config.json")
-    source = folder if folder.is_dir() else GGUF(folder)
+    source = open_source(folder)
+    file = str(folder / "config.json" if source is folder else folder)
     raw = read_config(source)
     tinylm.check_replaced(raw, file)
-    config = replace(
-        config_from_hf(raw, str(source) if source is not folder else file, head), **changes
-    )
+    config = replace(config_from_hf(raw, file, head), **changes)
     checkpoint = Checkpoint(source, config, dtype, device)
     # A replaced part may have tensors that no checkpoint has; on the meta device they would be lost.
     with torch.device("cpu" if tinylm.replaced_leaves() else "meta"):
@@ -2418,11 +2166,7 @@ def load_model(cls, name, dtype, device, head, revision, changes: dict) -> tinyl
         fresh = lm.head.state_dict(prefix="head.")
     lm.load_state_dict(checkpoint.state(lm, fresh), assign=True)
     lm.folder = folder
-    if isinstance(source, GGUF):
-        files = source.tokenizer_files()
-        lm.tokenizer = onnxlm.Tokenizer(files, raw) if files else None
-    else:
-        lm.tokenizer = load_tokenizer(folder)
+    lm.tokenizer = load_tokenizer(folder) if source is folder else source.tokenizer(raw)
     lm.generation_config = onnxlm.read_generation_config(folder, raw)
     return lm.to(device).eval()
 

@@ -84,7 +84,8 @@ def beside(name: str):
         except ModuleNotFoundError as error:
             if error.name != place:
                 raise
-    raise Error(f"{name}.py is missing: copy it beside {Path(__file__).name}, with onnxlm.py")
+    also = ", with onnxlm.py" if name == "pretrained" else ""
+    raise Error(f"{name}.py is missing: copy it beside {Path(__file__).name}{also}")
 
 
 Size = Annotated[int, 1, 2**31]

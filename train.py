@@ -1218,7 +1218,7 @@ def load_for_finetuning(
     """A checkpoint (its folder, or its name on the hub) in fp32, with the task's head and the labels of the rows."""
     folder = pretrained.find_checkpoint(name)
     file = folder if folder.is_file() else folder / "config.json"
-    raw = pretrained.read_config(folder)
+    raw = pretrained.read_config(pretrained.open_source(folder))
     head = TASKS[options.task].head
     # A language model's head comes with the checkpoint: a random one is never meant.
     head = "config" if head == "lm" else head

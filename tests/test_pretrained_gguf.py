@@ -19,6 +19,7 @@ from export import OnnxLM
 from tinylm import TinyLM
 
 gguf = pytest.importorskip("gguf")
+import gguf_file
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -67,7 +68,7 @@ def interleaved(x, heads):
 def write(case, folder, path, tokenizer=None):
     """The folder of a case as llama.cpp's converter writes it."""
     family, config = pretrained.FAMILIES[case.family], load_oracle(folder).config
-    arch = next(k for k, v in pretrained.GGUF_FAMILIES.items() if v == case.family)
+    arch = next(k for k, v in gguf_file.FAMILIES.items() if v == case.family)
     writer = gguf.GGUFWriter(path, arch)
     heads = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", heads)

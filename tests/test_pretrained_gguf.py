@@ -3,11 +3,26 @@ against what transformers makes of them."""
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from families import CASES, difference, gemma3, load_oracle, longrope, prompts, rope, save
+from conftest import ROOT
+from families import (
+    CASES,
+    assert_same_text,
+    difference,
+    gemma3,
+    load_oracle,
+    longrope,
+    prompts,
+    rope,
+    save,
+)
 from helpers import CPU, every, finished, refuses, run_command
 from safetensors.torch import load_file
 
@@ -269,6 +284,29 @@ def test_commands_take_a_file(small_file, tmp_path):
     assert TinyLM.from_pretrained(tmp_path / "classes" / "best").config.head == "classify"
 
 
+def test_a_file_opens_inside_a_package(small_file, tmp_path):
+    """The four files side by side in somebody's package."""
+    vendor = tmp_path / "app" / "vendor"
+    vendor.mkdir(parents=True)
+    for name in ("tinylm.py", "pretrained.py", "onnxlm.py", "gguf_file.py"):
+        shutil.copy(ROOT / name, vendor)
+    script = (
+        "import sys; sys.path.insert(0, ''); from app.vendor import tinylm; "
+        f"lm = tinylm.TinyLM.from_pretrained({str(small_file)!r}); "
+        "print(lm.tokenizer.encode('hello'), *sorted(sys.modules.keys() & {'tinylm', 'pretrained', 'gguf_file'}))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    expected = TinyLM.from_pretrained(small_file).tokenizer.encode("hello")
+    assert run.stdout.strip() == str(expected), run.stderr
+
+
 @pytest.mark.slow
 def test_a_file_is_exported(small_file, tmp_path, capsys):
     arguments = [small_file, "--onnx", "--out", tmp_path / "out", "--prompt", "hello"]
@@ -329,3 +367,44 @@ def test_smollm2_says_what_transformers_makes_it_say(smollm2, smollm2_gguf):
         assert ours.tokenizer.encode(text) == published.tokenizer.encode(text)
     chat = [{"role": "user", "content": "hi"}]
     assert ours.tokenizer.apply_chat_template(chat) == published.tokenizer.apply_chat_template(chat)
+
+
+SCRIPTS = [
+    "The capital of France is",
+    "  Two  spaces,\n\n\n  and\tmore \t\n ",
+    "\u00a0naïve\u3000café\r\nŁódź  ",
+    "Привет,  мир 12345",
+    "こんにちは世界。 안녕하세요",
+    "مرحبا بالعالم नमस्ते ไทย",
+    "🙂🏽 \U0001f468\u200d\U0001f469\u200d\U0001f467 ∑x² <b>&amp;</b>",
+    "def f(x):\n        return x+1\n",
+    "<start_of_turn>user\nhi<end_of_turn>\n",
+    "",
+]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_gemma3_says_what_transformers_makes_it_say(gemma3_gguf, tmp_path):
+    """The real file, whose 262,144 pieces come without their merges, in blocks of 4 to 8 bits."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = dict(pretrained_model_name_or_path=gemma3_gguf.parent, gguf_file=gemma3_gguf.name)
+    ours, published = TinyLM.from_pretrained(gemma3_gguf), AutoTokenizer.from_pretrained(**source)
+    for text in SCRIPTS:
+        ids = ours.tokenizer.encode(text)
+        assert ids == published(text)["input_ids"], text
+        assert ours.tokenizer.decode(ids[1:], True) == published.decode(ids[1:]), text
+    oracle = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    ids = torch.tensor([ours.tokenizer.encode("".join(SCRIPTS[:6]))])
+    expected = oracle(ids).logits
+    assert difference(ours(ids), expected) < 1e-4
+    start = ids[:, :6]
+    new = dict(max_new_tokens=40, do_sample=False)
+    (theirs,) = oracle.generate(start, attention_mask=torch.ones_like(start), **new)
+    (text,) = ours.generate(start, max_new_tokens=40)
+    assert_same_text(text.tolist(), theirs.tolist(), oracle(theirs[None]).logits[0], len(start[0]))
+    ours.save_pretrained(tmp_path)
+    assert difference(load_oracle(tmp_path)(ids).logits, expected) < 1e-4
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert all(saved(text)["input_ids"] == published(text)["input_ids"] for text in SCRIPTS)

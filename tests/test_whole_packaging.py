@@ -42,6 +42,11 @@ tinylm("export", "--safetensors", "--out", "shipped")
 
 import train, export, tinylm as library, onnxlm
 assert train.MINE and export.MINE
+open("bad.gguf", "w").write("not GGUF")
+try:
+    library.TinyLM.from_pretrained("bad.gguf")
+except library.Error as error:
+    assert "not a readable GGUF file" in str(error)
 print(library.__file__, onnxlm.__file__)
 """
 
@@ -141,6 +146,8 @@ def installed(tmp_path_factory):
 def test_a_wheel_takes_only_names_of_its_own(installed):
     names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"tinylm", "onnxlm"}
+    ours = {path.stem for path in ROOT.glob("*.py")} - {"tinylm", "onnxlm"}
+    assert {path.stem for path in (installed / "tinylm").glob("*.py")} == ours | {"__init__"}
 
 
 def test_the_runtime_is_a_module(installed, tmp_path):

@@ -185,6 +185,7 @@ OPENED = """
 import tinylm
 tinylm.TinyLM(tinylm.Config(hidden_size=32, num_hidden_layers=1)).save("m")
 open("m/tokenizer.json", "w").write("{}")
+open("m.gguf", "w").write("not GGUF")
 try:
     tinylm.TinyLM.from_pretrained("m")
 except tinylm.Error as error:
@@ -193,15 +194,22 @@ except tinylm.Error as error:
 
 
 def test_what_is_missing_is_named(vendored):
-    """Without pretrained.py a checkpoint is one line that says what to copy; without `tokenizers` one with a
-    tokenizer.json says what to install."""
+    """Without pretrained.py a checkpoint is one line that says what to copy, as a GGUF file is without gguf_file.py;
+    without `tokenizers` a checkpoint with a tokenizer.json says what to install."""
     said = says(OPENED, vendored, "torch", "einops", "safetensors", also=["tinylm"])
     assert "pretrained.py is missing: copy it beside tinylm.py" in said
     for name in ("pretrained.py", "onnxlm.py"):
         shutil.copy(ROOT / name, vendored)
     packages = ("torch", "einops", "safetensors", "numpy")
-    said = says(OPENED, vendored, *packages, also=["tinylm", "pretrained", "onnxlm"])
+    three = ["tinylm", "pretrained", "onnxlm"]
+    said = says(OPENED, vendored, *packages, also=three)
     assert "pip install tokenizers" in said
+    opened = OPENED.replace('from_pretrained("m")', 'from_pretrained("m.gguf")')
+    said = says(opened, vendored, *packages, also=three)
+    assert said.strip() == "gguf_file.py is missing: copy it beside tinylm.py"
+    shutil.copy(ROOT / "gguf_file.py", vendored)
+    said = says(opened, vendored, *packages, also=[*three, "gguf_file"])
+    assert said.strip() == "m.gguf: reading it needs `pip install gguf`"
 
 
 # Every family's folder through the three files, and what was saved through them again.
@@ -218,7 +226,7 @@ for i, folder in enumerate(FOLDERS):
         assert torch.equal(again.state_dict()[name], tensor), (folder, name)
 assert tinylm.TinyLM.from_pretrained(SHIPPED).tokenizer.encode("hello")
 assert pretrained.load_tokenizer(SHIPPED).decode(pretrained.load_tokenizer(SHIPPED).encode("hello")) == "hello"
-assert not {name.split(".")[0] for name in sys.modules} & {"transformers", "onnx", "onnxruntime", "train", "data"}
+assert not {name.split(".")[0] for name in sys.modules} & {"transformers", "onnx", "onnxruntime", "train", "data", "gguf"}
 """
 
 

@@ -561,6 +561,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    """Drawn at random, except on the meta device, where drawing nothing would import torch._dynamo for a second."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Norm(nn.Module):
     """RMS norm or layer norm over the last axis, or over each group of `size` channels in it."""
 
@@ -1019,10 +1027,10 @@ class Stack(nn.Module):
         width = config.embedding_size
         limit = config.max_position_embeddings
         if config.position in ("learned", "learned_relative"):
-            self.position_embed = nn.Embedding(limit + config.position_offset, width)
+            self.position_embed = Embedding(limit + config.position_offset, width)
         if "relative" in config.position:
             buckets = config.relative_attention_num_buckets
-            self.relative_bias = nn.Embedding(buckets, config.num_attention_heads)
+            self.relative_bias = Embedding(buckets, config.num_attention_heads)
         elif config.position != "learned":
             dim = config.rotary_dim if config.position == "rope" else width
             full = Rotary(dim, config.rope_theta, limit, config.rope_scaling)
@@ -1030,7 +1038,7 @@ class Stack(nn.Module):
             if config.rope_local_base_freq is not None:
                 self.rotary["sliding_attention"] = Rotary(dim, config.rope_local_base_freq, limit)
         types = config.type_vocab_size
-        self.type_embed = nn.Embedding(types, width) if types else None
+        self.type_embed = Embedding(types, width) if types else None
         self.embedding_norm = Norm(config, width) if config.embedding_norm else nn.Identity()
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.embedding_project = Linear(width, hidden) if width != hidden else nn.Identity()
@@ -1267,7 +1275,7 @@ class TinyLM(Stack):
         self.replaced = replaced_leaves()
         # The compiled parts of the decoding loop, and idle decoding states by shape.
         self._compiled, self._states = {}, {}
-        self.embed = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.embed = Embedding(config.vocab_size, config.embedding_size)
         self.encoder = Stack(config.encoder) if config.num_encoder_layers else None
         self.head = Head(config)
         if not self.embed.weight.is_meta:

@@ -143,6 +143,10 @@ class GGUF:
         if self.architecture in INTERLEAVED and re.search(r"[qk]_proj\.", name):
             key = ".attention.head_count" + ("_kv" if "k_proj" in name else "")
             heads = self.get(key) or self.get(".attention.head_count")
+            require(
+                len(x) % (2 * heads) == 0,
+                f"{self}: tensor {theirs} has shape {tuple(x.shape)}, expected an even number of rows for each of {heads} heads",
+            )
             x = x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         if self.architecture.startswith("gemma") and name.endswith("norm.weight"):
             x = x - 1
@@ -158,6 +162,10 @@ class GGUF:
                 raw[keys[ours]] = self.get(f".{name}")
         eps = self.get(".attention.layer_norm_epsilon")
         raw[keys["norm_eps"]] = self.get(".attention.layer_norm_rms_epsilon", eps)
+        require(
+            raw[keys["norm_eps"]] is not None,
+            f"{self}: {self.architecture}.attention.layer_norm_rms_epsilon is missing",
+        )
         if "num_experts" in keys:
             raw[keys["intermediate_size"]] = self.get(".expert_feed_forward_length")
         require("token_embd.weight" in self.tensors, f"{self}: tensor token_embd.weight is missing")
@@ -209,7 +217,7 @@ class GGUF:
         words = self.get("tokenizer.ggml.pre", "default")
         if kind is None:
             return None
-        if kind not in ("gpt2", "llama") or kind == "gpt2" and words not in WORDS:
+        if kind not in ("gpt2", "llama") or kind == "gpt2" and words not in [*WORDS]:
             warnings.warn(
                 f"{self}: no tokenizer, as tokenizer.ggml.model = {kind!r} with tokenizer.ggml.pre = {words!r} "
                 "is not supported",

@@ -334,6 +334,12 @@ def test_what_cannot_be_read(tmp_path):
     path = write(BY_NAME["llama"], folder, tmp_path / "more.gguf", more)
     refuses(lambda: TinyLM.from_pretrained(path), path, "blk.0.extra.weight is unexpected")
 
+    def wide(writer):
+        writer.add_tensor("rope_freqs.weight", np.ones(10))
+
+    path = write(BY_NAME["llama"], folder, tmp_path / "wide.gguf", wide)
+    refuses(lambda: TinyLM.from_pretrained(path), path, "tensor rope_freqs.weight is not readable")
+
     def unknown(writer):
         byte_level(writer)
         writer.add_tokenizer_pre("of-tomorrow")
@@ -346,6 +352,29 @@ def test_what_cannot_be_read(tmp_path):
     )
     with pytest.warns(UserWarning, match="no tokenizer, as .*of-tomorrow"):
         assert TinyLM.from_pretrained(path).tokenizer is None
+
+
+@pytest.mark.parametrize(
+    "key, message",
+    [
+        ("llama.block_count", "llama.block_count = None, expected 1 to 9999"),
+        ("llama.embedding_length", "llama.embedding_length = None"),
+        ("llama.attention.head_count", "llama.attention.head_count = None"),
+        ("llama.attention.head_count_kv", "expected an even number of rows for each of 6 heads"),
+        # The default was taken silently.
+        ("llama.attention.layer_norm_rms_epsilon", "layer_norm_rms_epsilon is missing"),
+        ("tokenizer.ggml.merges", "not a readable tokenizer"),
+    ],
+)
+def test_a_missing_key_is_one_line(key, message, tmp_path):
+    case = changed("llama", vocab_size=280)
+
+    def without(writer):
+        byte_level(writer)
+        writer.kv_data[0].pop(key)
+
+    path = write(case, save(case, tmp_path / "hf"), tmp_path / "model.gguf", without)
+    refuses(lambda: TinyLM.from_pretrained(path), path, message)
 
 
 @pytest.mark.slow

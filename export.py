@@ -401,9 +401,8 @@ def decoder_step(lm, feed: dict, past: list, stored: Precision, grouped: bool) -
         # GroupQueryAttention takes rows without leading padding, so padding moves behind.
         new = mask[:, -seq:]
         columns = tinylm.count_positions(new)[0].index_select(1, last)
-        ids = ids.gather(1, new.argsort(1, descending=True))
-        shape = operator("Shape", (mask,), mask, (2,))
-        total = operator("Gather", (shape, torch.tensor(1)), mask, ())
+        ids = ids.gather(1, new.sort(1, descending=True).indices)
+        total = operator("Shape", (mask,), mask, (1,), start=1)[0]
         lengths = (mask.sum(1) - 1).int(), total.int()
     windows = tuple(
         kind == "sliding_attention" and lm.config.sliding_window for kind in lm.config.layer_types
@@ -654,15 +653,16 @@ def trace(lm, graph: Graph):
     arguments = [torch.ones(size, dtype=dtype) for size, dtype in zip(sizes, dtypes)]
     dims = {axis: torch.export.Dim(axis) for axis in SIZES}
     shapes = [{i: dims[axis] for i, axis in enumerate(value) if axis in dims} for value in axes]
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
-        logging.ERROR
-    )  # "no torchvision"
+    # "no torchvision", and nodes of a branch without a name
+    for name in ("_registration", "_core"):
+        logging.getLogger(f"torch.onnx._internal.exporter.{name}").setLevel(logging.ERROR)
     with (
         torch.no_grad(),
         single_operators(lm, graph),
         warnings.catch_warnings(),
         # Comparing symbolic shapes with cached ones takes longer than computing them.
         torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
+        mock.patch.object(torch.export.ExportedProgram, "run_decompositions", decompose),
     ):
         # Axes that share names on purpose, and torch's own deprecations.
         warnings.simplefilter("ignore")
@@ -675,7 +675,11 @@ def trace(lm, graph: Graph):
             dynamic_shapes=(shapes,),
             input_names=[*graph.inputs],
             output_names=graph.outputs,
+            optimize=False,
         )
+    repeat_layers(program.model.graph, lm)
+    passes.IdentityEliminationPass()(program.model)
+    program.optimize()
     model = tidy(program.model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         # The axes of optimum, whose callers ask for all logits.
@@ -692,11 +696,39 @@ def trace(lm, graph: Graph):
     return model
 
 
+ATEN = torch.ops.aten
+# Operations that torch.onnx translates under another name.
+SYNONYMS = {
+    ATEN.to.dtype: ATEN._to_copy.default,
+    ATEN.__and__.Tensor: ATEN.bitwise_and.Tensor,
+    ATEN.__and__.Scalar: ATEN.bitwise_and.Scalar,
+    ATEN.__or__.Tensor: ATEN.bitwise_or.Tensor,
+    ATEN.__xor__.Tensor: ATEN.bitwise_xor.Tensor,
+}
+
+
+def decompose(program, table, decompose=torch.export.ExportedProgram.run_decompositions):
+    """Replaces `run_decompositions`, which traces all again, where only synonyms are to be decomposed. table: what
+    torch.onnx has no translation for."""
+    modules = program.graph_module.modules()
+    nodes = [x for module in modules for x in module.graph.nodes if x.op == "call_function"]
+    for node in nodes:
+        if node.target is ATEN.to.dtype:
+            node.args, node.kwargs = node.args[:1], {"dtype": node.args[1]}
+        node.target = SYNONYMS.get(node.target, node.target)
+    changes = lambda target: getattr(getattr(target, "_schema", None), "is_mutable", False)
+    if any(node.target in table or changes(node.target) for node in nodes):
+        return decompose(program, table)
+    return program
+
+
 @contextlib.contextmanager
 def single_operators(lm, graph: Graph):
-    """A context in which tinylm's own leaves become single operators."""
+    """A context in which tinylm's own leaves become single operators, and a layer that differs from an earlier one in its
+    weights only becomes a node that says so."""
     with contextlib.ExitStack() as patches:
         patch = lambda *what: patches.enter_context(mock.patch.object(*what))
+        layers = layer_kinds(lm)
         for name, leaf in OPERATORS.items():
             if is_own(getattr(tinylm, name)):
                 patch(tinylm, name, leaf)
@@ -709,7 +741,101 @@ def single_operators(lm, graph: Graph):
                 positions = torch.arange(lm.config.max_position_embeddings)[None]
                 rotary.cos, rotary.sin = (x[0].to(lm.dtype) for x in rotary(positions))
                 patch(rotary, "forward", lambda _, rotary=rotary: (rotary.cos, rotary.sin))
+        traced = {}
+        for name, (block, kind) in layers.items():
+            patch(block, "forward", partial(trace_layer, traced, name, kind, block.forward))
         yield
+
+
+def layer_kinds(lm) -> dict:
+    """Name -> block and a key that is equal where two differ in their weights only; empty where a part of tinylm was
+    replaced, which may do something else in each layer."""
+    found = {}
+    for path, stack in lm.named_modules():
+        for i, block in enumerate(stack.layers if isinstance(stack, tinylm.Stack) else ()):
+            kind = [stack.config.layer_types[i]]
+            kind += [(name, tuple(x.shape)) for name, x in block.state_dict().items()]
+            for name, module in block.named_modules():
+                plain = type(module) in (nn.Identity, nn.Dropout) or is_own(module.forward)
+                if not plain or module._forward_hooks or module._forward_pre_hooks:
+                    return {}
+                settings = {key: x for key, x in vars(module).items() if not key.startswith("_")}
+                kind.append((name, type(module), repr(settings)))
+            found[".".join(filter(None, ("lm", path, f"layers.{i}.")))] = block, tuple(kind)
+    own = all(is_own(getattr(tinylm, leaf)) for leaf in OPERATORS)
+    return found if own else {}
+
+
+def trace_layer(
+    traced: dict, name, kind, forward, x, rope, mask, cache, layer, cross_kv, encoder_mask
+):
+    """Traces a layer, or adds a node that `repeat_layers` replaces by a copy of the layer in `traced` with this `kind`,
+    whose inputs and outputs it has besides its own inputs."""
+    own = slice(2 * layer, 2 * layer + 2)
+    past = [] if cache is None else cache.past[own]
+    inputs = [x, *past, *(cross_kv[layer] if cross_kv else ())]
+    key = kind, id(rope), id(mask), id(encoder_mask)
+    if key in traced:
+        first, *values = traced[key]
+        shapes = [value.shape for value in values[len(inputs) :]]
+        names = {"first": first, "own": name}
+        found = operator("tinylm::Layer", (*inputs, *values), x, *shapes, rest=values[-1], **names)
+        x, *present = found if past else [found]
+    else:
+        # Nothing but this layer depends on these.
+        x, *rest = inputs = [operator("Identity", (value,), value) for value in inputs]
+        if past:
+            cache.past[own] = rest[:2]
+        if cross_kv:
+            cross_kv = {layer: rest[-2:]}
+        x = forward(x, rope, mask, cache, layer, cross_kv, encoder_mask)
+        present = [] if cache is None else cache.present[own]
+        traced[key] = name, *inputs, x, *present
+    if past:
+        cache.present[own] = present
+    return x
+
+
+def repeat_layers(graph, lm):
+    """Replaces each node of `trace_layer` by a copy of the nodes of the layer that it names, with its own inputs and
+    weights of `lm`."""
+    weights = {**dict(lm.named_parameters("lm")), **dict(lm.named_buffers("lm"))}
+    for node in [node for node in graph if node.op_type == "Layer"]:
+        first, name = (node.attributes[key].as_string() for key in ("first", "own"))
+        count = (len(node.inputs) - len(node.outputs)) // 2
+        copies = dict(zip(node.inputs[count:], node.inputs[:count]))
+        nodes = []
+
+        def copy_of(value):
+            if value is None or value in copies:
+                return copies.get(value)
+            copies[value] = value
+            producer = value.producer()
+            if value.is_initializer() and value.name.startswith(first):
+                own = name + value.name.removeprefix(first)
+                copies[value] = constant(graph, own, weights[own].detach())
+            elif producer is not None:
+                inputs = [copy_of(x) for x in producer.inputs]
+                if any(new is not old for new, old in zip(inputs, producer.inputs)):
+                    nodes.append(copy_node(producer, inputs, first, name))
+                    copies.update(zip(producer.outputs, nodes[-1].outputs))
+            return copies[value]
+
+        outputs = [copy_of(value) for value in node.inputs[2 * count :]]
+        ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, outputs)
+
+
+def copy_node(node, inputs: list, first: str, name: str):
+    """A copy of a node with other inputs, from the layer `name` and not `first`."""
+    scopes = {key: x.replace(first, name) for key, x in node.metadata_props.items()}
+    options = dict(overload=node.overload, version=node.version, metadata_props=scopes)
+    values = list(node.attributes.values())
+    new = ir.Node(
+        node.domain, node.op_type, inputs, values, num_outputs=len(node.outputs), **options
+    )
+    for old, output in zip(node.outputs, new.outputs):
+        output.type, output.shape = old.type, old.shape
+    return new
 
 
 def put_weights(model, blocks: dict, exact: bool = True):

@@ -239,3 +239,21 @@ def test_each_replaced_leaf_is_known(monkeypatch):
     assert export.groups_queries(lm)
     monkeypatch.setattr(tinylm, "rotate", lambda *_: None)
     assert not export.groups_queries(lm)
+
+
+def test_only_layers_that_differ_in_weights_alone_share_a_trace(tmp_path):
+    """The trace of one layer is copied for those like it. A layer with a setting or a hook of its own is not like it."""
+    sizes = TINY | dict(num_hidden_layers=4, sliding_window=4)
+    kinds = ("sliding_attention", "full_attention") * 2
+    lm = TinyLM(Config(**sizes, layer_types=kinds)).eval()
+
+    def traced():
+        found = export_onnx(lm, tmp_path / "out", safetensors=False)["fp32"]
+        assert max(found[name] for name in ("prefill", "left padding", "decode")) < 1e-5
+        return len({kind for _, kind in export.layer_kinds(lm).values()})
+
+    assert traced() == 2
+    lm.layers[2].attention.scale *= 2
+    assert traced() == 3
+    lm.layers[3].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert not export.layer_kinds(lm)

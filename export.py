@@ -91,8 +91,8 @@ SHARES = (1.1, 1.05, 1, 0.95, 0.9, 0.85, 0.8, 0.75)
 LIMITS, POWERS, SAMPLE = (1, 1.5, 2.5), (0.75, 1), 768
 # Columns of inputs that stay in floats, and by how much that has to lessen the error.
 OUTLIERS, PRICE = 8, 1.5
-# Rows that are searched at a time.
-ROWS = 256
+# Rows that are searched at a time, and columns that are multiplied at a time.
+ROWS, MOMENTS = 256, 384
 # The tensors that store a rounded matrix.
 PARTS = ("blocks", "scales", "zero_points")
 # Bytes of weights above which they go into a file of their own, which ONNX Runtime maps into memory: a graph loads in
@@ -1167,8 +1167,9 @@ def block_ranges(blocks, importance, top: int, search: bool) -> tuple:
     for share, shift in itertools.product(SHARES, (0, -1, 1)) if search else [(1, 0)]:
         scale = ((high - low) * (share / top)).half().float().clamp(min=1e-7)
         zero = (middle + shift).clamp(0, top)
-        codes = (blocks / scale + zero).round().clamp(0, top)
-        error = (((codes - zero) * scale - blocks).square() * importance).sum(-1, keepdim=True)
+        # Few operations: each reads and writes the blocks.
+        steps = torch.mul(blocks, 1 / scale).round_().clamp_(-zero, top - zero)
+        error = steps.mul_(scale).sub_(blocks).square_().mul_(importance).sum(-1, keepdim=True)
         found = error, scale, zero
         if least is not None:
             found = [torch.where(error < least[0], *both) for both in zip(found, least)]
@@ -1188,22 +1189,23 @@ def gptq(weight, scales, zeros, factor: tuple, top: int):
     """Codes (rows, blocks, block) for given scales and zeros, column by column; later columns compensate the error of
     earlier ones."""
     order, upper = factor
+    upper = upper / upper.diagonal()[:, None]
     columns = weight.shape[1]
     groups = scales.shape[1]
     block = columns // groups
-    wide = weight, scales.expand(-1, -1, block), zeros.expand(-1, -1, block)
-    # Transposed, so that a column is contiguous in memory.
-    w, scales, zeros = (x.flatten(1).t()[order].contiguous() for x in wide)
-    codes = torch.empty_like(w)
-    errors = torch.empty(block, len(weight))
+    wide = [x.expand(-1, -1, block) for x in (scales, 1 / scales, -zeros, top - zeros)]
+    # Transposed, so that a column is contiguous in memory. Few operations a column: each is short.
+    w, scales, inverse, low, high = (x.flatten(1).t()[order].contiguous() for x in (weight, *wide))
+    steps = torch.empty_like(w)
     for start in range(0, columns, block):
         stop = start + block
         for i in range(start, stop):
-            codes[i] = (w[i] / scales[i] + zeros[i]).round().clamp(0, top)
-            error = errors[i - start] = (w[i] - (codes[i] - zeros[i]) * scales[i]) / upper[i, i]
-            w[i:stop].addr_(upper[i, i:stop], error, alpha=-1)
-        w[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
-    return codes[order.argsort()].t().unflatten(1, (groups, block))
+            step = torch.mul(w[i], inverse[i], out=steps[i]).round_().clamp_(low[i], high[i])
+            # What rounding leaves of a column, which the columns behind it compensate.
+            w[i].addcmul_(step, scales[i], value=-1)
+            w[i + 1 : stop].addr_(upper[i, i + 1 : stop], w[i], alpha=-1)
+        w[stop:].addmm_(upper[start:stop, stop:].t(), w[start:stop], alpha=-1)
+    return (steps - low)[order.argsort()].t().unflatten(1, (groups, block))
 
 
 def quantize_channels(weight, inputs, smooth: bool = True) -> ChannelWeight:
@@ -1249,10 +1251,10 @@ def largest_pair(weight):
     return sizes.amax(1, keepdim=True)
 
 
-def progress(what: str, total: int, log=None):
-    """A progress bar on stderr; where that is no terminal, lines of the log, or nothing without one."""
+def progress(what: str, total: int, log=None, items=None):
+    """A progress bar (over the items) on stderr; where that is no terminal, lines of the log, or nothing without one."""
     silent = log is None and not sys.stderr.isatty()
-    return progress_bar(total, what, print_line=log, silent=silent)
+    return progress_bar(total, what, items, print_line=log, silent=silent)
 
 
 def quantize_weights(lm, bits: int, ids, log=None) -> dict:
@@ -1290,7 +1292,7 @@ def quantize_weights(lm, bits: int, ids, log=None) -> dict:
         else:
             wide = name in ("embed.weight", "head.out.weight") or name.endswith("qkv.weight")
             wide = wide or bits == 8
-            moments = None if wide or inputs is None else inputs.t() @ inputs / len(inputs)
+            moments = None if wide or inputs is None else second_moments(inputs)
             blocks[name] = quantize(weight.data, 8 if wide else bits, moments)
         weight.data = blocks[name].weight()
         bar.update()
@@ -1311,6 +1313,18 @@ def quantize_weights(lm, bits: int, ids, log=None) -> dict:
         for weight in weights.values():
             put(weight)
     return blocks
+
+
+def second_moments(x):
+    """The mean of x x^T over the rows x of (n, columns), in parts, of which the transposed ones are not computed again."""
+    parts = x.split(MOMENTS, 1)
+    found = x.new_empty(x.shape[1], x.shape[1])
+    places = torch.arange(x.shape[1]).split(MOMENTS)
+    for i, j in itertools.combinations_with_replacement(range(len(parts)), 2):
+        product = parts[i].t() @ parts[j] / len(x)
+        found[places[i][:, None], places[j]] = product
+        found[places[j][:, None], places[i]] = product.t()
+    return found
 
 
 def reads(lm, name: str) -> bool:
@@ -1374,32 +1388,45 @@ def keys_and_values(lm, change):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def torch_outputs(lm, stored: Precision):
-    """A function of ids, mask and more arrays that gives torch's output, computed once for each input."""
-    known = {}
+class Reference:
+    """What torch says, computed once for each input."""
 
-    def reference(ids, mask, **more):
+    def __init__(self, lm, stored: Precision):
+        self.lm = lm
+        self.stored = stored
+        self.known = {}
+
+    def __call__(self, ids, mask, **more):
+        """The model's output for ids, mask and more arrays."""
         arrays = dict(ids=ids, mask=mask, **more)
         key = tuple((name, x.shape, x.tobytes()) for name, x in arrays.items())
-        if key not in known:
+        if key not in self.known:
             tensors = {name: torch.from_numpy(x) for name, x in more.items()}
             rounded = contextlib.nullcontext()
-            if stored.cache:
-                rounded = keys_and_values(lm, round_to_scale)
+            if self.stored.cache:
+                rounded = keys_and_values(self.lm, round_to_scale)
             with torch.no_grad(), rounded:
-                output = lm(torch.from_numpy(ids), torch.from_numpy(mask), **tensors)
-            known[key] = output.float().numpy()
-        return known[key]
+                output = self.lm(torch.from_numpy(ids), torch.from_numpy(mask), **tensors)
+            self.known[key] = output.float().numpy()
+        return self.known[key]
 
-    return reference
+    def generate(self, ids, mask, **options):
+        """The ids that the model writes."""
+        key = ids.tobytes(), mask.tobytes(), repr(options)
+        if key not in self.known:
+            tensors = torch.from_numpy(ids), torch.from_numpy(mask)
+            self.known[key] = self.lm.generate(*tensors, **options).numpy()
+        return self.known[key]
 
 
-def verify(lm, onnx_lm, stored: Precision, reference, text=None) -> dict:
+def verify(lm, onnx_lm, stored: Precision, reference, text=None, log=None) -> dict:
     """Largest difference from torch, relative to the largest value, per check; of ids the number of equal ones.
-    reference: see `torch_outputs`; text: ids (batch, seq) of a real one, where there is any. Raises Error where a
+    reference: see `Reference`; text: ids (batch, seq) of a real one, where there is any. Raises Error where a
     difference is too large or, in fp32, where ids differ."""
     found = {}
-    for name, ours, theirs in checks(lm, onnx_lm, stored, reference, text):
+    count = 3 + (text is not None) + (1 + stored.exact) * bool(onnx_lm.past)
+    pairs = checks(lm, onnx_lm, stored, reference, text)
+    for name, ours, theirs in progress(f"verifying {stored.name}", count, log, pairs):
         if not np.issubdtype(theirs.dtype, np.integer):
             error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
             found[name] = max(error, found.get(name, 0.0))
@@ -1526,7 +1553,7 @@ def decoding_checks(lm, onnx_lm, stored: Precision, reference, ids, mask, expect
         return
     new = min(32, lm.config.max_position_embeddings - start)
     options = dict(max_new_tokens=new, eos_token_id=(), num_beams=1)
-    theirs = lm.generate(torch.from_numpy(ids), torch.from_numpy(mask), **options).numpy()
+    theirs = reference.generate(ids, mask, **options)
     ours = onnx_lm.generate(ids, mask, **options)
 
     def logits_after(written):
@@ -1539,13 +1566,15 @@ def decoding_checks(lm, onnx_lm, stored: Precision, reference, ids, mask, expect
     yield "greedy tokens", ours[:, start:end], theirs[:, start:end]
 
 
-def check_loop(lm, onnx_lm, path: Path, tolerance: float):
-    """Raises Error unless the generating graph gives OnnxLM's tokens, greedily and sampled."""
+def check_loop(lm, onnx_lm, path: Path, tolerance: float, briefly: bool, log=None):
+    """Raises Error unless the generating graph gives OnnxLM's tokens, sampled and, unless `briefly`, greedily."""
     session = Session(path, ort.SessionOptions(), [CPU])
     ids = np.repeat(examples(lm)["prefill"][0][:1], 2, 0)
     new = min(24, lm.config.max_position_embeddings - ids.shape[1])
     likeliest = dict(temperature=0.0, top_k=0, top_p=1.0)
-    for options in ({}, dict(temperature=0.8, top_k=40, top_p=0.95), dict(temperature=1.0)):
+    ways = dict(temperature=0.8, top_k=40, top_p=0.95), dict(temperature=1.0), {}
+    ways = ways[: 1 if briefly else None]
+    for options in progress(f"running {path.name}", len(ways), log, ways):
         seed = {"seed": 3} if options else {}
         ours = onnx_lm.generate(
             ids, max_new_tokens=new, eos_token_id=(), num_beams=1, **options | seed
@@ -1754,7 +1783,7 @@ def write_graphs(
     found = {}
     check_options(lm, precisions, generate, int8_cache)
     measured = text is not None or precisions != ["fp32"]
-    traces = Traces(lm)
+    traces = Traces(lm, log)
     ids = None
     if measured:
         rounds = int8_cache or any(PRECISIONS[name].bits == 4 for name in precisions)
@@ -1782,43 +1811,47 @@ def write_graphs(
         log(f"tracing {name}, {sum(p.numel() for p in lm.parameters()):,} parameters")
         graphs = trace_graphs(traces, model, folder, stored, blocks, generate and not blocks)
         alone = {path: graphs.pop(path) for path in [*graphs] if path.stem.endswith(ON_CPU)}
-        reference = torch_outputs(model, stored)
+        reference = Reference(model, stored)
         for some in filter(None, (graphs, alone)):
             write_all(some)
             # OnnxLM loads what was written last.
             onnx_lm = OnnxLM(folder, name, providers=[CPU])
-            found[name] = verify(model, onnx_lm, stored, reference, sample)
+            found[name] = verify(model, onnx_lm, stored, reference, sample, log)
             differences = format_differences(found[name])
             log(f"{name}{' on the CPU' * (some is alone)} verified against torch: {differences}")
         if blocks:
             graphs = trace_graphs(traces, model, folder, stored, blocks, generate, exact=False)
             write_all(graphs)
             onnx_lm = OnnxLM(folder, name, providers=[CPU])
-            rough = verify(model, onnx_lm, replace(stored, tolerance=math.inf), reference, sample)
+            loose = replace(stored, tolerance=math.inf)
+            rough = verify(model, onnx_lm, loose, reference, sample, log)
             log(f"{name} in 8-bit arithmetic: {format_differences(rough)}")
         for path in (*graphs, *alone):
             log(f"onnx/{path.name} {megabytes(path)}")
         if generate:
             path = next(path for path in graphs if path.stem.startswith("generate"))
-            check_loop(lm, onnx_lm, path, stored.tolerance)
+            # The choice of a token is one graph in all precisions.
+            check_loop(lm, onnx_lm, path, stored.tolerance, name != precisions[0], log)
             log(f"onnx/{path.name} writes what onnx/model{stored.suffix}.onnx does")
         if measure:
             log(f"measuring {name}")
-            log(f"{name} {measure(onnx_lm, stored.exact)}")
+            log(f"{name} {measure(onnx_lm, stored, log)}")
     return found
 
 
 class Traces:
     """The traced graphs of a model, which precisions share that differ in their weights only."""
 
-    def __init__(self, lm):
+    def __init__(self, lm, log=None):
         self.lm = lm
+        self.log = log
         self.kept = {}
 
     def of(self, lm, stored: Precision) -> dict:
         """Stem -> traced onnx_ir.Model, with the weights of `lm`."""
         found = {}
-        for graph in graphs_of(lm, stored):
+        graphs = graphs_of(lm, stored)
+        for graph in progress(f"tracing {stored.name}", len(graphs), self.log, graphs):
             kind = graph.stem.removesuffix(ON_CPU), graph.grouped
             # Scales of a cache belong to one precision.
             key = *kind, stored.dtype, stored.cache and stored.name
@@ -1890,7 +1923,11 @@ def share_weights(graphs: dict, path: Path):
     shared = []
     for first, *others in values.values():
         array = first.const_value.numpy()
-        same = [x for x in others if np.array_equal(array, x.const_value.numpy())]
+        same = [
+            x
+            for x in others
+            if x.const_value is first.const_value or np.array_equal(array, x.const_value.numpy())
+        ]
         shared.append([first, *same])
     tensors = [first.const_value for first, *_ in shared]
     moved = ir.external_data.convert_tensors_to_external(tensors, path.parent, path.name + "_data")
@@ -2013,41 +2050,44 @@ class Measure:
     def __init__(self, lm, ids):
         self.lm = lm
         self.ids = ids
-        half = ids.shape[1] // 2
-        self.prompts = ids[:, :half]
-        new = max(1, min(32, half))
-        self.options = dict(max_new_tokens=new, eos_token_id=(), num_beams=1)
 
-    def perplexity(self, logits_of: Callable) -> float:
-        logits = (torch.as_tensor(logits_of(row[None]))[0, :-1] for row in self.ids)
-        losses = [torch.nn.functional.cross_entropy(x, row[1:]) for x, row in zip(logits, self.ids)]
-        return float(torch.stack(losses).mean().exp())
+    def read(self, logits_of: Callable) -> tuple:
+        """The perplexity, and the likeliest token behind each one."""
+        found = []
+        for row in self.ids:
+            logits = torch.as_tensor(logits_of(row[None]))[0, :-1]
+            found.append((torch.nn.functional.cross_entropy(logits, row[1:]), logits.argmax(-1)))
+        losses, likeliest = map(torch.stack, zip(*found))
+        return float(losses.mean().exp()), likeliest
 
     @functools.cached_property
-    def before(self) -> float:
+    def before(self) -> tuple:
         with torch.no_grad():
-            return self.perplexity(self.lm)
+            return self.read(self.lm)
 
-    @functools.cached_property
-    def theirs(self):
-        return self.lm.generate(self.prompts, **self.options).numpy()
-
-    def __call__(self, onnx_lm, exact: bool) -> str:
-        """A line of figures; exact: the graph was verified to write torch's greedy tokens, so that others may be
-        compared with it, which takes less time."""
-        after = self.perplexity(lambda row: onnx_lm(row.numpy()))
-        change = after / self.before - 1
-        found = [f"perplexity {after:.3f} (torch in fp32 {self.before:.3f}, {change:+.2%})"]
-        ours = onnx_lm.generate(self.prompts.numpy(), **self.options)
-        if exact:
-            self.theirs = ours
-        else:
-            agree = (ours == self.theirs)[:, self.prompts.shape[1] :].cumprod(1).mean()
-            found.append(f"{agree:.0%} of greedy tokens before the first that differs")
-        begin = time.monotonic()
-        onnx_lm.generate(self.prompts[:1, :1].numpy(), **self.options)
-        speed = self.options["max_new_tokens"] / (time.monotonic() - begin)
-        return ", ".join((*found, f"{speed:.0f} tokens/s"))
+    def __call__(self, onnx_lm, stored: Precision, log=None) -> str:
+        """A line of figures. An exact graph was verified to say what torch does, so that others may be compared with it,
+        which takes less time."""
+        new = max(1, min(32, self.ids.shape[1] - 1))
+        torch_too = not stored.exact and "before" not in vars(self)
+        bar = progress(f"measuring {stored.name}", len(self.ids) * (1 + torch_too) + new, log)
+        count = partial(count_calls, update=bar.update)
+        with bar, count(onnx_lm), count(self.lm):
+            perplexity, likeliest = found = self.read(lambda row: onnx_lm(row.numpy()))
+            if stored.exact:
+                self.before = found
+            begin = time.monotonic()
+            options = dict(max_new_tokens=new, eos_token_id=(), num_beams=1)
+            onnx_lm.generate(self.ids[:1, :1].numpy(), **options)
+            speed = new / (time.monotonic() - begin)
+            before, theirs = self.before
+        figures = [
+            f"perplexity {perplexity:.3f} (torch in fp32 {before:.3f}, {perplexity / before - 1:+.2%})"
+        ]
+        if not stored.exact:
+            same = (likeliest == theirs).double().mean()
+            figures.append(f"{same:.0%} of tokens have the same likeliest successor")
+        return ", ".join((*figures, f"{speed:.0f} tokens/s"))
 
 
 def evaluate(

@@ -91,8 +91,8 @@ SHARES = (1.1, 1.05, 1, 0.95, 0.9, 0.85, 0.8, 0.75)
 LIMITS, POWERS, SAMPLE = (1, 1.5, 2.5), (0.75, 1), 768
 # Columns of inputs that stay in floats, and by how much that has to lessen the error.
 OUTLIERS, PRICE = 8, 1.5
-# Rows that are searched at a time, and columns that are multiplied at a time.
-ROWS, MOMENTS = 256, 384
+# Rows that are searched at a time.
+ROWS = 256
 # The tensors that store a rounded matrix.
 PARTS = ("blocks", "scales", "zero_points")
 # Bytes of weights above which they go into a file of their own, which ONNX Runtime maps into memory: a graph loads in
@@ -1167,9 +1167,8 @@ def block_ranges(blocks, importance, top: int, search: bool) -> tuple:
     for share, shift in itertools.product(SHARES, (0, -1, 1)) if search else [(1, 0)]:
         scale = ((high - low) * (share / top)).half().float().clamp(min=1e-7)
         zero = (middle + shift).clamp(0, top)
-        # Few operations: each reads and writes the blocks.
-        steps = torch.mul(blocks, 1 / scale).round_().clamp_(-zero, top - zero)
-        error = steps.mul_(scale).sub_(blocks).square_().mul_(importance).sum(-1, keepdim=True)
+        codes = (blocks / scale + zero).round().clamp(0, top)
+        error = (((codes - zero) * scale - blocks).square() * importance).sum(-1, keepdim=True)
         found = error, scale, zero
         if least is not None:
             found = [torch.where(error < least[0], *both) for both in zip(found, least)]
@@ -1189,23 +1188,22 @@ def gptq(weight, scales, zeros, factor: tuple, top: int):
     """Codes (rows, blocks, block) for given scales and zeros, column by column; later columns compensate the error of
     earlier ones."""
     order, upper = factor
-    upper = upper / upper.diagonal()[:, None]
     columns = weight.shape[1]
     groups = scales.shape[1]
     block = columns // groups
-    wide = [x.expand(-1, -1, block) for x in (scales, 1 / scales, -zeros, top - zeros)]
-    # Transposed, so that a column is contiguous in memory. Few operations a column: each is short.
-    w, scales, inverse, low, high = (x.flatten(1).t()[order].contiguous() for x in (weight, *wide))
-    steps = torch.empty_like(w)
+    wide = weight, scales.expand(-1, -1, block), zeros.expand(-1, -1, block)
+    # Transposed, so that a column is contiguous in memory.
+    w, scales, zeros = (x.flatten(1).t()[order].contiguous() for x in wide)
+    codes = torch.empty_like(w)
+    errors = torch.empty(block, len(weight))
     for start in range(0, columns, block):
         stop = start + block
         for i in range(start, stop):
-            step = torch.mul(w[i], inverse[i], out=steps[i]).round_().clamp_(low[i], high[i])
-            # What rounding leaves of a column, which the columns behind it compensate.
-            w[i].addcmul_(step, scales[i], value=-1)
-            w[i + 1 : stop].addr_(upper[i, i + 1 : stop], w[i], alpha=-1)
-        w[stop:].addmm_(upper[start:stop, stop:].t(), w[start:stop], alpha=-1)
-    return (steps - low)[order.argsort()].t().unflatten(1, (groups, block))
+            codes[i] = (w[i] / scales[i] + zeros[i]).round().clamp(0, top)
+            error = errors[i - start] = (w[i] - (codes[i] - zeros[i]) * scales[i]) / upper[i, i]
+            w[i:stop].addr_(upper[i, i:stop], error, alpha=-1)
+        w[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    return codes[order.argsort()].t().unflatten(1, (groups, block))
 
 
 def quantize_channels(weight, inputs, smooth: bool = True) -> ChannelWeight:
@@ -1292,7 +1290,7 @@ def quantize_weights(lm, bits: int, ids, log=None) -> dict:
         else:
             wide = name in ("embed.weight", "head.out.weight") or name.endswith("qkv.weight")
             wide = wide or bits == 8
-            moments = None if wide or inputs is None else second_moments(inputs)
+            moments = None if wide or inputs is None else inputs.t() @ inputs / len(inputs)
             blocks[name] = quantize(weight.data, 8 if wide else bits, moments)
         weight.data = blocks[name].weight()
         bar.update()
@@ -1313,18 +1311,6 @@ def quantize_weights(lm, bits: int, ids, log=None) -> dict:
         for weight in weights.values():
             put(weight)
     return blocks
-
-
-def second_moments(x):
-    """The mean of x x^T over the rows x of (n, columns), in parts, of which the transposed ones are not computed again."""
-    parts = x.split(MOMENTS, 1)
-    found = x.new_empty(x.shape[1], x.shape[1])
-    places = torch.arange(x.shape[1]).split(MOMENTS)
-    for i, j in itertools.combinations_with_replacement(range(len(parts)), 2):
-        product = parts[i].t() @ parts[j] / len(x)
-        found[places[i][:, None], places[j]] = product
-        found[places[j][:, None], places[i]] = product.t()
-    return found
 
 
 def reads(lm, name: str) -> bool:

@@ -1233,7 +1233,8 @@ def quantize_channels(weight, inputs, smooth: bool = True) -> ChannelWeight:
             error = float((rounded @ (codes * scales).t() + kept - y).square().sum())
             # An operator more has to pay.
             error *= PRICE if count else 1
-            if error < least:
+            # Not a number either, which the verification names.
+            if not error >= least:
                 least = error
                 plain = not count and bool((factors == 1).all())
                 factors = None if plain else factors * rest
@@ -2067,11 +2068,10 @@ class Measure:
             onnx_lm.generate(self.ids[:1, :1].numpy(), **options)
             speed = new / (time.monotonic() - begin)
             before, theirs = self.before
-        figures = [
-            f"perplexity {perplexity:.3f} (torch in fp32 {before:.3f}, {perplexity / before - 1:+.2%})"
-        ]
+        figures = [f"perplexity {perplexity:.3f}"]
         if not stored.exact:
             same = (likeliest == theirs).double().mean()
+            figures[0] += f" (in fp32 {before:.3f}, {perplexity / before - 1:+.2%})"
             figures.append(f"{same:.0%} of tokens have the same likeliest successor")
         return ", ".join((*figures, f"{speed:.0f} tokens/s"))
 

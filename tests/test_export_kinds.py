@@ -227,6 +227,12 @@ def test_products_of_integers_fit_16_bits(columns):
     assert (found.weight() - weight).norm() < 0.01 * weight.norm()
 
 
+def test_a_weight_that_is_no_number_is_rounded_to_what_verification_refuses():
+    weight = torch.randn(3, 4)
+    weight[1, 2] = float("nan")
+    assert quantize_channels(weight, torch.rand(50, 4)).weight()[1].isnan().any()
+
+
 @pytest.mark.slow
 def test_minilm_embeds_in_8_bits(minilm, tmp_path):
     """On sentences that it was not rounded for. Plain dynamic quantization has 0.97."""

@@ -1218,7 +1218,7 @@ def quantize_channels(weight, inputs, smooth: bool = True) -> ChannelWeight:
     # The first limits no column.
     trials = [(math.inf, 1), *(itertools.product(LIMITS, POWERS) if smooth else ())]
     least = math.inf
-    for count in (0, OUTLIERS) if smooth and len(weight) < len(largest) else (0,):
+    for count in (0, OUTLIERS) if smooth and max(len(weight), OUTLIERS) < len(largest) else (0,):
         outliers = largest.topk(count).indices.sort().values
         rest = torch.ones_like(largest).index_fill(0, outliers, 0)
         limit = largest[rest > 0].median()

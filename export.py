@@ -87,6 +87,9 @@ BLOCK = {4: 32, 8: 64}
 LEAST_BLOCK = 32
 # Shares of a block's range that are tried for the least error.
 SHARES = (1.1, 1.05, 1, 0.95, 0.9, 0.85, 0.8, 0.75)
+# What is added to the moments' diagonal, in shares of its mean. Less of it, as GPTQ's usual 0.01, serves the text that
+# they are measured on better and other texts worse.
+DAMPING = 0.3
 # Multiples of the median range that a column of inputs is limited to, powers of what exceeds it, and inputs to try on.
 LIMITS, POWERS, SAMPLE = (1, 1.5, 2.5), (0.75, 1), 768
 # Columns of inputs that stay in floats, and by how much that has to lessen the error.
@@ -101,7 +104,7 @@ EXTERNAL_ABOVE = 10**8
 # Bytes of a weight that goes there.
 SMALL = 1024
 # Tokens in a window of text, windows to calibrate rounding on, and windows to measure on.
-WINDOW, WINDOWS, MEASURED = 256, 40, 8
+WINDOW, WINDOWS, MEASURED = 256, 28, 8
 # The same of text for encoders, which has special tokens around each window.
 READ, READS = 64, 80
 
@@ -1134,19 +1137,6 @@ class ChannelWeight(NamedTuple):
         return w.index_copy(1, self.outliers, self.kept)
 
 
-@contextlib.contextmanager
-def one_thread():
-    """A context in which torch computes on one thread: many short operations, each waiting for the last, take twice as
-    long on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@one_thread()
 def quantize(weight, bits: int, moments=None) -> QuantizedWeight:
     """Blocks for a weight (rows, columns). With the second moments (columns, columns) of the inputs it meets, ranges
     and zeros are those of least weighted error, and what rounding a column does to the outputs is made up for by the
@@ -1158,6 +1148,7 @@ def quantize(weight, bits: int, moments=None) -> QuantizedWeight:
     weight = torch.nn.functional.pad(weight.float(), (0, padding))
     if moments is not None:
         moments = torch.nn.functional.pad(moments, (0, padding, 0, padding))
+        moments = moments + DAMPING * moments.diagonal().mean() * torch.eye(len(moments))
     blocks = weight.unflatten(1, (-1, block))
     importance = 1 if moments is None else moments.diagonal().view(blocks.shape[1:])
     search = moments is not None
@@ -1198,11 +1189,14 @@ def block_ranges(blocks, importance, top: int, search: bool) -> tuple:
 
 
 def inverse_hessian_cholesky(moments) -> tuple:
-    """The order of columns, the most important first, and the upper Cholesky factor of the damped inverse moments."""
+    """The order of columns, the most important first, and the upper Cholesky factor of the inverse moments."""
     order = moments.diagonal().argsort(descending=True)
-    moments = moments + 0.03 * moments.diagonal().mean() * torch.eye(len(moments))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
-    return order, torch.linalg.cholesky(inverse, upper=True)
+    # The inverse of the lower factor of a matrix is the upper factor of its inverse, both read from their ends.
+    backwards = order.flip(0)
+    lower = torch.linalg.cholesky(moments[backwards][:, backwards])
+    identity = torch.eye(len(moments))
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    return order, upper.contiguous()
 
 
 def gptq(weight, scales, zeros, factor: tuple, top: int):
@@ -1214,17 +1208,20 @@ def gptq(weight, scales, zeros, factor: tuple, top: int):
     block = columns // groups
     wide = weight, scales.expand(-1, -1, block), zeros.expand(-1, -1, block)
     # Transposed, so that a column is contiguous in memory.
-    w, scales, zeros = (x.flatten(1).t()[order].contiguous() for x in wide)
-    codes = torch.empty_like(w)
+    later, scales, zeros = (x.flatten(1).t()[order].contiguous() for x in wide)
     errors = torch.empty(block, len(weight))
+    # The same memory in numpy, which starts short operations several times as fast as torch.
+    w, s, z, e, u = (x.numpy() for x in (later, scales, zeros, errors, upper))
+    codes = np.empty_like(w)
     for start in range(0, columns, block):
         stop = start + block
         for i in range(start, stop):
-            codes[i] = (w[i] / scales[i] + zeros[i]).round().clamp(0, top)
-            error = errors[i - start] = (w[i] - (codes[i] - zeros[i]) * scales[i]) / upper[i, i]
-            w[i:stop].addr_(upper[i, i:stop], error, alpha=-1)
-        w[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
-    return codes[order.argsort()].t().unflatten(1, (groups, block))
+            # Not @, which would start threads.
+            column = w[i] - np.einsum("i,ij->j", u[start:i, i], e[: i - start])
+            code = codes[i] = np.rint(column / s[i] + z[i]).clip(0, top)
+            e[i - start] = (column - (code - z[i]) * s[i]) / u[i, i]
+        later[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    return torch.from_numpy(codes)[order.argsort()].t().unflatten(1, (groups, block))
 
 
 def quantize_channels(weight, inputs, smooth: bool = True) -> ChannelWeight:

@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 import train
+from onnxlm import OnnxLM
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {
@@ -22,8 +24,8 @@ OTHERS = set(  # options of pip, hf, torchrun, g++ and pytest
 )
 
 
-def code(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+def code(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.M | re.S)
 
 
 def test_the_readme_is_read_in_a_sitting():
@@ -51,6 +53,22 @@ def test_options_exist():
     known = OTHERS | set(re.findall(r"--[a-z][a-z0-9-]*", " ".join(helps) + benches))
     named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", " ".join(PAGES.values()))
     assert set(named) <= known, set(named) - known
+
+
+def test_processes_share_what_onnxruntime_made_of_the_weights(rounded, tmp_path, monkeypatch):
+    (example,) = code("python", PAGES["docs/runtimes.md"])
+    _, folder = rounded("qwen3")
+    (tmp_path / "smollm2").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    ids = np.array([[5, 7, 9]])
+    texts = [
+        OnnxLM(path, "int4", providers=["CPUExecutionProvider"]).generate(ids, max_new_tokens=20)
+        for path in ("smollm2", "smollm2-here")
+    ]
+    assert np.array_equal(*texts)
+    weights = tmp_path / "smollm2-here" / "onnx" / "model_q4.onnx_data"
+    assert weights.stat().st_size > (folder / "onnx" / "model_q4.onnx").stat().st_size
 
 
 @pytest.mark.slow

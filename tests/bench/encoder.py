@@ -179,9 +179,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folders = {"checkpoint": conftest.fetch_minilm()}
         folders |= {name: Path(scratch, name) for name in ("exported", "dynamic")}
-        export_onnx(
-            folders["checkpoint"], folders["exported"], precisions=["fp32", "int8", "int4"]
-        )
+        export_onnx(folders["checkpoint"], folders["exported"], precisions=["fp32", "int8", "int4"])
         dynamic(folders["exported"], folders["dynamic"])
         contenders = [
             Contender(name, folders[kind], sys.executable, f"{scratch}/{name}.log", __file__)

@@ -228,8 +228,7 @@ def measure_size(part, size, options, smollm2, scratch):
                 print(f"{contender.name} is skipped at {size}: {reason}", file=sys.stderr)
                 del running[contender]
     for contender, rounds in running.items():
-        contender.process.stdin.close()
-        contender.process.wait()
+        contender.close()
         figures = {key: statistics.median(figures[key] for figures in rounds) for key in rounds[0]}
         yield contender.name, figures.pop("size", size), figures
 
